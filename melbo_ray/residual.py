@@ -1,0 +1,134 @@
+"""The steered slice of a model: from the source layer's residual stream plus θ to the target layer's.
+
+Layer ℓ is the output of decoder block ℓ counted from 0: the post's and TransformerLens's `blocks.ℓ.hook_resid_post`,
+transformers' `hidden_states[ℓ + 1]`. θ is added after block `source`; blocks source + 1 … target run on the sum.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from melbo_ray.config import UserError
+from melbo_ray.model import LanguageModel
+
+
+class _Captured(Exception):
+    """Raised inside the one real forward pass when every call has been seen."""
+
+
+class Slice:
+    """h_target(θ) on one or more prompts; everything below the source layer has been computed once.
+
+    The blocks are called exactly as the model itself called them in one real forward pass (arguments captured by
+    hooks and replayed), so any decoder-only architecture of transformers works. Prompts of different lengths are
+    padded on the right: attention is causal, so what stands to the right of a position cannot reach it.
+
+    Args:
+        model: the model; its parameters are frozen.
+        prompts: token ids, (seq,) int64 each, one row of the slice each.
+        source: layer after which θ is added.
+        target: layer whose output is read; source < target < number of layers.
+
+    Raises:
+        UserError: a layer out of range, or source not below target.
+    """
+
+    def __init__(self, model: LanguageModel, prompts: Sequence[Int[Tensor, " seq"]], source: int, target: int) -> None:
+        check_layers(source, target, len(model.layers))
+        self.model, self.source, self.target = model, source, target
+        self.lengths = torch.tensor([len(tokens) for tokens in prompts], device=model.device)
+        padded = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True).to(model.device)
+        captures = [capture(model, row[None], source, target) for row in padded]
+        self._calls = captures[0][1]
+        self.h_source: Float[Tensor, "prompts seq d_model"] = torch.cat([hidden for hidden, _ in captures]).float()
+        positions = torch.arange(padded.shape[1], device=model.device)
+        weights = (positions < self.lengths[:, None]).float()
+        self._weights = weights / weights.sum(1, keepdim=True)
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self.lengths)
+
+    def h_target(
+        self, theta: Float[Tensor, "batch d_model"], rows: Int[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch seq d_model"]:
+        """The target layer's residual stream, in the model's dtype, with theta[i] added on prompt rows[i].
+
+        Without `rows`: one prompt serves every θ; several prompts take one θ each, in order.
+        """
+        h = (self._of(self.h_source, theta, rows) + theta[:, None, :]).to(self.model.dtype)
+        for layer, arguments in self._calls:
+            h = call(layer, h, arguments)
+        return h
+
+    def z(
+        self, theta: Float[Tensor, "batch d_model"], rows: Int[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch d_model"]:
+        """The mean of `h_target` over every position of the prompt (the post's z), float32."""
+        weights = self._of(self._weights, theta, rows)
+        return (self.h_target(theta, rows).float() * weights[..., None]).sum(1)
+
+    def _of(self, values: Tensor, theta: Tensor, rows: Tensor | None) -> Tensor:
+        if rows is not None:
+            return values[rows]
+        if self.num_prompts == 1:
+            return values.expand(len(theta), *values.shape[1:])
+        if self.num_prompts != len(theta):
+            raise ValueError(f"{len(theta)} vectors for {self.num_prompts} prompts: say which with `rows`")
+        return values
+
+
+def check_layers(source: int, target: int, num_layers: int) -> None:
+    """Raises UserError unless 0 <= source < target < num_layers."""
+    if not 0 <= source < num_layers or not 0 <= target < num_layers:
+        raise UserError(
+            f"layers {source} → {target} are out of range: the model has {num_layers}, so 0 to {num_layers - 1}"
+        )
+    if source >= target:
+        raise UserError(f"source layer {source} is not below target layer {target}: choose source < target")
+
+
+def capture(
+    model: LanguageModel, tokens: Int[Tensor, "1 seq"], source: int, target: int
+) -> tuple[Float[Tensor, "1 seq d_model"], list[tuple[nn.Module, tuple[tuple, dict[str, Any]]]]]:
+    """The source layer's output on `tokens`, and how the model calls each of layers source + 1 … target.
+
+    A call is (layer, (positional arguments after the hidden states, keyword arguments)). Nothing above the target
+    layer runs.
+    """
+    calls: list[tuple[nn.Module, tuple[tuple, dict[str, Any]]]] = []
+    hidden: list[Tensor] = []
+
+    def record(layer: nn.Module) -> Callable:
+        def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if not hidden:
+                hidden.append((args[0] if args else kwargs["hidden_states"]).detach())
+            kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            calls.append((layer, (args[1:], kwargs)))
+            if layer is model.layers[target]:
+                raise _Captured
+
+        return hook
+
+    handles = []
+    try:
+        for layer in model.layers[source + 1 : target + 1]:
+            handles.append(layer.register_forward_pre_hook(record(layer), with_kwargs=True))
+        with torch.no_grad():
+            model.network(input_ids=tokens, use_cache=False)
+    except _Captured:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return hidden[0], calls
+
+
+def call(layer: nn.Module, h: Float[Tensor, "batch seq d_model"], arguments: tuple[tuple, dict[str, Any]]) -> Tensor:
+    """The layer's output hidden states, whether it returns them bare or first in a tuple."""
+    args, kwargs = arguments
+    output = layer(h, *args, **kwargs)
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,72 @@
+"""The directions a chain has already taken, and what is left of the space."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Subspace:
+    """The span of the vectors added so far, with an orthonormal basis that keeps float32 orthogonality.
+
+    The basis is grown by Gram-Schmidt, twice over in float64 (Giraud, Langou and Rozložník 2005, "twice is
+    enough"), and kept in float32 on `device` for the projections of the inner loop.
+
+    Args:
+        d_model: dimension of the space.
+        capacity: most vectors it will hold; at most d_model.
+        device: where `remove` computes.
+    """
+
+    def __init__(self, d_model: int, capacity: int, device: torch.device | str = "cpu") -> None:
+        if not 0 < capacity <= d_model:
+            raise ValueError(f"capacity is {capacity}; expected 1 to d_model = {d_model}")
+        self._exact = torch.zeros(capacity, d_model, dtype=torch.float64)
+        self._basis = torch.zeros(capacity, d_model, device=device)
+        self.size = 0
+
+    @property
+    def basis(self) -> Float[Tensor, "size d_model"]:
+        """Orthonormal rows, float32."""
+        return self._basis[: self.size]
+
+    def remove(self, vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The part of each vector orthogonal to the span, float32, on the vectors' device."""
+        basis = self.basis
+        for _ in range(2):
+            vectors = vectors - (vectors @ basis.T) @ basis
+        return vectors
+
+    def remove_exact(self, vector: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
+        """As `remove`, in float64 on the CPU: for the value that is stored."""
+        exact, basis = vector.to("cpu", torch.float64), self._exact[: self.size]
+        for _ in range(2):
+            exact = exact - (exact @ basis.T) @ basis
+        return exact
+
+    def add(self, vector: Float[Tensor, " d_model"]) -> float:
+        """Take the direction of `vector` into the span; the largest |cos| it had with any earlier direction.
+
+        Raises:
+            ValueError: the vector is zero or not finite, lies within the span, or the subspace is full.
+        """
+        if self.size == len(self._exact):
+            raise ValueError(f"the subspace is full: it was made for {self.size} vectors")
+        unit = vector.to("cpu", torch.float64)
+        norm = unit.norm()
+        if not torch.isfinite(norm) or norm == 0:
+            raise ValueError(f"a direction needs a finite norm above 0; got {norm:g}")
+        unit = unit / norm
+        cosines = self._exact[: self.size] @ unit
+        rest = self.remove_exact(unit)
+        if rest.norm() < 1e-3:
+            raise ValueError("the vector lies within the span of the earlier ones")
+        self._exact[self.size] = rest / rest.norm()
+        self._basis[self.size] = self._exact[self.size].to(self._basis)
+        self.size += 1
+        return float(cosines.abs().max()) if len(cosines) else 0.0
+
+
+def max_abs_cos(vectors: Float[Tensor, "n d_model"]) -> float:
+    """The largest |cos| between two different rows, over the complete Gram matrix, in float64; 0 for one row."""
+    units = torch.nn.functional.normalize(vectors.to("cpu", torch.float64), dim=-1)
+    return float((units @ units.T).fill_diagonal_(0).abs().max())

@@ -1,0 +1,70 @@
+"""The data contract: the Arrow schema of every table a run writes.
+
+A table is a folder of Parquet parts, hive-partitioned by concept: `<run>/<table>/concept=<name>/part-….parquet`.
+Every row has the keys `run_id`, `kind` and `index`; the concept is the partition. People's queries depend on these
+columns: a change to them takes a new SCHEMA_VERSION.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+_KEYS = [pa.field("run_id", pa.string()), pa.field("kind", pa.string()), pa.field("index", pa.int32())]
+
+
+def _schema(**columns: pa.DataType) -> pa.Schema:
+    return pa.schema([*_KEYS, *(pa.field(name, dtype) for name, dtype in columns.items())])
+
+
+_text, _float, _double, _int, _bool = pa.string(), pa.float32(), pa.float64(), pa.int32(), pa.bool_()
+_KL = {"kl_from_base": _float, "kl_to_base": _float, "kl_from_unsteered": _float}
+
+SCHEMAS: dict[str, pa.Schema] = {
+    "vectors": _schema(
+        vector=pa.list_(_float), norm=_float, loss=_float, relative_loss=_float, evaluations=_int, stop_reason=_text,
+        max_abs_cos=_double, seconds=_float, seed=pa.int64(),
+    ),
+    "candidates": _schema(vector=pa.list_(_float), objective=_float, radius=_float, concept_score=_float, text=_text),
+    "kl": _schema(
+        prompt_id=_text, scale=_text, norm=_float, **_KL, top_tokens=pa.list_(_text), top_probs=pa.list_(_float),
+        top1_agrees=_bool,
+    ),
+    "generalization": _schema(
+        prompt_id=_text, norm=_float, kl_from_base=_float, kl_per_token=_float, top1_agreement=_float,
+        log_likelihood_ratio=_float, concept_score=_float,
+    ),
+    "generations": _schema(
+        prompt_id=_text, scale=_text, sample=_int, temperature=_float, text=_text, num_tokens=_int,
+        finish_reason=_text, concept_score=_float, detected=_bool,
+    ),
+    "dose": _schema(scale=_text, norm=_float, **_KL, concept_score=_float),
+    "presence": _schema(
+        texts=_text, sinks=_text, mean_projection=_float, max_projection=_float, mean_cos=_float, effect_size=_float,
+        auroc=_float, num_tokens=_int,
+    ),
+    "composition": _schema(
+        k=_int, members=pa.list_(_int), rule=_text, scale=_text, norm=_float, **_KL, concept_score=_float, text=_text,
+    ),
+    "geometry": _schema(
+        norm=_float, cos_base=_float, cos_contrast=_float, max_abs_cos_unembedding=_float, nearest_token=_text,
+        bessel_bound=_float,
+    ),
+    "failures": _schema(evaluation=_text, error=_text, attempts=_int),
+}  # fmt: skip
+
+
+def table(name: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """`rows` as the table `name`: every column of its schema present, nothing else, sorted by index.
+
+    Raises:
+        ValueError: a row with a column missing or unknown.
+    """
+    schema = SCHEMAS[name]
+    for row in rows:
+        if row.keys() != set(schema.names):
+            raise ValueError(f"a row of {name!r} differs from its schema in {sorted(row.keys() ^ set(schema.names))}")
+    metadata = {"schema_version": str(SCHEMA_VERSION), "table": name}
+    return pa.Table.from_pylist(list(rows), schema=schema.with_metadata(metadata)).sort_by("index")
