@@ -1,0 +1,130 @@
+"""Runs in storage for tests of what reads them: rows of the right shape from formulas, no measurement."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from melbo_ray.tables import SCHEMAS, table
+
+UNSTEERED = 2.0
+"""KL of the unsteered model from the base in every study here, nats."""
+
+
+def kl_of(n: int, num_vectors: int) -> float:
+    """KL from the base of the n-th vector: rises smoothly from 0.1 towards the unsteered one."""
+    return 0.1 + 1.7 * (n / max(num_vectors, 1)) ** 2
+
+
+def norm_of(n: int, num_vectors: int) -> float:
+    return 10.0 - 6.0 * n / max(num_vectors, 1)
+
+
+def write_study(
+    storage: Path,
+    run_id: str = "study",
+    *,
+    concepts: Sequence[str] = ("code",),
+    num_vectors: int = 40,
+    num_prompts: int = 3,
+    samples: int = 2,
+    without: Sequence[str] = (),
+    text: Any = lambda concept, n, prompt, sample: f"{concept} {n} {prompt} {sample}",
+) -> Path:
+    """A run of `num_vectors` chain vectors a concept, with every table but those in `without`."""
+    run = storage / run_id
+    run.mkdir(parents=True)
+    prompts = [f"prompt_{i}" for i in range(num_prompts)]
+    (run / "run.json").write_text(json.dumps(manifest(run_id, concepts, prompts)))
+    for concept in concepts:
+        for name, rows in _rows(concept, num_vectors, prompts, samples, text).items():
+            if name not in without and rows:
+                write_part(run, name, concept, rows)
+    return run
+
+
+def write_part(run: Path, name: str, concept: str, rows: Sequence[dict[str, Any]], part: str = "part-0") -> Path:
+    path = run / name / f"concept={concept}" / f"{part}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = SCHEMAS[name].names
+    filled = [{column: row.get(column) for column in columns} | {"run_id": run.name} for row in rows]
+    pq.write_table(table(name, filled), path, compression="zstd")
+    return path
+
+
+def manifest(run_id: str, concepts: Sequence[str], prompts: Sequence[str]) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "run_id": run_id,
+        "config": {
+            "model": "tiny", "source_layer": 8, "target_layer": 16, "radius": 10.0, "seed": 0,
+            "concepts": list(concepts),
+        },
+        "fingerprint": "sha256:0123456789abcdef",
+        "versions": {"torch": "2.13.0", "melbo_ray": "0.1.0"},
+        "prompts": {concept: {"train": "How?", **{p: f"Text of {p}?" for p in prompts}} for concept in concepts},
+        "concepts": {concept: {"stop_reason": "num_vectors", "max_abs_cos": 1e-8} for concept in concepts},
+        "status": "finished",
+    }  # fmt: skip
+
+
+def directions(num_vectors: int) -> Iterator[tuple[str, int, float, float]]:
+    """Every direction of a study: kind, index, norm, KL from the base."""
+    yield "unsteered", 0, 0.0, UNSTEERED
+    yield "base", 0, 10.0, 0.0
+    for n in range(1, num_vectors + 1):
+        yield "chain", n, norm_of(n, num_vectors), kl_of(n, num_vectors)
+    for n in range(1, 5):
+        yield "random", n, 7.0, UNSTEERED * (1 + 0.05 * math.sin(n))
+
+
+def _rows(
+    concept: str, num_vectors: int, prompts: Sequence[str], samples: int, text: Any
+) -> dict[str, list[dict[str, Any]]]:
+    every = [{"kind": k, "index": i, "norm": norm, "kl_from_base": kl} for k, i, norm, kl in directions(num_vectors)]
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in SCHEMAS}
+    for row in every:
+        kl, norm = row["kl_from_base"], row["norm"]
+        score = UNSTEERED - kl
+        row |= {"scale": "own", "kl_to_base": kl * 0.8, "kl_from_unsteered": score, "concept_score": score}
+        if row["kind"] in ("base", "chain"):
+            loss = 3.0 * kl
+            rows["vectors"].append(row | {
+                "vector": [norm, 0.0, 0.0, 0.0], "loss": loss, "relative_loss": loss / 12, "evaluations": 50,
+                "stop_reason": "converged", "max_abs_cos": 1e-8, "seconds": 0.5, "seed": 7,
+            })  # fmt: skip
+        rows["kl"].append(row | {"prompt_id": "train", "top_tokens": ["def", " import"], "top_probs": [0.6, 0.1]})
+        for number, prompt in enumerate(prompts):
+            rows["generalization"].append(row | {
+                "prompt_id": prompt, "kl_from_base": kl * (1 + 0.1 * number), "kl_per_token": kl / 2,
+                "top1_agreement": max(0.0, 1 - kl / 2), "log_likelihood_ratio": 1 - kl,
+            })  # fmt: skip
+            rows["generations"] += [
+                row | {
+                    "prompt_id": prompt, "sample": s, "temperature": 1.0, "num_tokens": 8, "finish_reason": "length",
+                    "text": text(concept, row["index"], prompt, s), "detected": score > 1,
+                }
+                for s in range(samples)
+            ]  # fmt: skip
+        for alpha in (0.0, 0.5, 1.0, 1.5, 2.0) if row["kind"] in ("base", "chain", "random") else ():
+            rows["dose"].append(row | {
+                "scale": f"{alpha:g}", "norm": alpha * norm, "kl_from_base": UNSTEERED * abs(1 - alpha) + kl,
+            })  # fmt: skip
+        for texts in ("concept", "neutral") if row["kind"] in ("base", "chain", "random") else ():
+            rows["presence"] += [
+                row | {
+                    "texts": texts, "sinks": sinks, "mean_projection": 0.1, "max_projection": 1.0, "mean_cos": 0.02,
+                    "effect_size": 0.2, "auroc": 0.5 + 0.3 * math.sin(row["index"]) ** 2, "num_tokens": 900,
+                }
+                for sinks in ("kept", "dropped")
+            ]  # fmt: skip
+    for k in (k for k in (2, 3, 5, 10, 20) if k <= num_vectors):
+        for rule in ("first", "random"):
+            rows["composition"].append({
+                "kind": "chain", "index": k, "k": k, "members": list(range(1, k + 1)), "rule": rule, "scale": "own",
+                "norm": 5.0, "kl_from_base": 0.1 * k**0.5, "concept_score": 1.0, "text": "composed",
+            })  # fmt: skip
+    return rows

