@@ -106,6 +106,8 @@ class Config(BaseSettings):
     """Vectors in one evaluation batch."""
     samples: PositiveInt = 1
     """Continuations sampled for each vector, prompt and scale."""
+    held_out_generations: NonNegativeInt = 3
+    """Held-out prompts that continuations are sampled on, beside the training prompt."""
     max_new_tokens: PositiveInt = 48
     """Length of a sampled continuation, tokens."""
     temperature: NonNegativeFloat = 1.0

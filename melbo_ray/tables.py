@@ -38,7 +38,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "generations": _schema(
         prompt_id=_text, scale=_text, sample=_int, temperature=_float, text=_text, num_tokens=_int,
-        finish_reason=_text, concept_score=_float, detected=_bool,
+        finish_reason=_text, concept_score=_float, detected=_bool, language=_text,
     ),
     "dose": _schema(scale=_text, norm=_float, **_KL, concept_score=_float),
     "presence": _schema(
