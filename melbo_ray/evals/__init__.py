@@ -1,47 +1,88 @@
-"""The evaluations: one module a question, each a pure function from a study and a batch of vectors to Arrow rows."""
+"""The evaluations: one module a question, each a pure function from a study and some vectors to rows of tables."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import pyarrow as pa
-from jaxtyping import Float
-from torch import Tensor
+import torch
 
-from melbo_ray.concepts import Concept
-from melbo_ray.config import Config
-from melbo_ray.model import LanguageModel
+from melbo_ray import tables
+from melbo_ray.evals import generations, kl
+from melbo_ray.evals.study import Row, Rows, Study, Vectors
+from melbo_ray.model import first_line
 
-
-@dataclass(frozen=True)
-class Study:
-    """What every evaluation of one concept's vectors shares.
-
-    Attributes:
-        model: the whole model.
-        config: the options of the run.
-        concept: the concept under study.
-        run_id: goes into every row.
-        base: θ₀, (d_model,) float32.
-    """
-
-    model: LanguageModel
-    config: Config
-    concept: Concept
-    run_id: str
-    base: Float[Tensor, " d_model"]
+__all__ = ["EVALUATIONS", "Evaluation", "Study", "Vectors", "evaluate"]
 
 
 @dataclass(frozen=True)
-class Vectors:
-    """Some vectors of one kind.
+class Evaluation:
+    """A question asked of vectors.
 
     Attributes:
-        kind: `base`, `chain`, `unsteered`, `random`, `shuffled`: what the directions are.
-        index: position of each within its kind.
-        theta: (len(index), d_model) float32.
+        name: as in the option `evals`.
+        tables: the tables it writes rows of.
+        scope: `vector` (asked of any batch of vectors of any kind, as they appear) or `chain` (asked once, of all the
+            vectors of kind `chain` together, at the end).
+        run: the question.
     """
 
-    kind: str
-    index: Sequence[int]
-    theta: Float[Tensor, "n d_model"]
+    name: str
+    tables: tuple[str, ...]
+    scope: Literal["vector", "chain"]
+    run: Callable[[Study, Vectors], Rows]
+
+
+EVALUATIONS = {
+    evaluation.name: evaluation
+    for evaluation in (
+        Evaluation("kl", ("kl",), "vector", kl.run),
+        Evaluation("generations", ("generations",), "vector", generations.run),
+    )
+}
+
+
+def evaluate(name: str, study: Study, vectors: Vectors) -> dict[str, pa.Table]:
+    """One evaluation of some vectors, as tables: those it writes, and `failures`; each may be empty.
+
+    What fails on one vector (a vector that is not finite, logits that are not, any error) becomes its row of
+    `failures`, and the rest goes on. A chain-scoped evaluation that fails as a whole is filed under index 0 of its
+    kind. `attempts` is 1.
+    """
+    evaluation = EVALUATIONS[name]
+    finite = torch.isfinite(vectors.theta).all(-1).tolist()
+    failures = {
+        index: "the vector is not finite" for index, good in zip(vectors.index, finite, strict=True) if not good
+    }
+    rows = _attempt(evaluation, study, vectors.take([i for i, good in enumerate(finite) if good]), failures)
+    written = {table: tables.table(table, rows.get(table, [])) for table in evaluation.tables}
+    failed = [
+        study.row(vectors.kind, index, evaluation=name, error=error, attempts=1) for index, error in failures.items()
+    ]
+    return {**written, "failures": tables.table("failures", failed)}
+
+
+def _attempt(evaluation: Evaluation, study: Study, vectors: Vectors, failures: dict[int, str]) -> Rows:
+    """Rows of those vectors for which it works; the others go into `failures`."""
+    if not len(vectors):
+        return {}
+    try:
+        rows = evaluation.run(study, vectors)
+        for row in (row for part in rows.values() for row in part):
+            _check_finite(row)
+    except Exception as error:
+        if evaluation.scope == "vector" and len(vectors) > 1:
+            parts = [_attempt(evaluation, study, vectors.take([i]), failures) for i in range(len(vectors))]
+            return {table: [row for part in parts for row in part.get(table, [])] for table in evaluation.tables}
+        failures[0 if evaluation.scope == "chain" else vectors.index[0]] = (
+            f"{type(error).__name__}: {first_line(error)}"
+        )
+        return {}
+    return rows
+
+
+def _check_finite(row: Row) -> None:
+    for column, value in row.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise FloatingPointError(f"{column} is {value}")

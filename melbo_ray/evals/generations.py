@@ -1,0 +1,63 @@
+"""What the model writes under each vector: sampled continuations, with how much of the concept is in them."""
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from melbo_ray.evals.kl import rescaled
+from melbo_ray.evals.scores import score_text
+from melbo_ray.evals.study import TRAINING, Row, Rows, Study, Vectors
+from melbo_ray.generate import Job, generate
+from melbo_ray.ortho import derive_seed
+
+
+def run(study: Study, vectors: Vectors) -> Rows:
+    """`samples` continuations of the training prompt and of the first held-out prompts, each vector at its own norm.
+
+    On the training prompt at the radius too. A row's seed derives from its own keys, so that it can be written again
+    alone.
+    """
+    held_out = list(study.concept.held_out)[: study.config.held_out_generations]
+    wanted = [("own", prompt_id, vectors.theta) for prompt_id in (TRAINING, *held_out)]
+    if vectors.kind != "unsteered":
+        wanted.append(("radius", TRAINING, rescaled(vectors.theta, study.config.radius)))
+    keys, thetas = [], []
+    for scale, prompt_id, scaled in wanted:
+        for index, theta in zip(vectors.index, scaled, strict=True):
+            for sample in range(study.config.samples):
+                keys.append({"index": index, "prompt_id": prompt_id, "scale": scale, "sample": sample})
+                thetas.append(theta)
+    texts = write(study, vectors.kind, keys, thetas)
+    return {"generations": [study.row(vectors.kind, **key, **text) for key, text in zip(keys, texts, strict=True)]}
+
+
+def write(study: Study, kind: str, keys: Sequence[Row], thetas: Sequence[Float[Tensor, " d_model"]]) -> list[Row]:
+    """A sampled continuation of the prompt keys[i]["prompt_id"] under thetas[i], seeded by what keys[i] says."""
+    config, concept = study.config, study.concept
+    jobs = []
+    for key, theta in zip(keys, thetas, strict=True):
+        purpose = "/".join(["generations", kind, *(str(value) for name, value in key.items() if name != "index")])
+        seed = derive_seed(config.seed, concept.name, key["index"], purpose)
+        jobs.append(Job(study.tokens(key["prompt_id"]), theta, seed))
+    continuations = generate(
+        study.model,
+        jobs,
+        config.source_layer,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+    )
+    rows = []
+    for continuation in continuations:
+        text = study.model.tokenizer.decode(continuation.tokens, skip_special_tokens=True)
+        rows.append(
+            {
+                "temperature": config.temperature,
+                "text": text,
+                "num_tokens": len(continuation.tokens),
+                "finish_reason": continuation.finish_reason,
+                **score_text(concept, text),
+            }
+        )
+    return rows

@@ -1,0 +1,115 @@
+"""What every evaluation shares: the model, the concept, the base, and what is computed once from them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from melbo_ray.concepts import Concept
+from melbo_ray.config import Config
+from melbo_ray.model import LanguageModel
+from melbo_ray.steer import Prompts, encode, target_log_probs
+
+TRAINING = "training"
+
+Row = dict[str, Any]
+"""One row of a table, by column."""
+Rows = dict[str, list[Row]]
+"""Rows by table."""
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """What every evaluation of one concept's vectors shares; its parts are computed once, when first asked for.
+
+    Attributes:
+        model: the whole model.
+        config: the options of the run.
+        concept: the concept under study.
+        run_id: goes into every row.
+        base: θ₀, (d_model,) float32.
+    """
+
+    model: LanguageModel
+    config: Config
+    concept: Concept
+    run_id: str
+    base: Float[Tensor, " d_model"]
+
+    @cached_property
+    def prompt(self) -> Prompts:
+        """The training prompt, for its next-token logits."""
+        return Prompts(self.model, [self.tokens(TRAINING)], self.config.source_layer)
+
+    @cached_property
+    def scored(self) -> Prompts:
+        """The training prompt with the concept's continuations forced after it."""
+        return Prompts(self.model, [self.tokens(TRAINING)], self.config.source_layer, [self.continuations])
+
+    @cached_property
+    def continuations(self) -> list[Int[Tensor, " seq"]]:
+        """The concept's continuations, as tokens."""
+        return [encode(self.model, text) for text in self.concept.continuations]
+
+    @cached_property
+    def base_log_probs(self) -> Float[Tensor, " vocab"]:
+        """The next token's log-probabilities after the training prompt under θ₀, float64."""
+        return next(self.prompt.logits(self.base[None]))[0].double().log_softmax(-1)
+
+    @cached_property
+    def unsteered_log_probs(self) -> Float[Tensor, " vocab"]:
+        """The same, unsteered."""
+        return next(self.prompt.logits(torch.zeros_like(self.base)[None]))[0].double().log_softmax(-1)
+
+    @cached_property
+    def unsteered_concept_log_prob(self) -> float:
+        """Mean log-probability per token of the concept's continuations, unsteered (nats)."""
+        return self._concept_log_probs(torch.zeros_like(self.base)[None])[0]
+
+    def tokens(self, prompt_id: str) -> Int[Tensor, " seq"]:
+        """The tokens of the training prompt (`training`) or of a held-out prompt, by name."""
+        prompt = self.concept.prompt if prompt_id == TRAINING else self.concept.held_out[prompt_id]
+        return self.model.tokenize(prompt, self.config.system_prompt)
+
+    def concept_scores(self, thetas: Float[Tensor, "n d_model"]) -> list[float]:
+        """The concept score of each vector on the training prompt (nats per token): `steer.continuation_score`."""
+        return [score - self.unsteered_concept_log_prob for score in self._concept_log_probs(thetas)]
+
+    def _concept_log_probs(self, thetas: Tensor) -> list[float]:
+        targets = self.scored.targets[0]
+        return [float(target_log_probs(logits, targets).mean()) for logits in self.scored.logits(thetas)]
+
+    def row(self, kind: str, index: int, **columns: Any) -> dict[str, Any]:
+        """One row of a table: the keys, then `columns`."""
+        return {"run_id": self.run_id, "kind": kind, "index": index, **columns}
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Some vectors of one kind.
+
+    Attributes:
+        kind: `base`, `chain`, `unsteered`, `random`, `contrast`, `shuffled`: what the directions are.
+        index: position of each within its kind.
+        theta: (len(index), d_model) float32.
+    """
+
+    kind: str
+    index: Sequence[int]
+    theta: Float[Tensor, "n d_model"]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def take(self, places: Sequence[int]) -> "Vectors":
+        """Those at `places`, counted from 0."""
+        return Vectors(self.kind, [self.index[i] for i in places], self.theta[list(places)])
+
+    @property
+    def norms(self) -> list[float]:
+        """‖θ‖ of each."""
+        return self.theta.norm(dim=-1).tolist()
