@@ -90,7 +90,8 @@ class Prompts:
         """
         if rows is None:
             rows = torch.arange(len(theta)) if len(self._tokens) > 1 else torch.zeros(len(theta), dtype=torch.long)
-        for part in torch.arange(len(theta)).split(max(1, _TOKENS // self._tokens.shape[1])):
+        size = max(1, _TOKENS // self._tokens.shape[1])
+        for part in (torch.arange(i, min(i + size, len(theta))) for i in range(0, len(theta), size)):
             yield from self._chunk(theta[part.to(theta.device)], rows.cpu()[part])
 
     def _chunk(self, theta: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
@@ -223,6 +224,6 @@ def continuation_score(
     the concept likelier. NaN for a vector that is not finite.
     """
     prompts = Prompts(model, [prompt_tokens], source_layer, [[encode(model, text) for text in continuations]])
-    rows = torch.cat([torch.zeros_like(thetas[:1]), thetas])
+    rows = torch.cat([thetas.new_zeros(1, model.d_model), thetas])
     scores = [target_log_probs(logits, prompts.targets[0]).mean().cpu() for logits in prompts.logits(rows)]
-    return torch.stack(scores[1:]) - scores[0] if len(thetas) else torch.empty(0)
+    return torch.stack(scores)[1:] - scores[0]

@@ -1,0 +1,84 @@
+"""Tiny language models of every family, with random weights and a tokenizer of bytes: no download, no weights."""
+
+from functools import cache
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from melbo_ray.model import LanguageModel
+
+D_MODEL, NUM_LAYERS, END = 32, 4, 256
+_COMMON = {
+    "vocab_size": 260, "max_position_embeddings": 256, "initializer_range": 0.3, "pad_token_id": 257,
+    "bos_token_id": 258, "eos_token_id": END,
+}  # fmt: skip
+_LLAMA = _COMMON | {
+    "hidden_size": D_MODEL, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 64, "head_dim": 8,
+}  # fmt: skip
+_SIZES = {
+    "gpt2": _COMMON | {"n_embd": D_MODEL, "n_layer": NUM_LAYERS, "n_head": 4},
+    "gpt_neox": _LLAMA,
+}
+_CONFIGS = {
+    "llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig,
+    "gemma2": Gemma2Config, "gemma3": Gemma3TextConfig, "phi3": Phi3Config, "gpt2": GPT2Config,
+    "gpt_neox": GPTNeoXConfig,
+}  # fmt: skip
+FAMILIES = list(_CONFIGS)
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@cache
+def tiny(family: str = "llama", **options: int) -> LanguageModel:
+    """A model of this family with random weights, the same at every call; `options` override its configuration."""
+    config = _CONFIGS[family](**(_SIZES.get(family, _LLAMA) | options))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = AutoModelForCausalLM.from_config(config)
+    return LanguageModel.wrap(network, byte_tokenizer(), name=f"tiny-{family}")
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, then the end, padding and start tokens; no chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {word: i for i, word in enumerate([*alphabet, "<end>", "<pad>", "<start>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>", bos_token="<start>"
+    )
+
+
+def directions(count: int, norm: float = 3.0, d_model: int = D_MODEL, seed: int = 0) -> torch.Tensor:
+    """Random vectors of the given norm, (count, d_model)."""
+    draws = torch.randn(count, d_model, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(draws, dim=-1) * norm
+
+
+def plain_logits(model: LanguageModel, tokens: torch.Tensor, source: int, theta: torch.Tensor) -> torch.Tensor:
+    """Logits at every position, (seq, vocab), from transformers and a forward hook of the test's own."""
+
+    def add(_layer, _args, output):
+        return (output[0] + theta, *output[1:]) if isinstance(output, tuple) else output + theta
+
+    handle = model.layers[source].register_forward_hook(add)
+    with torch.no_grad():
+        logits = model.network(tokens[None].to(model.device)).logits[0]
+    handle.remove()
+    return logits
