@@ -1,0 +1,273 @@
+"""The figures of a study, drawn with Plotly; each function gives None where its table has no rows.
+
+Numbers come from a DuckDB connection (`melbo_ray.query.connect`); no text of a model enters a figure.
+"""
+
+import html
+
+import duckdb
+import numpy as np
+import plotly.graph_objects as go
+import plotly.io as pio
+from plotly.colors import sample_colorscale
+
+from melbo_ray.config import UserError
+
+CHAIN, AVERAGE, BASE, UNSTEERED, CONTROL = "#4f86f7", "#f59e0b", "#10b981", "#ef4444", "#94a3b8"
+"""One colour for one idea, in every figure, readable on white and on black."""
+_SHADES = ["#4f86f7", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#06b6d4", "#ec4899", "#84cc16"]
+
+Columns = dict[str, np.ndarray]
+
+
+def select(db: duckdb.DuckDBPyConnection, sql: str, *parameters: object) -> Columns:
+    """The answer's columns; what is NULL in a column of numbers is NaN."""
+    columns = db.execute(sql, list(parameters)).fetchnumpy()
+    return {name: _filled(values) for name, values in columns.items()}
+
+
+def _filled(values: np.ndarray) -> np.ndarray:
+    if not isinstance(values, np.ma.MaskedArray):
+        return values
+    return values.astype(np.float64).filled(np.nan) if values.dtype.kind in "fiu" else values.filled(None)
+
+
+def along_chain(db: duckdb.DuckDBPyConnection, table: str, column: str, concept: str) -> Columns:
+    """`column` of every chain vector, `n`, and its centred moving `average` over 50 vectors (fewer at the ends)."""
+    return select(
+        db,
+        f"""SELECT index AS n, {column} AS value, avg({column}) FILTER (NOT isnan({column})) OVER (
+                ORDER BY index ROWS BETWEEN 25 PRECEDING AND 24 FOLLOWING) AS average
+            FROM {table} WHERE concept = ? AND kind = 'chain' AND {_own(table)} ORDER BY n""",
+        concept,
+    )
+
+
+def _own(table: str) -> str:
+    return "scale = 'own'" if table == "kl" else "true"
+
+
+def draw_kl(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
+    """KL(P_n ‖ P_base) against n: chain, moving average, base at 0, unsteered line, band of random directions."""
+    chain = along_chain(db, "kl", "kl_from_base", concept)
+    if not len(chain["n"]):
+        return None
+    fig = _figure("n (position in the chain)", "KL(P_n ‖ P_base), nats")
+    others = select(
+        db,
+        """SELECT kind, avg(kl_from_base) AS mean, quantile_cont(kl_from_base, 0.05) AS low,
+                  quantile_cont(kl_from_base, 0.95) AS high
+           FROM kl WHERE concept = ? AND (kind = 'unsteered' OR kind = 'random' AND scale = 'own') GROUP BY kind""",
+        concept,
+    )
+    where = dict(zip(others["kind"], range(len(others["kind"])), strict=True))
+    if "random" in where:
+        low, high = (float(others[side][where["random"]]) for side in ("low", "high"))
+        _band(fig, [0, int(chain["n"].max())], [low, low], [high, high], "random directions, 5–95 %")
+    _dots_and_average(fig, chain)
+    if "unsteered" in where:
+        _line(fig, float(others["mean"][where["unsteered"]]), [0, int(chain["n"].max())], "unsteered")
+    return _base(fig, 0.0)
+
+
+def draw_norm(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
+    """‖θ_n‖ against n: chain, moving average, base at 0."""
+    chain = along_chain(db, "vectors", "norm", concept)
+    if not len(chain["n"]):
+        return None
+    fig = _figure("n (position in the chain)", "‖θ_n‖, residual-stream units")
+    _dots_and_average(fig, chain)
+    base = select(db, "SELECT norm FROM vectors WHERE concept = ? AND kind = 'base'", concept)["norm"]
+    if len(base):
+        _base(fig, float(base[0]))
+        _line(fig, float(base[0]), [0, int(chain["n"].max())], "norm of the base, R")
+    return fig
+
+
+def draw_dose(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
+    """KL from the base against the norm a direction is scaled to: the chain by n, the base, random ones as a band."""
+    dose = select(
+        db,
+        """SELECT kind, index AS n, norm, kl_from_base AS kl FROM dose WHERE concept = ? ORDER BY kind, n, norm""",
+        concept,
+    )
+    chain = np.unique(dose["n"][dose["kind"] == "chain"])
+    if not len(chain):
+        return None
+    fig = _figure("norm that the direction is scaled to, residual-stream units", "KL(P ‖ P_base), nats")
+    control = select(
+        db,
+        """SELECT round(norm * 2) / 2 AS x, quantile_cont(kl_from_base, 0.05) AS low,
+                  quantile_cont(kl_from_base, 0.95) AS high
+           FROM dose WHERE concept = ? AND kind = 'random' GROUP BY x ORDER BY x""",
+        concept,
+    )
+    if len(control["x"]):
+        _band(fig, control["x"], control["low"], control["high"], "random directions, 5–95 %")
+    for n in chain[np.linspace(0, len(chain) - 1, min(len(chain), 24)).astype(int)]:
+        rows = (dose["kind"] == "chain") & (dose["n"] == n)
+        colour = _along(float(n) / float(chain[-1]))
+        _curve(fig, dose["norm"][rows], dose["kl"][rows], f"n = {n}", colour, showlegend=False, line_width=1.3)
+    rows = dose["kind"] == "base"
+    _curve(fig, dose["norm"][rows], dose["kl"][rows], "base", BASE, line_width=3)
+    scale = {"colorscale": _colours(), "cmin": 1, "cmax": int(chain[-1]), "showscale": True, "color": [1]}
+    bar = {"title": {"text": "n"}, "thickness": 10, "len": 0.8, "outlinewidth": 0}
+    fig.add_scatter(x=[None], y=[None], mode="markers", marker=scale | {"colorbar": bar}, showlegend=False)
+    return fig
+
+
+def draw_generalization(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
+    """KL from the base on each held-out prompt, as a share of the unsteered one where that was measured."""
+    rows = select(
+        db,
+        """WITH unsteered AS (SELECT prompt_id, max(kl_from_base) AS nats FROM generalization
+                              WHERE concept = $1 AND kind = 'unsteered' GROUP BY prompt_id)
+           SELECT index AS n, prompt_id, g.kl_from_base AS kl, g.kl_from_base / nats AS share
+           FROM generalization g LEFT JOIN unsteered USING (prompt_id)
+           WHERE concept = $1 AND kind = 'chain'""",
+        concept,
+    )
+    if not len(rows["n"]):
+        return None
+    values, top = (rows["share"], 1.5) if np.isfinite(rows["share"]).any() else (rows["kl"], None)
+    prompts, row = np.unique(rows["prompt_id"].astype(str), return_inverse=True)
+    ns, column = np.unique(rows["n"], return_inverse=True)
+    grid = np.full((len(prompts), len(ns)), np.nan, np.float32)
+    grid[row, column] = values
+    order = np.argsort(-np.nan_to_num(np.nanmean(grid, axis=1)))
+    label = "KL, share<br>of unsteered" if top else "KL, nats"
+    fig = _figure("n (position in the chain)", "")
+    fig.add_heatmap(
+        z=grid[order], x=ns, y=[html.escape(prompts[i]) for i in order], zmin=0, zmax=top, colorscale=_colours(),
+        colorbar={"title": {"text": label}, "thickness": 10, "outlinewidth": 0},
+        hovertemplate="n %{x}, %{y}<br>%{z:.3f}<extra></extra>",
+    )  # fmt: skip
+    return fig.update_layout(height=max(360, 110 + 15 * len(prompts)), yaxis={"showgrid": False, "tickfont_size": 10})
+
+
+def draw_presence(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
+    """How many chain vectors tell concept text from neutral text how well, beside random directions."""
+    rows = select(
+        db,
+        """SELECT kind, auroc FROM presence WHERE concept = ? AND sinks = 'dropped' AND isfinite(auroc)
+           QUALIFY row_number() OVER (PARTITION BY kind, index ORDER BY texts) = 1""",
+        concept,
+    )
+    if not (rows["kind"] == "chain").any():
+        return None
+    fig = _figure("AUROC of the projection, concept text against neutral text", "share of directions")
+    for kind, name, colour in (("random", "random directions", CONTROL), ("chain", "chain vectors", CHAIN)):
+        fig.add_histogram(
+            x=rows["auroc"][rows["kind"] == kind], name=name, marker_color=colour, opacity=0.65,
+            histnorm="probability", xbins={"start": 0, "end": 1, "size": 0.025},
+        )  # fmt: skip
+    lines = {"base": ("base", BASE), "contrast": ("mean difference", UNSTEERED)}
+    for kind, (name, colour) in lines.items():
+        for value in rows["auroc"][rows["kind"] == kind]:
+            fig.add_vline(x=value, line={"color": colour, "width": 2}, annotation={"text": name, "font_color": colour})
+    return fig.update_layout(barmode="overlay", xaxis_range=[0, 1])
+
+
+def draw_composition(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
+    """KL from the base of means of k vectors, against k."""
+    rows = select(
+        db,
+        """SELECT rule, scale, k, median(kl_from_base) AS kl, min(kl_from_base) AS low, max(kl_from_base) AS high
+           FROM composition WHERE concept = ? GROUP BY rule, scale, k ORDER BY rule, scale, k""",
+        concept,
+    )
+    if not len(rows["k"]):
+        return None
+    fig = _figure("k, vectors in the mean", "KL(P ‖ P_base), nats")
+    pairs = sorted(set(zip(rows["rule"], rows["scale"], strict=True)))
+    for (rule, scale), colour in zip(pairs, _SHADES * len(pairs), strict=False):
+        at = (rows["rule"] == rule) & (rows["scale"] == scale)
+        _curve(fig, rows["k"][at], rows["kl"][at], html.escape(f"{rule}, {scale}"), colour, mode="lines+markers")
+    return fig.update_layout(xaxis={"type": "log", "dtick": "D2"})
+
+
+def draw_comparison(db: duckdb.DuckDBPyConnection, concepts: list[str]) -> go.Figure | None:
+    """The moving average of every concept's KL as a share of its unsteered one, against n."""
+    fig = _figure("n (position in the chain)", "KL(P_n ‖ P_base), share of unsteered")
+    for concept, colour in zip(concepts, _SHADES * len(concepts), strict=False):
+        chain = along_chain(db, "kl", "kl_from_base", concept)
+        unsteered = select(
+            db, "SELECT max(kl_from_base) AS kl FROM kl WHERE concept = ? AND kind = 'unsteered'", concept
+        )["kl"]
+        if len(chain["n"]) and np.isfinite(unsteered).all():
+            _curve(fig, chain["n"], chain["average"] / unsteered, html.escape(concept), colour)
+    return fig.update_yaxes(rangemode="tozero") if fig.data else None
+
+
+FIGURES = {
+    "kl": draw_kl,
+    "norm": draw_norm,
+    "dose": draw_dose,
+    "generalization": draw_generalization,
+    "presence": draw_presence,
+    "composition": draw_composition,
+}
+"""The figures that every concept has, by name."""
+
+
+def _figure(x: str, y: str) -> go.Figure:
+    fig = go.Figure()
+    fig.layout = go.Layout(
+        template="none", height=380, margin={"l": 62, "r": 16, "t": 28, "b": 48}, hovermode="closest",
+        xaxis={"title": {"text": x}, "zeroline": False}, yaxis={"title": {"text": y}, "zeroline": False},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}, font={"size": 12},
+        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
+    )  # fmt: skip
+    return fig
+
+
+def _dots_and_average(fig: go.Figure, chain: Columns) -> None:
+    size = 7 if len(chain["n"]) < 100 else 4
+    fig.add_scatter(
+        x=chain["n"], y=chain["value"].astype(np.float32), mode="markers", name="vector",
+        marker={"color": CHAIN, "size": size, "opacity": 0.6}, hovertemplate="n = %{x}<br>%{y:.4f}<extra></extra>",
+    )  # fmt: skip
+    _curve(fig, chain["n"], chain["average"], "moving average, 50", AVERAGE, line_width=2.5)
+
+
+def _curve(fig: go.Figure, x: np.ndarray, y: np.ndarray, name: str, colour: str, **options) -> None:
+    options = {"mode": "lines", "line_width": 2} | options
+    fig.add_scatter(x=x, y=y.astype(np.float32), name=name, line_color=colour, **options)
+
+
+def _line(fig: go.Figure, value: float, ends: list[int], name: str) -> None:
+    fig.add_scatter(x=ends, y=[value, value], name=name, mode="lines", line={"color": UNSTEERED, "dash": "dash"})
+
+
+def _band(fig: go.Figure, x, low, high, name: str) -> None:
+    edge = {"mode": "lines", "line_width": 0, "hoverinfo": "skip", "legendgroup": name}
+    fig.add_scatter(x=x, y=low, showlegend=False, **edge)
+    fig.add_scatter(x=x, y=high, name=name, fill="tonexty", fillcolor="rgba(148,163,184,0.3)", **edge)
+
+
+def _base(fig: go.Figure, value: float) -> go.Figure:
+    marker = {"color": BASE, "size": 11, "symbol": "diamond"}
+    return fig.add_scatter(x=[0], y=[value], mode="markers", name="base", marker=marker)
+
+
+def _colours() -> list:
+    return [[i / 10, _along(i / 10)] for i in range(11)]
+
+
+def _along(share: float) -> str:
+    """Viridis, which keeps its order for the colour-blind and in grey."""
+    return sample_colorscale("Viridis", [share])[0]
+
+
+def write_images(figs: list[go.Figure], paths: list) -> None:
+    """Each figure into its file (.png, .svg, .pdf), 900 × its height, at twice the pixels.
+
+    Raises:
+        UserError: kaleido, or the Chrome that it drives, is missing.
+    """
+    try:
+        pio.write_images(figs, [str(path) for path in paths], width=900, scale=2)
+    except (ImportError, ValueError, RuntimeError) as error:
+        cause = str(error).strip().splitlines()[0]
+        remedy = "pip install kaleido; apt-get install chromium; export BROWSER_PATH=/usr/bin/chromium"
+        raise UserError(f"figures as files need kaleido and a Chrome ({remedy}): {cause}") from None

@@ -1,0 +1,199 @@
+"""The report of a run: one HTML file that needs no network, with its figures, key numbers and every text to look at.
+
+Model text is untrusted: it travels as data (compressed, base64) and meets the page as text nodes only.
+"""
+
+import base64
+import gzip
+import hashlib
+import json
+import math
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import plotly.graph_objects as go
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from melbo_ray import figures, query
+from melbo_ray.config import UserError
+from melbo_ray.figures import select
+from melbo_ray.storage import Storage
+from melbo_ray.store import Run
+
+_TEXT_BYTES = 40_000_000  # about 20 MB of the page when compressed
+
+
+def render(run_url: str) -> str:
+    """Write `report.html` into the run at `run_url`, a directory or fsspec URL; returns where it is.
+
+    One file, no network: every figure for every concept, a comparison, and an explorer of every text.
+
+    Raises:
+        UserError: no run there, storage that cannot be read or written, a corrupt part, another schema version.
+    """
+    storage = Storage(run_url, patient=False)
+    manifest = Run(storage).manifest()
+    if manifest is None:
+        raise UserError(f"no run at {storage.url}: expected run.json there")
+    with query.reading(run_url):
+        page = _page(query.connect(run_url), manifest, storage.url)
+    storage.put("report.html", page.encode("utf-8", "replace"))
+    return f"{storage.url}/report.html"
+
+
+def export(run_url: str, folder: Path, formats: tuple[str, ...] = ("png", "svg")) -> list[Path]:
+    """Write every figure of the run into `folder` for papers, white ground: `<concept>-<figure>.<format>`.
+
+    Raises:
+        UserError: kaleido or Chrome is missing, or what `render` raises.
+    """
+    db = query.connect(run_url)
+    with query.reading(run_url):
+        drawn = [(f"{c}-{name}", draw(db, c)) for c in _concepts(db) for name, draw in figures.FIGURES.items()]
+        drawn.append(("comparison", figures.draw_comparison(db, _concepts(db))))
+    drawn = [(name, fig.update_layout(paper_bgcolor="white")) for name, fig in drawn if fig is not None]
+    paths = [folder / f"{name}.{suffix}" for name, _ in drawn for suffix in formats]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        figures.write_images([fig for _, fig in drawn for _ in formats], paths)
+    except OSError as error:
+        raise UserError(f"cannot write the figures into {folder}: {error}") from None
+    return paths
+
+
+def _page(db: duckdb.DuckDBPyConnection, manifest: dict[str, Any], url: str) -> str:
+    concepts = _concepts(db)
+    environment = Environment(
+        loader=PackageLoader("melbo_ray"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    assets = files("melbo_ray") / "templates"
+    scripts = [get_plotlyjs(), (assets / "report.js").read_text("utf-8")]
+    comparison = figures.draw_comparison(db, concepts)
+    drawn = {concept: {name: draw(db, concept) for name, draw in figures.FIGURES.items()} for concept in concepts}
+    prompts = manifest.get("prompts", {})
+    return environment.get_template("report.html").render(
+        url=url,
+        facts=_facts(manifest),
+        concepts=concepts,
+        summaries={concept: summary(db, concept) for concept in concepts},
+        figures={
+            "concepts": {c: {name: _json(fig) for name, fig in drawn[c].items() if fig} for c in concepts},
+            "comparison": comparison and _json(comparison),
+        },
+        prompts=prompts,
+        texts={concept: _pack(_explorer(db, concept, prompts.get(concept, {}))) for concept in concepts},
+        style=Markup((assets / "report.css").read_text("utf-8")),
+        scripts=[Markup(script) for script in scripts],
+        hashes=[base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts],
+    )
+
+
+def _concepts(db: duckdb.DuckDBPyConnection) -> list[str]:
+    return [row[0] for row in db.execute("SELECT DISTINCT concept FROM vectors ORDER BY concept").fetchall()]
+
+
+def _json(fig: go.Figure) -> dict[str, Any]:
+    return json.loads(fig.to_json())
+
+
+def _facts(manifest: dict[str, Any]) -> dict[str, str]:
+    """What the run is: the head of the page."""
+    config, versions = manifest.get("config", {}), manifest.get("versions", {})
+    facts = {
+        "run": manifest.get("run_id"),
+        "model": config.get("model"),
+        "fingerprint": manifest.get("fingerprint"),
+        "layers": f"{config.get('source_layer')} → {config.get('target_layer')}",
+        "R": config.get("radius"),
+        "solver": config.get("solver"),
+        "seed": config.get("seed"),
+        "status": manifest.get("status"),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
+    return {name: str(value) for name, value in facts.items() if value not in (None, "")}
+
+
+def summary(db: duckdb.DuckDBPyConnection, concept: str) -> dict[str, str]:
+    """The key numbers of a concept by their names; – where something was not measured."""
+    numbers = select(
+        db,
+        """WITH u AS (SELECT max(kl_from_base) AS nats FROM kl WHERE concept = $1 AND kind = 'unsteered'),
+                c AS (SELECT kl_from_base AS nats FROM kl WHERE concept = $1 AND kind = 'chain' AND scale = 'own'),
+                r AS (SELECT kl_from_base AS nats FROM kl WHERE concept = $1 AND kind = 'random' AND scale = 'own'),
+                v AS (FROM vectors WHERE concept = $1 AND kind = 'chain'),
+                t AS (FROM generations WHERE concept = $1 AND scale = 'own')
+           SELECT (SELECT count(*) FROM v) AS vectors, (SELECT nats FROM u) AS unsteered,
+                  (SELECT median(nats) FROM c) AS chain, (SELECT median(nats) FROM r) AS random,
+                  (SELECT avg((nats < 0.1 * (SELECT nats FROM u))::INT) FROM c) AS below_10,
+                  (SELECT avg((nats < 0.5 * (SELECT nats FROM u))::INT) FROM c) AS below_50,
+                  (SELECT min(norm) FROM v) AS low, (SELECT max(norm) FROM v) AS high,
+                  (SELECT max(max_abs_cos) FROM v) AS cos,
+                  (SELECT avg(detected::INT) FROM t WHERE kind = 'chain') AS shown,
+                  (SELECT avg(detected::INT) FROM t WHERE kind = 'unsteered') AS shown_unsteered""",
+        concept,
+    )
+    n = {name: float(values[0]) for name, values in numbers.items()}
+    return {
+        "vectors": f"{n['vectors']:.0f}",
+        "median KL from base": _number(n["chain"], " nats"),
+        "unsteered KL": _number(n["unsteered"], " nats"),
+        "random KL, median": _number(n["random"], " nats"),
+        "below 10 % of unsteered": _share(n["below_10"]),
+        "below 50 % of unsteered": _share(n["below_50"]),
+        "norms": f"{_number(n['low'])} … {_number(n['high'])}",
+        "largest |cos|": _number(n["cos"]),
+        "texts that show it": _share(n["shown"]),
+        "the same, unsteered": _share(n["shown_unsteered"]),
+    }
+
+
+def _number(value: float, unit: str = "") -> str:
+    return f"{value:.3g}{unit}" if math.isfinite(value) else "–"
+
+
+def _share(value: float) -> str:
+    return f"{value:.0%}".replace("%", " %") if math.isfinite(value) else "–"
+
+
+def _explorer(db: duckdb.DuckDBPyConnection, concept: str, prompts: dict[str, str]) -> dict[str, Any]:
+    """All numbers and texts of a concept, by column; texts beyond the page's room stay out, highest samples first."""
+    vectors = select(
+        db,
+        """SELECT kind, index AS n, coalesce(v.norm, k.norm) AS norm, loss, relative_loss, kl_from_base, kl_to_base,
+                  kl_from_unsteered, evaluations, stop_reason, max_abs_cos, seconds, top_tokens, top_probs
+           FROM (FROM vectors WHERE concept = $1) v
+           FULL JOIN (FROM kl WHERE concept = $1 AND scale = 'own') k USING (kind, index) ORDER BY kind, n""",
+        concept,
+    )
+    texts = select(
+        db,
+        f"""SELECT kind, index AS n, prompt_id, scale, sample, text, concept_score, detected FROM (
+                SELECT *, sum(strlen(text)) OVER (ORDER BY sample, index, kind, prompt_id, scale) AS bytes
+                FROM generations WHERE concept = ?) WHERE bytes < {_TEXT_BYTES}
+            ORDER BY kind, n, prompt_id, scale, sample""",
+        concept,
+    )
+    total = db.execute("SELECT count(*) FROM generations WHERE concept = ?", [concept]).fetchall()[0][0]
+    columns = {
+        name: {k: _plain(column) for k, column in part.items()}
+        for name, part in (("vectors", vectors), ("texts", texts))
+    }
+    return columns | {"prompts": prompts, "left_out": total - len(texts["n"])}
+
+
+def _plain(column: np.ndarray) -> list[Any]:
+    """A column as JSON can hold it: six digits are enough to read, and what is no number is null."""
+    if column.dtype.kind == "f":
+        return [float(f"{x:.6g}") if math.isfinite(x) else None for x in column.tolist()]
+    return [_plain(np.asarray(x)) if isinstance(x, (np.ndarray, list)) else x for x in column.tolist()]
+
+
+def _pack(value: Any) -> str:
+    raw = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return base64.b64encode(gzip.compress(raw.encode("utf-8", "replace"), 6, mtime=0)).decode()
