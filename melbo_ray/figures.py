@@ -63,7 +63,7 @@ def draw_kl(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
     where = dict(zip(others["kind"], range(len(others["kind"])), strict=True))
     if "random" in where:
         low, high = (float(others[side][where["random"]]) for side in ("low", "high"))
-        _band(fig, [0, int(chain["n"].max())], [low, low], [high, high], "random directions, 5–95 %")
+        _band(fig, [0, int(chain["n"].max())], [low, low], [high, high], "random, 5–95 %")
     _dots_and_average(fig, chain)
     if "unsteered" in where:
         _line(fig, float(others["mean"][where["unsteered"]]), [0, int(chain["n"].max())], "unsteered")
@@ -94,7 +94,7 @@ def draw_dose(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
     chain = np.unique(dose["n"][dose["kind"] == "chain"])
     if not len(chain):
         return None
-    fig = _figure("norm that the direction is scaled to, residual-stream units", "KL(P ‖ P_base), nats")
+    fig = _figure("norm, residual-stream units", "KL(P ‖ P_base), nats")
     control = select(
         db,
         """SELECT round(norm * 2) / 2 AS x, quantile_cont(kl_from_base, 0.05) AS low,
@@ -103,7 +103,7 @@ def draw_dose(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
         concept,
     )
     if len(control["x"]):
-        _band(fig, control["x"], control["low"], control["high"], "random directions, 5–95 %")
+        _band(fig, control["x"], control["low"], control["high"], "random, 5–95 %")
     for n in chain[np.linspace(0, len(chain) - 1, min(len(chain), 24)).astype(int)]:
         rows = (dose["kind"] == "chain") & (dose["n"] == n)
         colour = _along(float(n) / float(chain[-1]))
@@ -183,7 +183,7 @@ def draw_composition(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure |
     for (rule, scale), colour in zip(pairs, _SHADES * len(pairs), strict=False):
         at = (rows["rule"] == rule) & (rows["scale"] == scale)
         _curve(fig, rows["k"][at], rows["kl"][at], html.escape(f"{rule}, {scale}"), colour, mode="lines+markers")
-    return fig.update_layout(xaxis={"type": "log", "dtick": "D2"})
+    return fig.update_layout(xaxis={"type": "log", "tickvals": np.unique(rows["k"]).tolist()})
 
 
 def draw_comparison(db: duckdb.DuckDBPyConnection, concepts: list[str]) -> go.Figure | None:

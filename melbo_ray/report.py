@@ -146,7 +146,7 @@ def summary(db: duckdb.DuckDBPyConnection, concept: str) -> dict[str, str]:
         "random KL, median": _number(n["random"], " nats"),
         "below 10 % of unsteered": _share(n["below_10"]),
         "below 50 % of unsteered": _share(n["below_50"]),
-        "norms": f"{_number(n['low'])} … {_number(n['high'])}",
+        "norms": f"{_number(n['low'])} – {_number(n['high'])}",
         "largest |cos|": _number(n["cos"]),
         "texts that show it": _share(n["shown"]),
         "the same, unsteered": _share(n["shown_unsteered"]),

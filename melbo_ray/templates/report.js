@@ -87,7 +87,6 @@ async function unpack(concept) {
 // `stops`: for each kind the directions in order of n, with their numbers; `rows`: where the texts of each stand.
 function index({ vectors, texts, prompts, left_out }) {
   const stops = new Map(), rows = new Map();
-  const add = (kind, n, i) => stops.set(kind, [...(stops.get(kind) ?? []), { kind, n, i }]);
   const groups = {};
   vectors.n.forEach((n, i) => (groups[vectors.kind[i]] ??= []).push({ kind: vectors.kind[i], n, i }));
   const chain = [...(groups.base ?? []), ...(groups.chain ?? [])];
@@ -155,6 +154,11 @@ function showNumbers({ kind, n, i }) {
     node("span", "token", node("b", "", visible(JSON.stringify(token).slice(1, -1))), number(100 * v.top_probs[i][j], 2) + " %")));
 }
 
+// The training prompt first, prompt_10 after prompt_9.
+function byName(a, b) {
+  return (b === "training") - (a === "training") || a.localeCompare(b, "en", { numeric: true });
+}
+
 function textsOf(key) {
   return (state.data.rows.get(key) ?? []).filter((row) => inScale(row));
 }
@@ -166,7 +170,7 @@ function inScale(row) {
 function showOutputs({ kind, n }) {
   const t = state.data.texts, mine = textsOf(`${kind}/${n}`);
   const beside = $("#beside").value, other = beside ? textsOf(beside) : [];
-  const prompts = [...new Set(mine.map((row) => t.prompt_id[row]))];
+  const prompts = [...new Set(mine.map((row) => t.prompt_id[row]))].sort(byName);
   const column = (title, rows) => node("div", "", node("h5", "", title), ...rows.map(textNode));
   const cards = prompts.map((prompt) => {
     const of = (rows) => rows.filter((row) => t.prompt_id[row] === prompt);
@@ -284,5 +288,6 @@ document.addEventListener("keydown", (event) => {
   step(by * (event.shiftKey ? 10 : 1));
 });
 
-const [concept, kind, n] = decodeURIComponent(location.hash.slice(1)).split("/");
-choose(CONCEPTS.includes(concept) ? concept : CONCEPTS[0], kind, Number(n) || 0);
+const [concept, kind, n] = location.hash.slice(1).split("/");
+if (CONCEPTS.includes(concept)) choose(concept, kind, Number(n) || 0);
+else choose(CONCEPTS[0]);
