@@ -4,32 +4,19 @@ Numbers come from a DuckDB connection (`melbo_ray.query.connect`); no text of a 
 """
 
 import html
+import math
 
 import duckdb
 import numpy as np
 import plotly.graph_objects as go
-import plotly.io as pio
 from plotly.colors import sample_colorscale
 
-from melbo_ray.config import UserError
+from melbo_ray.query import Columns, select
 
 CHAIN, AVERAGE, BASE, UNSTEERED, CONTROL = "#4f86f7", "#f59e0b", "#10b981", "#ef4444", "#94a3b8"
+CONTRAST = "#a855f7"
 """One colour for one idea, in every figure, readable on white and on black."""
 _SHADES = ["#4f86f7", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#06b6d4", "#ec4899", "#84cc16"]
-
-Columns = dict[str, np.ndarray]
-
-
-def select(db: duckdb.DuckDBPyConnection, sql: str, *parameters: object) -> Columns:
-    """The answer's columns; what is NULL in a column of numbers is NaN."""
-    columns = db.execute(sql, list(parameters)).fetchnumpy()
-    return {name: _filled(values) for name, values in columns.items()}
-
-
-def _filled(values: np.ndarray) -> np.ndarray:
-    if not isinstance(values, np.ma.MaskedArray):
-        return values
-    return values.astype(np.float64).filled(np.nan) if values.dtype.kind in "fiu" else values.filled(None)
 
 
 def along_chain(db: duckdb.DuckDBPyConnection, table: str, column: str, concept: str) -> Columns:
@@ -53,21 +40,31 @@ def draw_kl(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
     if not len(chain["n"]):
         return None
     fig = _figure("n (position in the chain)", "KL(P_n ‖ P_base), nats")
-    others = select(
+    ends = np.array([0, int(chain["n"].max())])
+    # A random direction of the chain's n-th norm has index n: its band moves with n, unless there are only a few.
+    band = select(
         db,
-        """SELECT kind, avg(kl_from_base) AS mean, quantile_cont(kl_from_base, 0.05) AS low,
-                  quantile_cont(kl_from_base, 0.95) AS high
-           FROM kl WHERE concept = ? AND (kind = 'unsteered' OR kind = 'random' AND scale = 'own') GROUP BY kind""",
+        """SELECT index AS n, quantile_cont(kl_from_base, 0.05) OVER w AS low,
+                  quantile_cont(kl_from_base, 0.95) OVER w AS high
+           FROM kl WHERE concept = ? AND kind = 'random' AND scale = 'own'
+           WINDOW w AS (ORDER BY index ROWS BETWEEN 25 PRECEDING AND 24 FOLLOWING) ORDER BY n""",
         concept,
     )
-    where = dict(zip(others["kind"], range(len(others["kind"])), strict=True))
-    if "random" in where:
-        low, high = (float(others[side][where["random"]]) for side in ("low", "high"))
-        _band(fig, [0, int(chain["n"].max())], [low, low], [high, high], "random, 5–95 %")
+    if 0 < len(band["n"]) < 0.5 * len(chain["n"]):
+        _band(fig, ends, np.full(2, np.median(band["low"])), np.full(2, np.median(band["high"])), "random, 5–95 %")
+    elif len(band["n"]):
+        _band(fig, band["n"], band["low"], band["high"], "random, 5–95 %")
     _dots_and_average(fig, chain)
-    if "unsteered" in where:
-        _line(fig, float(others["mean"][where["unsteered"]]), [0, int(chain["n"].max())], "unsteered")
+    nats = unsteered(db, concept)
+    if math.isfinite(nats):
+        _line(fig, nats, ends, "unsteered")
     return _base(fig, 0.0)
+
+
+def unsteered(db: duckdb.DuckDBPyConnection, concept: str) -> float:
+    """KL(P_unsteered ‖ P_base) on the training prompt, nats; NaN where it was not measured."""
+    sql = "SELECT max(kl_from_base) AS kl FROM kl WHERE concept = ? AND kind = 'unsteered' AND scale = 'own'"
+    return float(select(db, sql, concept)["kl"][0])
 
 
 def draw_norm(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
@@ -80,7 +77,7 @@ def draw_norm(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
     base = select(db, "SELECT norm FROM vectors WHERE concept = ? AND kind = 'base'", concept)["norm"]
     if len(base):
         _base(fig, float(base[0]))
-        _line(fig, float(base[0]), [0, int(chain["n"].max())], "norm of the base, R")
+        _line(fig, float(base[0]), np.array([0, int(chain["n"].max())]), "norm of the base")
     return fig
 
 
@@ -88,7 +85,8 @@ def draw_dose(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
     """KL from the base against the norm a direction is scaled to: the chain by n, the base, random ones as a band."""
     dose = select(
         db,
-        """SELECT kind, index AS n, norm, kl_from_base AS kl FROM dose WHERE concept = ? ORDER BY kind, n, norm""",
+        """SELECT kind, index AS n, norm, kl_from_base AS kl FROM dose
+           WHERE concept = ? AND scale IN ('alpha', 'radius') ORDER BY kind, n, norm""",
         concept,
     )
     chain = np.unique(dose["n"][dose["kind"] == "chain"])
@@ -99,7 +97,7 @@ def draw_dose(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
         db,
         """SELECT round(norm * 2) / 2 AS x, quantile_cont(kl_from_base, 0.05) AS low,
                   quantile_cont(kl_from_base, 0.95) AS high
-           FROM dose WHERE concept = ? AND kind = 'random' GROUP BY x ORDER BY x""",
+           FROM dose WHERE concept = ? AND kind = 'random' AND scale IN ('alpha', 'radius') GROUP BY x ORDER BY x""",
         concept,
     )
     if len(control["x"]):
@@ -108,8 +106,12 @@ def draw_dose(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
         rows = (dose["kind"] == "chain") & (dose["n"] == n)
         colour = _along(float(n) / float(chain[-1]))
         _curve(fig, dose["norm"][rows], dose["kl"][rows], f"n = {n}", colour, showlegend=False, line_width=1.3)
-    rows = dose["kind"] == "base"
-    _curve(fig, dose["norm"][rows], dose["kl"][rows], "base", BASE, line_width=3)
+    for kind, name, colour in (("base", "base", BASE), ("contrast", "mean difference", CONTRAST)):
+        rows = dose["kind"] == kind
+        if rows.any():
+            _curve(fig, dose["norm"][rows], dose["kl"][rows], name, colour, line_width=3)
+    if math.isfinite(unsteered(db, concept)):
+        _line(fig, unsteered(db, concept), np.array([0, np.nanmax(dose["norm"])]), "unsteered")
     scale = {"colorscale": _colours(), "cmin": 1, "cmax": int(chain[-1]), "showscale": True, "color": [1]}
     bar = {"title": {"text": "n"}, "thickness": 10, "len": 0.8, "outlinewidth": 0}
     fig.add_scatter(x=[None], y=[None], mode="markers", marker=scale | {"colorbar": bar}, showlegend=False)
@@ -124,7 +126,7 @@ def draw_generalization(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figur
                               WHERE concept = $1 AND kind = 'unsteered' GROUP BY prompt_id)
            SELECT index AS n, prompt_id, g.kl_from_base AS kl, g.kl_from_base / nats AS share
            FROM generalization g LEFT JOIN unsteered USING (prompt_id)
-           WHERE concept = $1 AND kind = 'chain'""",
+           WHERE concept = $1 AND kind = 'chain' AND prompt_id <> 'training'""",
         concept,
     )
     if not len(rows["n"]):
@@ -149,22 +151,26 @@ def draw_presence(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | No
     """How many chain vectors tell concept text from neutral text how well, beside random directions."""
     rows = select(
         db,
-        """SELECT kind, auroc FROM presence WHERE concept = ? AND sinks = 'dropped' AND isfinite(auroc)
-           QUALIFY row_number() OVER (PARTITION BY kind, index ORDER BY texts) = 1""",
+        """SELECT kind, sinks, auroc FROM presence
+           WHERE concept = $1 AND isfinite(auroc) AND texts = (SELECT min(texts) FROM presence
+                WHERE concept = $1 AND texts IN ('concept', 'written_concept'))""",
         concept,
     )
-    if not (rows["kind"] == "chain").any():
+    dropped = rows["sinks"] == "dropped"
+    shown = [
+        ("random directions", CONTROL, dropped & (rows["kind"] == "random"), True),
+        ("chain vectors", CHAIN, dropped & (rows["kind"] == "chain"), True),
+        ("chain, sinks kept", AVERAGE, ~dropped & (rows["kind"] == "chain"), "legendonly"),
+    ]
+    if not shown[1][2].any():
         return None
-    fig = _figure("AUROC of the projection, concept text against neutral text", "share of directions")
-    for kind, name, colour in (("random", "random directions", CONTROL), ("chain", "chain vectors", CHAIN)):
-        fig.add_histogram(
-            x=rows["auroc"][rows["kind"] == kind], name=name, marker_color=colour, opacity=0.65,
-            histnorm="probability", xbins={"start": 0, "end": 1, "size": 0.025},
-        )  # fmt: skip
-    lines = {"base": ("base", BASE), "contrast": ("mean difference", UNSTEERED)}
-    for kind, (name, colour) in lines.items():
-        for value in rows["auroc"][rows["kind"] == kind]:
-            fig.add_vline(x=value, line={"color": colour, "width": 2}, annotation={"text": name, "font_color": colour})
+    fig = _figure("AUROC of the projection: concept against neutral", "share of directions")
+    bins = {"histnorm": "probability", "xbins": {"start": 0, "end": 1, "size": 0.025}, "opacity": 0.65}
+    for name, colour, at, visible in shown:
+        fig.add_histogram(x=rows["auroc"][at], name=name, marker_color=colour, visible=visible, **bins)
+    for kind, name, colour in (("base", "base", BASE), ("contrast", "mean difference", CONTRAST)):
+        for value in rows["auroc"][dropped & (rows["kind"] == kind)]:
+            fig.add_scatter(x=[value, value], y=[0, 0.1], mode="lines", name=name, line={"color": colour, "width": 3})
     return fig.update_layout(barmode="overlay", xaxis_range=[0, 1])
 
 
@@ -190,12 +196,9 @@ def draw_comparison(db: duckdb.DuckDBPyConnection, concepts: list[str]) -> go.Fi
     """The moving average of every concept's KL as a share of its unsteered one, against n."""
     fig = _figure("n (position in the chain)", "KL(P_n ‖ P_base), share of unsteered")
     for concept, colour in zip(concepts, _SHADES * len(concepts), strict=False):
-        chain = along_chain(db, "kl", "kl_from_base", concept)
-        unsteered = select(
-            db, "SELECT max(kl_from_base) AS kl FROM kl WHERE concept = ? AND kind = 'unsteered'", concept
-        )["kl"]
-        if len(chain["n"]) and np.isfinite(unsteered).all():
-            _curve(fig, chain["n"], chain["average"] / unsteered, html.escape(concept), colour)
+        chain, nats = along_chain(db, "kl", "kl_from_base", concept), unsteered(db, concept)
+        if len(chain["n"]) and math.isfinite(nats):
+            _curve(fig, chain["n"], chain["average"] / nats, html.escape(concept), colour)
     return fig.update_yaxes(rangemode="tozero") if fig.data else None
 
 
@@ -211,14 +214,13 @@ FIGURES = {
 
 
 def _figure(x: str, y: str) -> go.Figure:
-    fig = go.Figure()
-    fig.layout = go.Layout(
+    layout = go.Layout(
         template="none", height=380, margin={"l": 62, "r": 16, "t": 28, "b": 48}, hovermode="closest",
         xaxis={"title": {"text": x}, "zeroline": False}, yaxis={"title": {"text": y}, "zeroline": False},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}, font={"size": 12},
         paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
     )  # fmt: skip
-    return fig
+    return go.Figure(layout=layout)
 
 
 def _dots_and_average(fig: go.Figure, chain: Columns) -> None:
@@ -235,11 +237,11 @@ def _curve(fig: go.Figure, x: np.ndarray, y: np.ndarray, name: str, colour: str,
     fig.add_scatter(x=x, y=y.astype(np.float32), name=name, line_color=colour, **options)
 
 
-def _line(fig: go.Figure, value: float, ends: list[int], name: str) -> None:
+def _line(fig: go.Figure, value: float, ends: np.ndarray, name: str) -> None:
     fig.add_scatter(x=ends, y=[value, value], name=name, mode="lines", line={"color": UNSTEERED, "dash": "dash"})
 
 
-def _band(fig: go.Figure, x, low, high, name: str) -> None:
+def _band(fig: go.Figure, x: np.ndarray, low: np.ndarray, high: np.ndarray, name: str) -> None:
     edge = {"mode": "lines", "line_width": 0, "hoverinfo": "skip", "legendgroup": name}
     fig.add_scatter(x=x, y=low, showlegend=False, **edge)
     fig.add_scatter(x=x, y=high, name=name, fill="tonexty", fillcolor="rgba(148,163,184,0.3)", **edge)
@@ -257,17 +259,3 @@ def _colours() -> list:
 def _along(share: float) -> str:
     """Viridis, which keeps its order for the colour-blind and in grey."""
     return sample_colorscale("Viridis", [share])[0]
-
-
-def write_images(figs: list[go.Figure], paths: list) -> None:
-    """Each figure into its file (.png, .svg, .pdf), 900 × its height, at twice the pixels.
-
-    Raises:
-        UserError: kaleido, or the Chrome that it drives, is missing.
-    """
-    try:
-        pio.write_images(figs, [str(path) for path in paths], width=900, scale=2)
-    except (ImportError, ValueError, RuntimeError) as error:
-        cause = str(error).strip().splitlines()[0]
-        remedy = "pip install kaleido; apt-get install chromium; export BROWSER_PATH=/usr/bin/chromium"
-        raise UserError(f"figures as files need kaleido and a Chrome ({remedy}): {cause}") from None

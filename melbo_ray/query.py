@@ -17,13 +17,18 @@ from typing import Any
 import duckdb
 import fsspec
 import fsspec.asyn
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from melbo_ray.config import UserError
+from melbo_ray.storage import Storage
 from melbo_ray.tables import SCHEMA_VERSION, SCHEMAS
 
-_PART = re.compile(r"^(?P<run>.+)/(?P<table>[^/]+)/concept=[^/]+/[^/._][^/]*\.parquet$")
+Columns = dict[str, np.ndarray]
+"""A query's answer, by column."""
+
+_PART = re.compile(r"^(?P<run>.*)/(?P<table>[^/]+)/concept=[^/]+/[^/._][^/]*\.parquet$")
 
 EXAMPLES = {
     # KL(P_n ‖ P_base) in nats against n, with its moving average over 50 vectors (fewer at the two ends).
@@ -57,14 +62,14 @@ EXAMPLES = {
     "generalising_vectors": """
         SELECT run_id, concept, index AS n, avg((log_likelihood_ratio > 0)::INT) AS share_of_prompts,
                median(kl_from_base) AS median_kl, avg(top1_agreement) AS top1_agreement
-        FROM generalization WHERE kind = 'chain'
-        GROUP BY run_id, concept, n ORDER BY share_of_prompts DESC, median_kl
+        FROM generalization WHERE kind = 'chain' AND prompt_id <> 'training'
+        GROUP BY run_id, concept, n ORDER BY share_of_prompts DESC, median_kl, run_id, concept, n
     """,
     # Dose-response: KL(P_n ‖ P_base) against the norm that directions are scaled to, chain and controls.
     "dose_response": """
         SELECT concept, kind, round(norm, 1) AS at_norm, count(*) AS directions, median(kl_from_base) AS median_kl,
                quantile_cont(kl_from_base, 0.1) AS low, quantile_cont(kl_from_base, 0.9) AS high
-        FROM dose GROUP BY concept, kind, at_norm ORDER BY concept, kind, at_norm
+        FROM dose WHERE scale IN ('alpha', 'radius') GROUP BY concept, kind, at_norm ORDER BY concept, kind, at_norm
     """,
 }
 
@@ -79,10 +84,10 @@ def connect(run_or_prefix: str) -> duckdb.DuckDBPyConnection:
     Raises:
         UserError: no run there, storage that cannot be read, a corrupt part, a part of another schema version.
     """
-    with reading(run_or_prefix):
-        fs, root = fsspec.url_to_fs(run_or_prefix)
-        fs.invalidate_cache()
-        parts = _parts(fs, root, run_or_prefix)
+    storage = Storage(run_or_prefix, patient=False)
+    fs, root = fsspec.url_to_fs(storage.url)
+    parts = {table: [f"{root}/{name}" for name in names] for table, names in _parts(storage).items()}
+    with reading(storage.url):
         with ThreadPoolExecutor(16) as pool:
             for table, paths in parts.items():
                 list(pool.map(partial(_check, fs, table), paths))
@@ -95,31 +100,38 @@ def connect(run_or_prefix: str) -> duckdb.DuckDBPyConnection:
     return db
 
 
+def select(db: duckdb.DuckDBPyConnection, sql: str, *parameters: object) -> Columns:
+    """The answer's columns; what is NULL in a column of numbers is NaN."""
+    columns = db.execute(sql, list(parameters)).fetchnumpy()
+    return {name: _filled(values) for name, values in columns.items()}
+
+
+def _filled(values: np.ndarray) -> np.ndarray:
+    if not isinstance(values, np.ma.MaskedArray):
+        return values
+    return values.astype(np.float64).filled(np.nan) if values.dtype.kind in "fiu" else values.filled(None)
+
+
 @contextmanager
 def reading(url: str) -> Generator[None]:
-    """Whatever goes wrong in storage or DuckDB inside it becomes one line that names `url`, without credentials."""
-    place = re.sub(r"//[^/@]*@", "//", url)
+    """What goes wrong in DuckDB or in reading parts becomes one line that names `url`."""
     try:
         yield
-    except FileNotFoundError:
-        raise UserError(f"nothing at {place}: expected a run, or a directory of runs") from None
-    except PermissionError:
-        raise UserError(f"no access to {place}: check the credentials and their rights") from None
-    except (OSError, ValueError, ImportError, duckdb.Error) as error:
-        raise UserError(f"cannot read {place}: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError, duckdb.Error) as error:
+        raise UserError(f"cannot read {url}: {str(error).strip().splitlines()[0]}") from None
 
 
-def _parts(fs: Any, root: str, url: str) -> dict[str, list[str]]:
-    """Paths of the parts of each table, of every run at or under `root`."""
-    files = fs.find(root)
-    runs = {path.removesuffix("/run.json") for path in files if path.endswith("/run.json")}
+def _parts(storage: Storage) -> dict[str, list[str]]:
+    """The parts of each table, of every run at or below the root of `storage`, relative to it."""
+    names = [f"/{name}" for name in storage.names()]
+    runs = {name.removesuffix("/run.json") for name in names if name.endswith("/run.json")}
     if not runs:
-        raise UserError(f"no run at {url}: expected run.json there or in a directory below it")
-    parts: dict[str, list[str]] = {name: [] for name in SCHEMAS}
-    for path in files:
-        match = _PART.match(path)
+        raise UserError(f"no run at {storage.url}: expected run.json there or in a directory below it")
+    parts: dict[str, list[str]] = {table: [] for table in SCHEMAS}
+    for name in names:
+        match = _PART.match(name)
         if match and match["run"] in runs and match["table"] in parts:
-            parts[match["table"]].append(path)
+            parts[match["table"]].append(name[1:])
     return parts
 
 

