@@ -115,7 +115,7 @@ class _Batch:
                 logits_to_keep=1,
             )
         logits = output.logits[:, -1].float()
-        if not bool(logits.isfinite().all()):
+        if not bool(logits.sum(-1).isfinite().all()):
             raise FloatingPointError("the model's logits are not finite under this vector")
         return logits, [(layer.keys, layer.values) for layer in cache.layers]
 
@@ -134,7 +134,7 @@ def generate(
     max_new_tokens: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    batch: int = 32,
+    batch: int = 64,
 ) -> list[Continuation]:
     """What the model writes on each job's prompt, its vector added after block `source` at every position.
 
@@ -190,7 +190,7 @@ def choose(
     """The token at which the cumulative distribution (in order of token id) passes each uniform number of [0, 1)."""
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = (logits.double() / temperature).softmax(-1)
+    probabilities = logits.double().div_(temperature).softmax(-1)
     if top_p < 1:
         ordered, order = probabilities.sort(descending=True, stable=True)
         outside = ordered.cumsum(-1) - ordered >= top_p

@@ -15,7 +15,7 @@ from melbo_ray.config import UserError
 from melbo_ray.model import LanguageModel
 
 # Tokens of one forward pass: enough to fill two cores or one GPU, few enough for the memory of either.
-_TOKENS = 4096
+_TOKENS = 2048
 
 
 @contextlib.contextmanager
@@ -67,6 +67,7 @@ class Prompts:
         rows = [_row(prompt.cpu(), forced) for prompt, forced in zip(prompts, branches, strict=True)]
         self.targets = [torch.cat([torch.empty(0).long(), *forced]) for forced in branches]
         self._kept = [row[3] for row in rows]
+        self._lengths = torch.tensor([len(row[0]) for row in rows])
         self._tokens, self._positions, groups = (
             nn.utils.rnn.pad_sequence([row[i] for row in rows], batch_first=True, padding_value=value)
             for i, value in ((0, 0), (1, 0), (2, -1))
@@ -95,13 +96,14 @@ class Prompts:
             yield from self._chunk(theta[part.to(theta.device)], rows.cpu()[part])
 
     def _chunk(self, theta: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
-        h = self.h_source[rows.to(self.h_source.device)]
-        theta = (theta[:, None] if theta.ndim == 2 else theta).to(h.device)
+        width = int(self._lengths[rows].max())
+        h = self.h_source[rows.to(self.h_source.device), :width]
+        theta = (theta[:, None] if theta.ndim == 2 else theta[:, :width]).to(h.device)
         kept = [self._kept[row] for row in rows.tolist()]
         lengths = [len(positions) for positions in kept]
         where = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths)), torch.cat(kept)
         with self._instead_of_prefix((h.float() + theta).to(h.dtype)), _reading(self.model, where):
-            logits = self._forward(rows)
+            logits = self._forward(rows, width)
         return logits[0].float().split(lengths)
 
     def _below(self, rows: Tensor) -> Tensor:
@@ -115,7 +117,7 @@ class Prompts:
         handle = self.model.layers[self.source].register_forward_hook(stop)
         try:
             with torch.no_grad():
-                self._forward(rows)
+                self._forward(rows, self._tokens.shape[1])
         except _Reached:
             pass
         finally:
@@ -123,13 +125,13 @@ class Prompts:
         self._in_tuple = isinstance(found[0], tuple)
         return found[0][0] if self._in_tuple else found[0]
 
-    def _forward(self, rows: Tensor) -> Tensor:
+    def _forward(self, rows: Tensor, width: int) -> Tensor:
         device, arguments = self.model.device, {}
         if self._mask is not None:
-            blocked = ~self._mask[rows][:, None].to(device)
+            blocked = ~self._mask[rows, None, :width, :width].to(device)
             mask = torch.zeros(blocked.shape, dtype=self.model.dtype, device=device)
             arguments["attention_mask"] = mask.masked_fill_(blocked, torch.finfo(mask.dtype).min)
-        tokens, positions = self._tokens[rows].to(device), self._positions[rows].to(device)
+        tokens, positions = (part[rows, :width].to(device) for part in (self._tokens, self._positions))
         return self.model.network(input_ids=tokens, position_ids=positions, use_cache=False, **arguments).logits
 
     @contextlib.contextmanager

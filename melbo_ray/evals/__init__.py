@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 
 from melbo_ray import tables
-from melbo_ray.evals import generations, kl
+from melbo_ray.evals import composition, control, dose, generalization, generations, geometry, kl, presence, rescaled
 from melbo_ray.evals.study import Row, Rows, Study, Vectors
 from melbo_ray.model import first_line
 
@@ -39,6 +39,13 @@ EVALUATIONS = {
     for evaluation in (
         Evaluation("kl", ("kl",), "vector", kl.run),
         Evaluation("generations", ("generations",), "vector", generations.run),
+        Evaluation("generalization", ("generalization",), "vector", generalization.run),
+        Evaluation("dose", ("dose",), "vector", dose.run),
+        Evaluation("presence", ("presence",), "vector", presence.run),
+        Evaluation("rescaled", ("kl",), "chain", rescaled.run),
+        Evaluation("composition", ("composition",), "chain", composition.run),
+        Evaluation("geometry", ("geometry", "summary"), "chain", geometry.run),
+        Evaluation("control", ("kl", "generalization", "generations", "dose", "presence"), "chain", control.run),
     )
 }
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from melbo_ray.evals.kl import rescaled
+from melbo_ray.evals.kl import at_norm
 from melbo_ray.evals.scores import score_text
 from melbo_ray.evals.study import TRAINING, Row, Rows, Study, Vectors
 from melbo_ray.generate import Job, generate
@@ -21,7 +21,7 @@ def run(study: Study, vectors: Vectors) -> Rows:
     held_out = list(study.concept.held_out)[: study.config.held_out_generations]
     wanted = [("own", prompt_id, vectors.theta) for prompt_id in (TRAINING, *held_out)]
     if vectors.kind != "unsteered":
-        wanted.append(("radius", TRAINING, rescaled(vectors.theta, study.config.radius)))
+        wanted.append(("radius", TRAINING, at_norm(vectors.theta, study.config.radius)))
     keys, thetas = [], []
     for scale, prompt_id, scaled in wanted:
         for index, theta in zip(vectors.index, scaled, strict=True):

@@ -11,7 +11,7 @@ TOP = 10
 
 def run(study: Study, vectors: Vectors) -> Rows:
     """Each vector at the last token of the training prompt, at its own norm and rescaled to the radius."""
-    scales = {"own": vectors.theta, "radius": rescaled(vectors.theta, study.config.radius)}
+    scales = {"own": vectors.theta, "radius": at_norm(vectors.theta, study.config.radius)}
     rows = []
     for scale, thetas in scales.items():
         norms = thetas.norm(dim=-1).tolist()
@@ -56,6 +56,6 @@ def kl(log_p: Float[Tensor, "*batch vocab"], log_q: Float[Tensor, "*batch vocab"
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def rescaled(thetas: Float[Tensor, "n d_model"], norm: float) -> Float[Tensor, "n d_model"]:
+def at_norm(thetas: Float[Tensor, "n d_model"], norm: float) -> Float[Tensor, "n d_model"]:
     """Every vector at the given norm; the zero vector stays zero."""
     return torch.nn.functional.normalize(thetas, dim=-1) * norm

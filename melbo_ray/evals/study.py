@@ -1,9 +1,9 @@
 """What every evaluation shares: the model, the concept, the base, and what is computed once from them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,7 @@ Row = dict[str, Any]
 """One row of a table, by column."""
 Rows = dict[str, list[Row]]
 """Rows by table."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,7 @@ class Study:
     concept: Concept
     run_id: str
     base: Float[Tensor, " d_model"]
+    _made: dict[Callable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def prompt(self) -> Prompts:
@@ -74,6 +76,12 @@ class Study:
         """The tokens of the training prompt (`training`) or of a held-out prompt, by name."""
         prompt = self.concept.prompt if prompt_id == TRAINING else self.concept.held_out[prompt_id]
         return self.model.tokenize(prompt, self.config.system_prompt)
+
+    def once(self, make: Callable[["Study"], T]) -> T:
+        """make(self), made at the first call and kept: what depends on the study alone."""
+        if make not in self._made:
+            self._made[make] = make(self)
+        return self._made[make]
 
     def concept_scores(self, thetas: Float[Tensor, "n d_model"]) -> list[float]:
         """The concept score of each vector on the training prompt (nats per token): `steer.continuation_score`."""
@@ -113,3 +121,10 @@ class Vectors:
     def norms(self) -> list[float]:
         """‖θ‖ of each."""
         return self.theta.norm(dim=-1).tolist()
+
+
+def evenly(total: int, count: int) -> list[int]:
+    """At most `count` places among `total`, evenly spread, the first and the last among them."""
+    if total <= count:
+        return list(range(total))
+    return [round(i * (total - 1) / (count - 1)) for i in range(count)]

@@ -1,0 +1,62 @@
+"""What vectors do together: means of the first k and of random k, added, and taken away from under the base."""
+
+import statistics
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from melbo_ray.evals.dose import measure_all
+from melbo_ray.evals.generations import write
+from melbo_ray.evals.kl import at_norm
+from melbo_ray.evals.study import TRAINING, Rows, Study, Vectors
+from melbo_ray.ortho import derive_seed
+
+_SIZES = (2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
+_RANDOM_SUBSETS = 2
+
+
+def run(study: Study, chain: Vectors) -> Rows:
+    """The mean of the first k vectors (`first`) and of k drawn by seed (`random`), k = 2, 3, 5, 10 and so on.
+
+    `scale` is `own` (the mean as it is), `typical` (rescaled to the chain's median norm), or `ablated`: the base
+    steers, and the mean's direction is projected out of the source layer's residual stream. `norm` is what is added;
+    for `ablated` the base's. `index` counts the rows. Texts are sampled once for each subset that is added.
+    """
+    subsets = _subsets(study, chain)
+    means = torch.stack([chain.theta[places].mean(0) for _, places in subsets]) if subsets else chain.theta[:0]
+    typical = at_norm(means, statistics.median(chain.norms))
+    rows = []
+    for scale, thetas in {"own": means, "typical": typical, "ablated": _ablated(study, means)}.items():
+        numbers = range(len(rows), len(rows) + len(subsets))
+        norms = [float(study.base.norm())] * len(subsets) if scale == "ablated" else thetas.norm(dim=-1).tolist()
+        texts: list[str | None] = [None] * len(subsets)
+        if scale != "ablated":
+            keys = [{"index": number, "prompt_id": TRAINING, "scale": scale} for number in numbers]
+            texts = [row["text"] for row in write(study, "composition", keys, list(thetas))]
+        for number, (rule, places), norm, columns, text in zip(
+            numbers, subsets, norms, measure_all(study, thetas), texts, strict=True
+        ):
+            members = [chain.index[place] for place in places]
+            keys = {"k": len(places), "members": members, "rule": rule, "scale": scale, "norm": norm, "text": text}
+            rows.append(study.row(chain.kind, number, **keys, **columns))
+    return {"composition": rows}
+
+
+def _subsets(study: Study, chain: Vectors) -> list[tuple[str, list[int]]]:
+    """(rule, places in the chain)."""
+    subsets = []
+    for k in (size for size in _SIZES if size <= len(chain)):
+        subsets.append(("first", list(range(k))))
+        for draw in range(_RANDOM_SUBSETS if k < len(chain) else 0):
+            seed = derive_seed(study.config.seed, study.concept.name, draw, f"composition/{k}")
+            order = torch.randperm(len(chain), generator=torch.Generator().manual_seed(seed))
+            subsets.append(("random", sorted(order[:k].tolist())))
+    return subsets
+
+
+def _ablated(study: Study, means: Float[Tensor, "n d_model"]) -> Float[Tensor, "n seq d_model"]:
+    """What to add at each position so that the base steers and the stream has nothing left along each mean."""
+    units = at_norm(means, 1.0)
+    steered = study.scored.h_source[0].float().cpu() + study.base
+    return study.base - (steered @ units.T).T[..., None] * units[:, None, :]

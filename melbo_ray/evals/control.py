@@ -1,0 +1,60 @@
+"""The nulls: what directions do that were not found but drawn, and what the mean-difference direction does."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from melbo_ray.evals import dose, generalization, generations, kl, presence
+from melbo_ray.evals.kl import at_norm
+from melbo_ray.evals.study import Rows, Study, Vectors, evenly
+from melbo_ray.ortho import derive_seed
+
+_COUNT = 8
+
+
+def run(study: Study, chain: Vectors) -> Rows:
+    """Rows of kinds `random` and `contrast` in the tables of the other evaluations.
+
+    `random`: for every vector of the chain a random direction of the same norm in the same complement, with the same
+    index, through kl and presence; 8 of them, evenly spread, through generalization, generations and dose as well.
+    `contrast`, index 0: the mean-difference direction (`presence.contrast`) at the radius, through all of them.
+    """
+    drawn = random_directions(study, chain)
+    few = drawn.take(evenly(len(drawn), _COUNT))
+    contrast = Vectors("contrast", [0], at_norm(study.once(presence.contrast)[None], study.config.radius))
+    rows: Rows = {}
+    for evaluation in (kl, presence, generalization, generations, dose):
+        for vectors in (drawn if evaluation in (kl, presence) else few, contrast):
+            for table, part in evaluation.run(study, vectors).items():
+                rows.setdefault(table, []).extend(part)
+    return rows
+
+
+def random_directions(study: Study, chain: Vectors) -> Vectors:
+    """One for each vector of the chain: orthogonal to θ₀ and to the chain before it, of its norm, drawn by seed.
+
+    Uniform on the sphere of the complement that the solver had; where nothing is left of it, zero.
+    """
+    # Each column of Q lies in the span of as many vectors: the first i are a basis of what vector i had to avoid.
+    taken = torch.cat([study.base[None], chain.theta]).double()
+    basis = torch.linalg.qr(taken.T).Q.T
+    thetas = []
+    for place, (index, norm) in enumerate(zip(chain.index, chain.norms, strict=True)):
+        seed = derive_seed(study.config.seed, study.concept.name, index, "random direction")
+        draw = torch.randn(taken.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        avoid = basis[: place + 1]
+        for _ in range(2):
+            draw = draw - avoid.T @ (avoid @ draw)
+        thetas.append(at_norm(draw[None], norm)[0].float())
+    return Vectors("random", chain.index, torch.stack(thetas))
+
+
+def shuffled_target(
+    unsteered: Float[Tensor, " d_model"], base: Float[Tensor, " d_model"], seed: int
+) -> Float[Tensor, " d_model"]:
+    """z(0) plus the displacement z(θ₀) − z(0) with its coordinates shuffled: as far away, and nobody's meaning.
+
+    A chain solved against it tells what the solver reaches whatever the target is.
+    """
+    order = torch.randperm(len(base), generator=torch.Generator().manual_seed(seed))
+    return unsteered + (base - unsteered)[order.to(base.device)]

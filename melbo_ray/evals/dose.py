@@ -1,0 +1,101 @@
+"""How much of a direction it takes: KL and concept score against the norm."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from melbo_ray.evals.kl import at_norm, divergences
+from melbo_ray.evals.study import Row, Rows, Study, Vectors
+from melbo_ray.steer import target_log_probs
+
+ALPHAS = tuple(i / 4 for i in range(1, 9))
+_STEPS_TO_RADIUS = 3
+_HALVINGS = 6
+
+
+def run(study: Study, vectors: Vectors) -> Rows:
+    """Each direction on two grids of norms, and two points on them; `scale` says which.
+
+    - `alpha`: α times its own norm, α = 0.25 … 2 in steps of 0.25.
+    - `radius`: norms between its own and the radius R, in equal ratios, R the last.
+    - `half`: the smallest norm at which KL(P‖P_base) is half of the unsteered one, by bisection between two doses of
+      the grids, so a dip narrower than the grid is missed; `norm` is null where no dose of them reaches it.
+    - `knee`: the α at which KL(P‖P_unsteered) bends upwards most (largest second difference): the plateau's end.
+    """
+    rows: list[Row] = []
+    vectors = vectors.take([i for i, norm in enumerate(vectors.norms) if norm > 0])
+    curves = []
+    for theta, norm in zip(vectors.theta, vectors.norms, strict=True):
+        doses = [("alpha", alpha * norm) for alpha in ALPHAS] + [("radius", n) for n in _to_radius(study, norm)]
+        curves.append(measure(study, theta, doses))
+    halves = _halves(study, vectors, curves)
+    for index, curve, half in zip(vectors.index, curves, halves, strict=True):
+        rows += [study.row(vectors.kind, index, **row) for row in (*curve, _knee(curve[: len(ALPHAS)]), half)]
+    return {"dose": rows}
+
+
+def measure(study: Study, theta: Float[Tensor, " d_model"], doses: list[tuple[str, float]]) -> list[Row]:
+    """The columns of `dose` for the direction of `theta` at each (scale, norm)."""
+    thetas = torch.cat([at_norm(theta[None], norm) for _, norm in doses])
+    return [
+        {"scale": scale, "norm": norm, **columns}
+        for (scale, norm), columns in zip(doses, measure_all(study, thetas), strict=True)
+    ]
+
+
+def measure_all(study: Study, thetas: Float[Tensor, "n *seq d_model"]) -> list[Row]:
+    """The KLs and the concept score of each vector on the training prompt, in one pass."""
+    targets, rows = study.scored.targets[0], []
+    for logits in study.scored.logits(thetas):
+        score = float(target_log_probs(logits, targets).mean()) - study.unsteered_concept_log_prob
+        rows.append({**divergences(study, logits[0].double().log_softmax(-1)), "concept_score": score})
+    return rows
+
+
+def _to_radius(study: Study, norm: float) -> list[float]:
+    ratio = study.config.radius / norm
+    if abs(ratio - 1) < 1e-3:
+        return []
+    return [norm * ratio ** (step / _STEPS_TO_RADIUS) for step in range(1, _STEPS_TO_RADIUS + 1)]
+
+
+def _knee(curve: list[Row]) -> Row:
+    kls = torch.tensor([0.0] + [row["kl_from_unsteered"] for row in curve])
+    return {**curve[int(kls.diff().diff().argmax())], "scale": "knee"}
+
+
+def _halves(study: Study, vectors: Vectors, curves: list[list[Row]]) -> list[Row]:
+    """For each vector the smallest norm with half of the unsteered KL, all bisected together."""
+    goal = unsteered_kl(study) / 2
+    brackets = [_bracket(curve, goal) for curve in curves]
+    places = [i for i, bracket in enumerate(brackets) if bracket]
+    low, high = torch.tensor([bracket for bracket in brackets if bracket]).reshape(-1, 2).unbind(1)
+    units = at_norm(vectors.theta[places], 1.0)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        kls = torch.tensor([row["kl_from_base"] for row in _kls(study, units, middle)])
+        low, high = torch.where(kls > goal, middle, low), torch.where(kls > goal, high, middle)
+    empty = dict.fromkeys(("norm", "kl_from_base", "kl_to_base", "kl_from_unsteered"))
+    rows = [{"scale": "half", **empty, "concept_score": None} for _ in curves]
+    for place, norm, columns in zip(places, high.tolist(), _kls(study, units, high), strict=True):
+        rows[place] |= {"norm": norm, **columns}
+    return rows
+
+
+def unsteered_kl(study: Study) -> float:
+    """KL(P_unsteered‖P_base), nats."""
+    return divergences(study, study.unsteered_log_probs)["kl_from_base"]
+
+
+def _bracket(curve: list[Row], goal: float) -> tuple[float, float] | None:
+    low = 0.0
+    for row in sorted(curve, key=lambda row: row["norm"]):
+        if row["kl_from_base"] <= goal:
+            return low, row["norm"]
+        low = row["norm"]
+    return None
+
+
+def _kls(study: Study, units: Float[Tensor, "n d_model"], norms: Float[Tensor, " n"]) -> list[dict[str, float]]:
+    thetas = units * norms.to(units)[:, None]
+    return [divergences(study, logits[0].double().log_softmax(-1)) for logits in study.prompt.logits(thetas)]

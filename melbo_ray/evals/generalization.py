@@ -1,0 +1,90 @@
+"""Whether a vector does on prompts it has never seen what the base does there."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from melbo_ray.evals.kl import kl
+from melbo_ray.evals.study import TRAINING, Row, Rows, Study, Vectors
+from melbo_ray.generate import Job, generate
+from melbo_ray.steer import Prompts, target_log_probs
+
+LENGTH = 16
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The prompts, each with the base's own continuation and the concept's first one forced after it.
+
+    Attributes:
+        names: prompt ids: the training prompt and the held-out ones, the shortest first.
+        prompts: what the logits come from.
+        lengths: tokens of the base's continuation, by prompt.
+        base: log-probabilities along the base's continuation under θ₀, (length, vocab) by prompt.
+        unsteered: the unsteered log-probability of each forced token, by prompt.
+    """
+
+    names: list[str]
+    prompts: Prompts
+    lengths: list[int]
+    base: list[Float[Tensor, "length vocab"]]
+    unsteered: list[Float[Tensor, " kept"]]
+
+
+def run(study: Study, vectors: Vectors) -> Rows:
+    """Each vector at its own norm on every prompt, teacher-forced along the base's greedy continuation of it.
+
+    `kl_from_base` is at the prompt's last token, `kl_per_token` and `top1_agreement` are means along the continuation.
+    `log_likelihood_ratio` (of the base's continuation) and `concept_score` (of the concept's first continuation) are
+    steered minus unsteered, in nats per token.
+    """
+    held_out = study.once(_held_out)
+    rows = []
+    for index, theta, norm in zip(vectors.index, vectors.theta, vectors.norms, strict=True):
+        logits = held_out.prompts.logits(theta.expand(len(held_out.names), -1))
+        for prompt, (prompt_id, scores) in enumerate(zip(held_out.names, logits, strict=True)):
+            columns = _compare(held_out, prompt, scores)
+            rows.append(study.row(vectors.kind, index, prompt_id=prompt_id, norm=norm, **columns))
+    return {"generalization": rows}
+
+
+def _compare(held_out: HeldOut, prompt: int, logits: Float[Tensor, "kept vocab"]) -> Row:
+    length, base = held_out.lengths[prompt], held_out.base[prompt]
+    log_p = logits[:length].log_softmax(-1)
+    divergence = kl(log_p, base)
+    gain = target_log_probs(logits, held_out.prompts.targets[prompt]) - held_out.unsteered[prompt]
+    return {
+        "kl_from_base": float(divergence[0]),
+        "kl_per_token": float(divergence.mean()),
+        "top1_agreement": float((log_p.argmax(-1) == base.argmax(-1)).float().mean()),
+        "log_likelihood_ratio": float(gain[:length].mean()),
+        "concept_score": float(gain[length:].mean()),
+    }
+
+
+def _held_out(study: Study) -> HeldOut:
+    # By length, so that little is padded.
+    names = sorted([TRAINING, *study.concept.held_out], key=lambda name: len(study.tokens(name)))
+    tokens = [study.tokens(name) for name in names]
+    written = _continuations(study, tokens)
+    forced = [[own, study.continuations[0]] for own in written]
+    prompts = Prompts(study.model, tokens, study.config.source_layer, forced)
+    lengths = [len(own) for own in written]
+    base = prompts.logits(study.base.expand(len(names), -1))
+    unsteered = prompts.logits(torch.zeros_like(study.base).expand(len(names), -1))
+    return HeldOut(
+        names,
+        prompts,
+        lengths,
+        [logits[:length].log_softmax(-1) for logits, length in zip(base, lengths, strict=True)],
+        [target_log_probs(logits, targets) for logits, targets in zip(unsteered, prompts.targets, strict=True)],
+    )
+
+
+def _continuations(study: Study, prompts: list[Int[Tensor, " seq"]]) -> list[Int[Tensor, " length"]]:
+    """What the base writes, greedily; its end token where it writes nothing."""
+    jobs = [Job(tokens, study.base) for tokens in prompts]
+    texts = generate(study.model, jobs, study.config.source_layer, max_new_tokens=LENGTH, temperature=0)
+    return [torch.tensor(text.tokens or study.model.end_tokens[:1]) for text in texts]

@@ -1,0 +1,99 @@
+"""Where the vectors point: against the base, the mean-difference direction, the unembedding; the chain in figures."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from melbo_ray.evals.dose import measure, unsteered_kl
+from melbo_ray.evals.kl import next_token
+from melbo_ray.evals.presence import contrast
+from melbo_ray.evals.study import Row, Rows, Study, Vectors
+from melbo_ray.subspace import max_abs_cos
+
+THRESHOLDS = (0.1, 0.25, 0.5, 0.75)
+_CONTRAST_DOSES = 16
+
+
+def run(study: Study, chain: Vectors) -> Rows:
+    """`geometry`, a row for each vector, and `summary`, the figures of the chain as a whole.
+
+    `bessel_bound` is 1/√index: no direction has a larger rms cosine with the first `index` vectors of an orthogonal
+    chain (Bessel's inequality, Σ cos² ≤ 1).
+    """
+    direction, nearest = study.once(contrast), _unembedding(study, chain.theta)
+    cosines = {
+        "cos_base": normalize(chain.theta, dim=-1) @ normalize(study.base, dim=-1),
+        "cos_contrast": normalize(chain.theta, dim=-1) @ normalize(direction, dim=-1),
+    }
+    rows = []
+    for place, (index, norm) in enumerate(zip(chain.index, chain.norms, strict=True)):
+        columns = {name: float(values[place]) for name, values in cosines.items()}
+        bound = 1 / math.sqrt(index)
+        rows.append(study.row(chain.kind, index, norm=norm, **columns, **nearest[place], bessel_bound=bound))
+    figures = _of_kl(study, chain) | _of_contrast(study, chain, cosines["cos_contrast"], direction)
+    figures["max_abs_cos"] = max_abs_cos(torch.cat([study.base[None], chain.theta]))
+    summary = [study.row(chain.kind, 0, figure=name, value=value) for name, value in figures.items()]
+    return {"geometry": rows, "summary": summary}
+
+
+def _unembedding(study: Study, thetas: Float[Tensor, "n d_model"]) -> list[Row]:
+    """The unembedding row with the largest |cos|, for each vector."""
+    weight = study.model.network.get_output_embeddings().weight
+    units, rows = normalize(weight.float(), dim=-1), []
+    for part in thetas.split(64):
+        cosines = normalize(part, dim=-1).to(units) @ units.T
+        values, tokens = cosines.abs().max(-1)
+        names = [study.model.tokenizer.decode([token]) for token in tokens.tolist()]
+        rows += [
+            {"max_abs_cos_unembedding": value, "nearest_token": name}
+            for value, name in zip(values.tolist(), names, strict=True)
+        ]
+    return rows
+
+
+def _of_kl(study: Study, chain: Vectors) -> dict[str, float | None]:
+    """How many vectors are below each share of the unsteered KL(P‖P_base), and where the curve breaks."""
+    kls = [row["kl_from_base"] for row in next_token(study, chain.theta)]
+    whole = unsteered_kl(study)
+    figures: dict[str, float | None] = {"unsteered_kl": whole, "median_kl": float(torch.tensor(kls).median())}
+    for share in THRESHOLDS:
+        figures[f"vectors_below_{share:g}_unsteered_kl"] = float(sum(kl < share * whole for kl in kls))
+    place = change_point(kls)
+    figures["change_point"] = None if place is None else float(chain.index[place])
+    figures["mean_kl_before_change"] = None if place is None else sum(kls[:place]) / place
+    figures["mean_kl_after_change"] = None if place is None else sum(kls[place:]) / (len(kls) - place)
+    return figures
+
+
+def change_point(values: list[float]) -> int | None:
+    """Where a curve is best cut in two constant pieces (least squares): the second one's start; None below 4 values."""
+    if len(values) < 4:
+        return None
+    series = torch.tensor(values, dtype=torch.float64)
+    errors = [
+        float(((part - part.mean()) ** 2).sum() + ((rest - rest.mean()) ** 2).sum())
+        for part, rest in ((series[:cut], series[cut:]) for cut in range(1, len(series)))
+    ]
+    return 1 + errors.index(min(errors))
+
+
+def _of_contrast(study: Study, chain: Vectors, cosines: Tensor, direction: Tensor) -> dict[str, float | None]:
+    """Bessel's bound beside the smallest dose of the mean-difference direction that does half of what the base does.
+
+    `contrast_norm_for_half_score`: the smallest of 16 norms up to 2R at which its concept score is half the base's;
+    `contrast_norm_for_half_kl`: at which KL(P‖P_base) is half of the unsteered one. Null where none is.
+    """
+    radius = study.config.radius
+    doses = [("contrast", 2 * radius * step / _CONTRAST_DOSES) for step in range(1, _CONTRAST_DOSES + 1)]
+    curve = measure(study, direction, doses)
+    score, half = study.concept_scores(study.base[None])[0] / 2, unsteered_kl(study) / 2
+    return {
+        "bessel_rms_cos": 1 / math.sqrt(len(chain)),
+        "bessel_rms_component": float(chain.theta.norm(dim=-1).median()) / math.sqrt(len(chain)),
+        "rms_cos_contrast": float(cosines.square().mean().sqrt()),
+        "contrast_norm_for_half_score": next((row["norm"] for row in curve if row["concept_score"] >= score > 0), None),
+        "contrast_norm_for_half_kl": next((row["norm"] for row in curve if row["kl_from_base"] <= half), None),
+    }
