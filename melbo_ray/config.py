@@ -24,7 +24,9 @@ def _split(value: Any) -> Any:
 Names = Annotated[list[str], BeforeValidator(_split)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-EVALUATIONS = ("kl", "generations")
+EVALUATIONS = (
+    "kl", "generations", "generalization", "dose", "presence", "rescaled", "composition", "geometry", "control",
+)  # fmt: skip
 
 
 class Config(BaseSettings):

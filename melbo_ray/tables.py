@@ -52,6 +52,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         norm=_float, cos_base=_float, cos_contrast=_float, max_abs_cos_unembedding=_float, nearest_token=_text,
         bessel_bound=_float,
     ),
+    "summary": _schema(figure=_text, value=_double),
     "failures": _schema(evaluation=_text, error=_text, attempts=_int),
 }  # fmt: skip
 
