@@ -136,7 +136,7 @@ def draw_generalization(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figur
     ns, column = np.unique(rows["n"], return_inverse=True)
     grid = np.full((len(prompts), len(ns)), np.nan, np.float32)
     grid[row, column] = values
-    order = np.argsort(-np.nan_to_num(np.nanmean(grid, axis=1)))
+    order = np.argsort(np.nan_to_num(np.nanmean(grid, axis=1)))
     label = "KL, share<br>of unsteered" if top else "KL, nats"
     fig = _figure("n (position in the chain)", "")
     fig.add_heatmap(
@@ -216,7 +216,8 @@ FIGURES = {
 def _figure(x: str, y: str) -> go.Figure:
     layout = go.Layout(
         template="none", height=380, margin={"l": 62, "r": 16, "t": 28, "b": 48}, hovermode="closest",
-        xaxis={"title": {"text": x}, "zeroline": False}, yaxis={"title": {"text": y}, "zeroline": False},
+        xaxis={"title": {"text": x}, "zeroline": False, "automargin": True},
+        yaxis={"title": {"text": y}, "zeroline": False, "automargin": True},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}, font={"size": 12},
         paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
     )  # fmt: skip

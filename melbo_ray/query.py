@@ -109,7 +109,9 @@ def select(db: duckdb.DuckDBPyConnection, sql: str, *parameters: object) -> Colu
 def _filled(values: np.ndarray) -> np.ndarray:
     if not isinstance(values, np.ma.MaskedArray):
         return values
-    return values.astype(np.float64).filled(np.nan) if values.dtype.kind in "fiu" else values.filled(None)
+    if values.dtype.kind in "fiu":
+        return np.ma.filled(values.astype(np.float64), np.nan)
+    return np.ma.filled(values, None)
 
 
 @contextmanager

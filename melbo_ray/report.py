@@ -59,7 +59,7 @@ def export(run_url: str, folder: str) -> list[str]:
         drawn = {f"{c}-{name}": draw(db, c) for c in _concepts(db) for name, draw in figures.FIGURES.items()}
         drawn["comparison"] = figures.draw_comparison(db, _concepts(db))
     found = [(name, fig.update_layout(paper_bgcolor="white")) for name, fig in drawn.items() if fig is not None]
-    paths = [f"{folder}/{name}.{suffix}" for name, _ in found for suffix in ("png", "svg")]
+    paths: list[str | Path] = [f"{folder}/{name}.{suffix}" for name, _ in found for suffix in ("png", "svg")]
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         pio.write_images([fig for _, fig in found for _ in range(2)], paths, width=900, scale=2)
@@ -70,7 +70,7 @@ def export(run_url: str, folder: str) -> list[str]:
         raise UserError(
             f"figures as files need kaleido and a Chrome ({remedy}): {str(error).strip().splitlines()[0]}"
         ) from None
-    return paths
+    return [str(path) for path in paths]
 
 
 def _page(db: duckdb.DuckDBPyConnection, manifest: dict[str, Any], url: str) -> str:
@@ -88,7 +88,7 @@ def _page(db: duckdb.DuckDBPyConnection, manifest: dict[str, Any], url: str) -> 
         url=url,
         facts=_facts(manifest),
         concepts=concepts,
-        summaries={concept: summary(db, concept) for concept in concepts},
+        summaries={c: summary(db, c, manifest.get("concepts", {}).get(c, {})) for c in concepts},
         figures={
             "concepts": {c: {name: _json(fig) for name, fig in drawn[c].items() if fig} for c in concepts},
             "comparison": comparison and _json(comparison),
@@ -111,52 +111,73 @@ def _json(fig: go.Figure) -> dict[str, Any]:
 
 def _facts(manifest: dict[str, Any]) -> dict[str, str]:
     """What the run is: the head of the page."""
-    config, versions = manifest.get("config", {}), manifest.get("versions", {})
+    config = manifest.get("config", {})
     facts = {
         "run": manifest.get("run_id"),
-        "model": config.get("model"),
-        "fingerprint": manifest.get("fingerprint"),
-        "layers": f"{config.get('source_layer')} → {config.get('target_layer')}",
-        "R": config.get("radius"),
-        "solver": config.get("solver"),
-        "seed": config.get("seed"),
         "status": manifest.get("status"),
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "begun": manifest.get("created"),
+        "model": config.get("model"),
+        "revision": config.get("revision"),
+        "weights": manifest.get("fingerprint"),
+        "source → target layer": f"{config.get('source_layer')} → {config.get('target_layer')}",
+        "R": config.get("radius"),
+        "base": config.get("base"),
+        "solver": config.get("solver"),
+        "system prompt": config.get("system_prompt"),
+        "seed": config.get("seed"),
+        "hardware": ", ".join(map(str, manifest.get("hardware", {}).values())),
+        "versions": ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items()),
     }
     return {name: str(value) for name, value in facts.items() if value not in (None, "")}
 
 
-def summary(db: duckdb.DuckDBPyConnection, concept: str) -> dict[str, str]:
+_SUMMARY = """
+    WITH k AS (SELECT kind, kl_from_base AS nats FROM kl
+               WHERE concept = $1 AND scale = 'own' AND isfinite(kl_from_base)),
+         u AS (SELECT max(nats) AS nats FROM k WHERE kind = 'unsteered'),
+         c AS (FROM k WHERE kind = 'chain'),
+         r AS (FROM k WHERE kind = 'random'),
+         v AS (FROM vectors WHERE concept = $1 AND kind = 'chain'),
+         t AS (FROM generations WHERE concept = $1 AND scale = 'own'),
+         g AS (FROM generalization WHERE concept = $1 AND kind = 'chain' AND prompt_id <> 'training'),
+         s AS (FROM summary WHERE concept = $1)
+    SELECT (SELECT count(*) FROM v) AS vectors, (SELECT nats FROM u) AS unsteered,
+           (SELECT median(nats) FROM c) AS chain, (SELECT median(nats) FROM r) AS random,
+           (SELECT avg((nats < 0.1 * (SELECT nats FROM u))::INT) FROM c) AS below_10,
+           (SELECT avg((nats < 0.5 * (SELECT nats FROM u))::INT) FROM c) AS below_50,
+           (SELECT min(norm) FROM v) AS low,
+           (SELECT max(norm) FILTER (isfinite(norm)) FROM v) AS high,
+           (SELECT max(max_abs_cos) FILTER (isfinite(max_abs_cos)) FROM v) AS cos,
+           (SELECT avg((log_likelihood_ratio > 0)::INT) FROM g) AS general,
+           (SELECT avg(detected::INT) FROM t WHERE kind = 'chain') AS shown,
+           (SELECT avg(detected::INT) FROM t WHERE kind = 'unsteered') AS shown_unsteered,
+           (SELECT max(value) FROM s WHERE figure = 'change_point') AS change,
+           (SELECT max(value) FROM s WHERE figure = 'bessel_rms_component') AS bessel,
+           (SELECT max(value) FROM s WHERE figure = 'contrast_norm_for_half_score') AS half
+"""
+
+
+def summary(db: duckdb.DuckDBPyConnection, concept: str, facts: dict[str, Any]) -> dict[str, str]:
     """The key numbers of a concept by their names; – where something was not measured."""
-    numbers = select(
-        db,
-        """WITH u AS (SELECT max(kl_from_base) AS nats FROM kl WHERE concept = $1 AND kind = 'unsteered'),
-                c AS (SELECT kl_from_base AS nats FROM kl WHERE concept = $1 AND kind = 'chain' AND scale = 'own'),
-                r AS (SELECT kl_from_base AS nats FROM kl WHERE concept = $1 AND kind = 'random' AND scale = 'own'),
-                v AS (FROM vectors WHERE concept = $1 AND kind = 'chain'),
-                t AS (FROM generations WHERE concept = $1 AND scale = 'own')
-           SELECT (SELECT count(*) FROM v) AS vectors, (SELECT nats FROM u) AS unsteered,
-                  (SELECT median(nats) FROM c) AS chain, (SELECT median(nats) FROM r) AS random,
-                  (SELECT avg((nats < 0.1 * (SELECT nats FROM u))::INT) FROM c) AS below_10,
-                  (SELECT avg((nats < 0.5 * (SELECT nats FROM u))::INT) FROM c) AS below_50,
-                  (SELECT min(norm) FROM v) AS low, (SELECT max(norm) FROM v) AS high,
-                  (SELECT max(max_abs_cos) FROM v) AS cos,
-                  (SELECT avg(detected::INT) FROM t WHERE kind = 'chain') AS shown,
-                  (SELECT avg(detected::INT) FROM t WHERE kind = 'unsteered') AS shown_unsteered""",
-        concept,
-    )
-    n = {name: float(values[0]) for name, values in numbers.items()}
+    n = {name: float(values[0]) for name, values in select(db, _SUMMARY, concept).items()}
+    audit = facts.get("max_abs_cos")
     return {
         "vectors": f"{n['vectors']:.0f}",
-        "median KL from base": _number(n["chain"], " nats"),
-        "unsteered KL": _number(n["unsteered"], " nats"),
-        "random KL, median": _number(n["random"], " nats"),
-        "below 10 % of unsteered": _share(n["below_10"]),
-        "below 50 % of unsteered": _share(n["below_50"]),
+        "the chain ended": str(facts.get("stop_reason") or "–").replace("_", " "),
+        "KL from base, median": _number(n["chain"], " nats"),
+        "the same, unsteered": _number(n["unsteered"], " nats"),
+        "the same, random directions": _number(n["random"], " nats"),
+        "vectors below 10 % of unsteered KL": _share(n["below_10"]),
+        "vectors below 50 % of unsteered KL": _share(n["below_50"]),
+        "KL changes most at n": _number(n["change"]),
         "norms": f"{_number(n['low'])} – {_number(n['high'])}",
-        "largest |cos|": _number(n["cos"]),
-        "texts that show it": _share(n["shown"]),
-        "the same, unsteered": _share(n["shown_unsteered"]),
+        "largest |cos| of any two": _number(n["cos"] if audit is None else audit),
+        "held-out answers made likelier": _share(n["general"]),
+        "texts detected": _share(n["shown"]),
+        "texts detected, unsteered": _share(n["shown_unsteered"]),
+        "Bessel: rms component on any one direction, at most": _number(n["bessel"]),
+        "mean-difference dose for half the effect": _number(n["half"]),
+        "failed evaluations": str(facts.get("failures", "–")),
     }
 
 

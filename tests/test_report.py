@@ -1,0 +1,270 @@
+import gzip
+import html
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from base64 import b64decode, b64encode
+from hashlib import sha256
+
+import numpy as np
+import pytest
+
+from melbo_ray import figures, query, report
+from melbo_ray.config import UserError
+from melbo_ray.tables import SCHEMAS
+from tests.studies import UNSTEERED, kl_of, norm_of, write_part, write_study
+
+HOSTILE = "</script><script>alert(1)</script><!-- \u2028 \u202e <img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_study(
+        tmp_path_factory.mktemp("runs"), concepts=("alien", "code"), num_vectors=120, text=lambda *_: HOSTILE
+    )
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    assert report.render(str(run)) == f"{run}/report.html"
+    return (run / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def db(run):
+    return query.connect(str(run))
+
+
+def block(page, name):
+    return re.search(rf'<script type="[^"]+" id="{name}">(.*?)</script>', page, re.DOTALL)[1]
+
+
+def texts(page, concept):
+    return json.loads(gzip.decompress(b64decode(block(page, f"texts-{concept}"))))
+
+
+def trace(fig, name):
+    return next(trace for trace in fig.data if trace.name == name)
+
+
+def test_says_what_the_run_is(page):
+    head = html.unescape(page[: page.index("<main>")])
+    for fact in ("study", "tiny", "sha256:0123456789abcdef", "8 → 16", "10.0", "torch 2.13.0", "finished"):
+        assert fact in head
+
+
+def test_every_figure_of_every_concept_is_there_with_how_to_read_it(page):
+    drawn = json.loads(block(page, "figures"))
+    assert set(drawn["concepts"]) == {"alien", "code"}
+    assert all(set(of) == set(figures.FIGURES) for of in drawn["concepts"].values())
+    assert drawn["comparison"]["data"]
+    assert page.count("<figcaption>") == 2 * len(figures.FIGURES) + 1
+    assert "kl_from_base" in page
+
+
+def test_every_number_and_text_of_a_run_is_in_its_page(page):
+    data = texts(page, "code")
+    assert len(data["texts"]["text"]) == (2 * 120 + 3) * 3 * 2
+    assert set(data["texts"]["text"]) == {HOSTILE}
+    chain = [i for i, kind in enumerate(data["vectors"]["kind"]) if kind == "chain"]
+    assert [data["vectors"]["n"][i] for i in chain] == list(range(1, 121))
+    assert data["vectors"]["norm"][chain[13]] == pytest.approx(norm_of(14, 120), rel=1e-5)
+    assert data["vectors"]["kl_from_base"][chain[13]] == pytest.approx(kl_of(14, 120), rel=1e-5)
+    assert data["vectors"]["top_tokens"][chain[13]] == ["def", " import"]
+    assert data["prompts"]["prompt_0"] == "Text of prompt_0?"
+    assert data["left_out"] == 0
+
+
+def test_no_text_of_a_model_stands_in_the_page_in_clear(page):
+    ours = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    assert "alert" not in ours
+    assert "onerror" not in ours
+
+
+def test_scripts_are_those_the_policy_names_and_nothing_comes_from_elsewhere(page):
+    policy = html.unescape(re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', page)[1])
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    assert len(scripts) == 2
+    hashes = {f"'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'" for script in scripts}
+    assert hashes == set(re.findall(r"'sha256-[^']+'", policy))
+    assert "default-src 'none'" in policy
+    assert not re.search(r"script-src[^;]*(unsafe|\*|https?:)", policy)
+    ours = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    assert not re.search(r'(src|href)="(?!#|data:)', ours)
+
+
+def test_prompts_and_names_of_a_run_are_escaped(tmp_path):
+    run = write_study(tmp_path, num_vectors=2)
+    manifest = json.loads((run / "run.json").read_text())
+    manifest["prompts"]["code"]["training"] = manifest["run_id"] = manifest["config"]["model"] = HOSTILE
+    (run / "run.json").write_text(json.dumps(manifest))
+    report.render(str(run))
+    page = (run / "report.html").read_text()
+    assert "<img src=x" not in page
+    assert html.escape(HOSTILE, quote=False) in page
+
+
+def test_kl_figure_has_the_vectors_their_average_the_base_the_unsteered_and_the_control(db):
+    fig = figures.draw_kl(db, "code")
+    kl = np.array([kl_of(n, 120) for n in range(1, 121)])
+    assert np.allclose(trace(fig, "vector").y, kl, rtol=1e-6)
+    assert np.allclose(
+        trace(fig, "moving average, 50").y[25:-24], np.convolve(kl, np.ones(50) / 50, "valid"), rtol=1e-5
+    )
+    assert (trace(fig, "base").x[0], trace(fig, "base").y[0]) == (0, 0)
+    assert set(trace(fig, "unsteered").y) == {UNSTEERED}
+    random = np.array([UNSTEERED * (1 + 0.05 * math.sin(n)) for n in range(1, 121)])
+    at_60 = random[60 - 26 : 60 + 24]
+    low, high = (
+        next(t for t in fig.data if t.legendgroup == "random, 5–95 %" and bool(t.fill) == f) for f in (False, True)
+    )
+    assert (low.y[59], high.y[59]) == pytest.approx(tuple(np.quantile(at_60, [0.05, 0.95])), rel=1e-5)
+
+
+def test_norm_figure_has_the_norms(db):
+    fig = figures.draw_norm(db, "code")
+    assert np.allclose(trace(fig, "vector").y, [norm_of(n, 120) for n in range(1, 121)], rtol=1e-6)
+    assert trace(fig, "base").y[0] == 10
+
+
+def test_heat_map_is_the_share_of_each_prompts_unsteered_kl(db):
+    heat = figures.draw_generalization(db, "code").data[0]
+    assert np.shape(heat.z) == (3, 120)
+    assert heat.z[0][13] == pytest.approx(kl_of(14, 120) / UNSTEERED, rel=1e-5)
+
+
+def test_presence_compares_chain_and_random_without_sinks(db):
+    fig = figures.draw_presence(db, "code")
+    expected = [0.5 + 0.3 * math.sin(n) ** 2 for n in range(1, 121)]
+    assert np.allclose(sorted(trace(fig, "chain vectors").x), sorted(expected), rtol=1e-6)
+    assert len(trace(fig, "random directions").x) == 120
+    assert trace(fig, "chain, sinks kept").visible == "legendonly"
+
+
+def test_summary_counts_what_scipy_would(db):
+    numbers = report.summary(db, "code", {"stop_reason": "min_norm", "max_abs_cos": 3e-8, "failures": 2})
+    kl = np.array([kl_of(n, 120) for n in range(1, 121)])
+    assert numbers["vectors"] == "120"
+    assert numbers["KL from base, median"] == f"{np.median(kl):.3g} nats"
+    assert numbers["vectors below 50 % of unsteered KL"] == f"{np.mean(kl < UNSTEERED / 2):.0%}".replace("%", " %")
+    assert numbers["the chain ended"] == "min norm"
+    assert numbers["largest |cos| of any two"] == "3e-08"
+    assert numbers["failed evaluations"] == "2"
+
+
+@pytest.mark.parametrize("table", [name for name in SCHEMAS if name != "vectors"])
+def test_a_missing_table_leaves_a_line_that_says_how_to_measure_it(tmp_path, table):
+    run = write_study(tmp_path, num_vectors=3, without=[table])
+    report.render(str(run))
+    page = (run / "report.html").read_text()
+    named = {"kl", "dose", "generalization", "presence", "composition"}
+    assert ("Not measured: the table <code>" + table in page) == (table in named)
+    assert page.count("Not measured") == (table in named)
+
+
+def test_a_run_with_vectors_alone_has_its_magnitudes(tmp_path):
+    run = write_study(tmp_path, num_vectors=3, without=set(SCHEMAS) - {"vectors"})
+    report.render(str(run))
+    page = (run / "report.html").read_text()
+    assert list(json.loads(block(page, "figures"))["concepts"]["code"]) == ["norm"]
+    assert texts(page, "code")["vectors"]["kl_from_base"] == [None] * 4
+
+
+def test_an_empty_run_says_so(tmp_path):
+    run = write_study(tmp_path, without=SCHEMAS)
+    report.render(str(run))
+    assert "no vectors yet" in (run / "report.html").read_text()
+
+
+def test_an_empty_chain_has_its_base(tmp_path):
+    run = write_study(tmp_path, num_vectors=0)
+    report.render(str(run))
+    page = (run / "report.html").read_text()
+    assert "kl" not in json.loads(block(page, "figures"))["concepts"]["code"]
+    assert texts(page, "code")["vectors"]["kind"].count("base") == 1
+
+
+def test_a_chain_of_one(tmp_path):
+    run = write_study(tmp_path, num_vectors=1)
+    report.render(str(run))
+    assert len(json.loads(block((run / "report.html").read_text(), "figures"))["concepts"]["code"]) >= 5
+
+
+def test_a_vector_that_is_not_a_number_is_null_and_leaves_the_others(tmp_path):
+    run = write_study(tmp_path, num_vectors=3)
+    nan = {"kind": "chain", "scale": "own", "index": 4, "prompt_id": "training", "kl_from_base": np.nan, "norm": np.nan}
+    write_part(run, "kl", "code", [nan], "part-1")
+    write_part(run, "vectors", "code", [nan | {"vector": [np.nan] * 4}], "part-1")
+    report.render(str(run))
+    page = (run / "report.html").read_text()
+    vectors = texts(page, "code")["vectors"]
+    assert vectors["norm"][vectors["n"].index(4)] is None
+    kl = [kl_of(n, 3) for n in (1, 2, 3)]
+    assert trace(figures.draw_kl(query.connect(str(run)), "code"), "moving average, 50").y[0] == pytest.approx(
+        np.mean(kl)
+    )
+    assert f"{np.median(kl):.3g} nats" in page
+
+
+def test_texts_beyond_the_room_of_the_page_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "_TEXT_BYTES", 2000)
+    run = write_study(tmp_path, text=lambda *_: "x" * 10)
+    report.render(str(run))
+    data = texts((run / "report.html").read_text(), "code")
+    assert len(data["texts"]["text"]) == 199
+    assert set(data["texts"]["sample"]) == {0}
+    assert data["left_out"] == 83 * 3 * 2 - 199
+
+
+def job(*arguments):
+    command = [sys.executable, "jobs/report.py", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, env={"PYTHONPATH": ".", "PATH": "/usr/bin"}, check=False
+    )
+
+
+def test_the_job_prints_where_the_report_is(tmp_path):
+    run = write_study(tmp_path, num_vectors=2)
+    done = job("--run", str(run))
+    assert (done.returncode, done.stdout) == (0, f"report:  {run}/report.html\n")
+
+
+def _spoil(part):
+    part.write_bytes(part.read_bytes()[:-5])
+
+
+@pytest.mark.parametrize(
+    ("harm", "complaint"),
+    [
+        (shutil.rmtree, "no run at"),
+        (lambda run: (run / "run.json").write_text("{"), "not the manifest of a run"),
+        (lambda run: (run / "run.json").write_text('{"schema_version": 99}'), "schema version 99"),
+        (lambda run: _spoil(next(run.glob("kl/*/*.parquet"))), "not a whole Parquet file"),
+    ],
+)
+def test_a_run_that_cannot_be_read_is_one_line(tmp_path, harm, complaint):
+    run = write_study(tmp_path, num_vectors=2)
+    harm(run)
+    with pytest.raises(UserError, match=complaint) as caught:
+        report.render(str(run))
+    assert "\n" not in str(caught.value)
+    assert not (run / "report.html").exists()
+
+
+def test_the_job_fails_with_one_line_and_code_2(tmp_path):
+    done = job("--run", str(tmp_path))
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: no run at .*\n", done.stderr)
+
+
+def test_figures_become_files_for_papers(tmp_path):
+    if shutil.which("chromium") is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    run = write_study(tmp_path, num_vectors=3, without=set(SCHEMAS) - {"vectors"})
+    paths = report.export(str(run), str(tmp_path / "figures"))
+    assert [path.rpartition("/")[2] for path in paths] == ["code-norm.png", "code-norm.svg"]
+    assert (tmp_path / "figures" / "code-norm.png").read_bytes().startswith(b"\x89PNG")
+    assert "‖θ_n‖" in (tmp_path / "figures" / "code-norm.svg").read_text()
