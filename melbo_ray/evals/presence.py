@@ -47,6 +47,8 @@ def run(study: Study, vectors: Vectors) -> Rows:
     neutral rows.
     """
     vectors = vectors.take([i for i, norm in enumerate(vectors.norms) if norm > 0])
+    if not len(vectors):
+        return {"presence": []}
     units = torch.nn.functional.normalize(vectors.theta, dim=-1)
     rows = []
     for name, sets in study.once(text_sets).items():

@@ -1,0 +1,51 @@
+"""The figures again, slowly: transformers with a hook, one vector at a time, numpy in float64."""
+
+import numpy as np
+import torch
+from scipy.special import log_softmax, rel_entr
+
+from tests.families import plain_logits
+
+
+def log_probs(study, tokens, theta):
+    """Log-probabilities at every position, (seq, vocab) float64."""
+    logits = plain_logits(study.model, tokens, study.config.source_layer, theta)
+    return log_softmax(logits.double().numpy(), axis=-1)
+
+
+def prompt_tokens(study, text=None):
+    return study.model.tokenize(text or study.concept.prompt, study.config.system_prompt)
+
+
+def next_token(study, theta, text=None):
+    return log_probs(study, prompt_tokens(study, text), theta)[-1]
+
+
+def kl(log_p, log_q):
+    return float(rel_entr(np.exp(log_p), np.exp(log_q)).sum())
+
+
+def divergences(study, theta):
+    here, base = next_token(study, theta), next_token(study, study.base)
+    unsteered = next_token(study, torch.zeros_like(theta))
+    return {"kl_from_base": kl(here, base), "kl_to_base": kl(base, here), "kl_from_unsteered": kl(here, unsteered)}
+
+
+def forced(study, prompt, continuation, theta):
+    """Log-probabilities where each token of the continuation is predicted, and the tokens' own."""
+    tokens = torch.cat([prompt, torch.tensor(continuation)])
+    rows = log_probs(study, tokens, theta)[len(prompt) - 1 : -1]
+    return rows, rows[np.arange(len(continuation)), continuation]
+
+
+def concept_score(study, theta):
+    prompt, total = prompt_tokens(study), []
+    for text in study.concept.continuations:
+        ids = study.model.tokenizer(text, add_special_tokens=False)["input_ids"]
+        total.append(forced(study, prompt, ids, theta)[1] - forced(study, prompt, ids, torch.zeros_like(theta))[1])
+    return float(np.concatenate(total).mean())
+
+
+def rows_of(table, **keys):
+    """The rows of an Arrow table with these values, as dictionaries."""
+    return [row for row in table.to_pylist() if all(row[name] == value for name, value in keys.items())]

@@ -1,0 +1,49 @@
+import numpy as np
+import pytest
+import torch
+
+from melbo_ray.evals import evaluate
+from melbo_ray.evals.control import random_directions, shuffled_target
+from melbo_ray.evals.study import evenly
+from melbo_ray.subspace import max_abs_cos
+from tests.families import directions
+
+
+def test_a_random_direction_has_the_norm_and_the_complement_of_its_vector(study, chain):
+    drawn = random_directions(study, chain)
+    assert drawn.norms == pytest.approx(chain.norms, rel=1e-5)
+    for place in range(len(chain)):
+        avoided = torch.cat([study.base[None], chain.theta[:place]])
+        cosines = torch.nn.functional.cosine_similarity(avoided, drawn.theta[place][None])
+        assert float(cosines.abs().max()) < 1e-6
+    later = torch.nn.functional.cosine_similarity(chain.theta[1:], drawn.theta[0][None])
+    assert float(later.abs().max()) > 0.01
+
+
+def test_a_random_direction_is_drawn_by_its_seed_alone(study, chain):
+    first, again = random_directions(study, chain), random_directions(study, chain.take([0, 1]))
+    assert torch.equal(first.theta[:2], again.theta)
+    assert max_abs_cos(first.theta) < 0.9
+
+
+def test_it_is_a_null_of_every_evaluation_and_never_of_kind_chain(study, chain):
+    for table in evaluate("control", study, chain).values():
+        assert set(table["kind"].to_pylist()) <= {"random", "contrast"}
+    written = evaluate("control", study, chain)
+    assert set(written["kl"]["index"].to_pylist()) == {0, *chain.index}
+    assert all(written[name].num_rows for name in ("kl", "generalization", "generations", "dose", "presence"))
+
+
+def test_evenly_takes_the_first_and_the_last():
+    assert evenly(3, 8) == [0, 1, 2]
+    assert evenly(32, 8)[0] == 0
+    assert evenly(32, 8)[-1] == 31
+    assert len(set(evenly(1558, 8))) == 8
+
+
+def test_a_shuffled_target_is_as_far_away():
+    unsteered, base = directions(2)
+    target = shuffled_target(unsteered, base, seed=3)
+    np.testing.assert_allclose(np.sort(target - unsteered), np.sort(base - unsteered), atol=1e-6)
+    assert float((target - base).norm()) > 0.1
+    assert torch.equal(target, shuffled_target(unsteered, base, seed=3))

@@ -1,0 +1,49 @@
+import numpy as np
+import torch
+
+from melbo_ray.evals import Vectors, evaluate
+from melbo_ray.evals.scores import score_text
+from melbo_ray.ortho import derive_seed
+from tests.evals import reference
+from tests.evals.reference import rows_of
+
+
+def sampled(study, prompt, theta, seed):
+    """Inverse-CDF sampling from plain forward passes, the whole text read again at every token."""
+    tokens, written = reference.prompt_tokens(study, prompt), []
+    draws = torch.rand(8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).tolist()
+    for draw in draws:
+        cumulative = np.exp(reference.log_probs(study, torch.cat([tokens, torch.tensor(written).long()]), theta)[-1])
+        token = int(np.searchsorted(np.cumsum(cumulative), draw, side="right"))
+        if token in study.model.end_tokens:
+            break
+        written.append(token)
+    return study.model.tokenizer.decode(written, skip_special_tokens=True), len(written)
+
+
+def test_texts_are_those_of_sampling_from_plain_forward_passes(study, chain):
+    table = evaluate("generations", study, chain)["generations"]
+    prompts = {"training": study.concept.prompt, "river": study.concept.held_out["river"]}
+    for row in table.to_pylist():
+        theta = chain.theta[row["index"] - 1]
+        theta = theta / theta.norm() * 5 if row["scale"] == "radius" else theta
+        purpose = f"generations/chain/{row['prompt_id']}/{row['scale']}/{row['sample']}"
+        seed = derive_seed(study.config.seed, "code", row["index"], purpose)
+        text, count = sampled(study, prompts[row["prompt_id"]], theta, seed)
+        assert (row["text"], row["num_tokens"]) == (text, count)
+        assert row["finish_reason"] == ("length" if count == 8 else "stop")
+        assert {name: row[name] for name in ("detected", "language")} == {
+            name: value for name, value in score_text(study.concept, text).items() if name != "concept_score"
+        }
+
+
+def test_every_vector_writes_every_sample_on_the_training_prompt_and_on_the_held_out_ones_asked_for(study, chain):
+    table = evaluate("generations", study, chain)["generations"]
+    keys = [(row["index"], row["prompt_id"], row["scale"], row["sample"]) for row in table.to_pylist()]
+    places = [("training", "own"), ("training", "radius"), ("river", "own")]
+    assert sorted(keys) == sorted((i, *place, sample) for i in chain.index for place in places for sample in (0, 1))
+
+
+def test_unsteered_texts_have_one_scale(study):
+    table = evaluate("generations", study, Vectors("unsteered", [0], torch.zeros_like(study.base)[None]))["generations"]
+    assert len(rows_of(table, scale="own")) == table.num_rows == 4

@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from melbo_ray.evals import evaluate
+from melbo_ray.evals.presence import auroc, contrast, effect_size, text_sets
+from tests.evals.reference import rows_of
+
+
+def stream(study, tokens):
+    with torch.no_grad():
+        return study.model.network(tokens[None], output_hidden_states=True).hidden_states[2][0].double().numpy()
+
+
+def read(study, texts):
+    return np.concatenate([stream(study, torch.tensor(study.model.tokenizer(text)["input_ids"])) for text in texts])
+
+
+def without_sinks(h):
+    norms = np.linalg.norm(h, axis=1)
+    return h[norms <= 3 * np.median(norms)]
+
+
+@pytest.mark.parametrize("sinks", ["kept", "dropped"])
+def test_what_is_read_is_recomputed_with_scikit_learn(study, chain, sinks):
+    cut = without_sinks if sinks == "dropped" else np.asarray
+    concept, neutral = (cut(read(study, texts)) for texts in (study.concept.texts, study.concept.neutral_texts))
+    table = evaluate("presence", study, chain)["presence"]
+    for index, theta in zip(chain.index, chain.theta.double().numpy(), strict=True):
+        unit = theta / np.linalg.norm(theta)
+        a, b = concept @ unit, neutral @ unit
+        spread = np.sqrt((a.var(ddof=1) * (len(a) - 1) + b.var(ddof=1) * (len(b) - 1)) / (len(a) + len(b) - 2))
+        (row,) = rows_of(table, index=index, texts="concept", sinks=sinks)
+        expected = {
+            "mean_projection": a.mean(),
+            "max_projection": a.max(),
+            "mean_cos": (a / np.linalg.norm(concept, axis=1)).mean(),
+            "effect_size": (a.mean() - b.mean()) / spread,
+            "auroc": roc_auc_score([1] * len(a) + [0] * len(b), [*a, *b]),
+            "num_tokens": len(a),
+        }
+        assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+        (other,) = rows_of(table, index=index, texts="neutral", sinks=sinks)
+        assert other["mean_projection"] == pytest.approx(b.mean(), abs=1e-4)
+        assert (other["effect_size"], other["auroc"]) == (None, None)
+
+
+def test_ties_count_half():
+    a, b = torch.tensor([[1.0], [2.0], [2.0]]), torch.tensor([[2.0], [0.0]])
+    assert float(auroc(a, b)) == pytest.approx(roc_auc_score([1, 1, 1, 0, 0], [1, 2, 2, 2, 0]))
+
+
+def test_effect_size_is_the_distance_in_standard_deviations():
+    noise = torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0))
+    assert float(effect_size(3 * noise[:10_000] + 6, 3 * noise[10_000:])) == pytest.approx(2, abs=0.05)
+
+
+def test_the_mean_difference_direction_tells_its_own_texts_apart_better_than_a_random_one(study):
+    direction = contrast(study)
+    concept, neutral = (without_sinks(read(study, t)) for t in (study.concept.texts, study.concept.neutral_texts))
+    np.testing.assert_allclose(direction, concept.mean(0) - neutral.mean(0), atol=1e-4)
+
+
+def test_a_massive_activation_is_a_sink(study):
+    (concept, _) = text_sets(study)[""]
+    assert int(concept.sink.sum()) == len(concept.h) - len(concept.activations("dropped"))
+    assert concept.activations("kept").shape == concept.h.shape
+
+
+def test_the_model_writes_as_many_texts_of_each_and_the_prompt_is_not_counted(study):
+    concept, _ = text_sets(study)["written_"]
+    openings = [study.continuations[i % 2] for i in range(8)]
+    assert len(concept.h) >= sum(len(opening) for opening in openings)
+    prompt = study.tokens("training")
+    expected = stream(study, torch.cat([prompt, openings[0]]))[len(prompt) :]
+    np.testing.assert_allclose(concept.h[: len(openings[0])], expected, atol=1e-4)
+
+
+def test_a_concept_without_passages_is_judged_by_what_the_model_writes(study, chain, monkeypatch):
+    import dataclasses
+
+    bare = dataclasses.replace(study, concept=study.concept.model_copy(update={"texts": []}))
+    assert set(evaluate("presence", bare, chain)["presence"]["texts"].to_pylist()) == {
+        "written_concept", "written_neutral",
+    }  # fmt: skip
+    assert contrast(bare).isfinite().all()
