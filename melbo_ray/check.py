@@ -1,0 +1,146 @@
+"""Whether a configuration can run, before anything is written or started; and whether a run began with it."""
+
+import datetime
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from melbo_ray.concepts import Concept, load_concept
+from melbo_ray.config import Config, UserError
+from melbo_ray.model import LanguageModel, first_line, load_config, pick_device
+from melbo_ray.model import _locate as locate
+from melbo_ray.residual import check_layers
+
+# What may differ when a run goes on: where and with how much it runs, and what more is asked of its vectors.
+_FREE = {
+    "config", "run_id", "storage", "device", "evals", "eval_batch", "min_evaluators", "max_evaluators", "eval_gpus",
+    "chain_gpus",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A configuration that can run.
+
+    Attributes:
+        config: the options, with a run id.
+        concepts: what is studied.
+        weight_bytes: size of the model's weights in the chosen dtype.
+    """
+
+    config: Config
+    concepts: list[Concept]
+    weight_bytes: int
+
+
+def check(config: Config) -> Checked:
+    """Everything about the configuration that can be wrong, before anything is written or started.
+
+    Raises:
+        UserError: what is wrong.
+    """
+    concepts = [load_concept(name) for name in config.concepts]
+    names = [concept.name for concept in concepts]
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"--concepts is {','.join(config.concepts)!r}: expected at least one, each once")
+    run_id = config.run_id or f"{'-'.join(names)}-{_slug(config.model)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", run_id):
+        raise UserError(f"--run-id is {run_id!r}: expected letters, digits, and . _ - between them")
+    if config.max_evaluators is not None and config.max_evaluators < config.min_evaluators:
+        raise UserError(f"--max-evaluators {config.max_evaluators} is below --min-evaluators {config.min_evaluators}")
+    if config.base not in ("melbo", "contrast") and not Path(config.base).is_file():
+        raise UserError(f"--base is {config.base!r}: expected melbo, contrast, or a file of vectors, and there is none")
+    _check_storage(config.storage)
+    if not os.environ.get("RAY_ADDRESS"):
+        pick_device(config.device)
+    sketch = sketch_model(config)
+    check_layers(config.source_layer, config.target_layer, len(sketch.layers))
+    if config.num_vectors >= sketch.d_model:
+        raise UserError(
+            f"--num-vectors is {config.num_vectors}: the model has d_model {sketch.d_model}, so at most "
+            f"{sketch.d_model - 1} vectors are orthogonal to the base and each other"
+        )
+    for concept in concepts:
+        sketch.tokenize(concept.prompt, config.system_prompt)
+    weight_bytes = sum(parameter.nbytes for parameter in sketch.network.parameters())
+    return Checked(config.model_copy(update={"run_id": run_id}), concepts, weight_bytes)
+
+
+def sketch_model(config: Config) -> LanguageModel:
+    """The model without its weights: tokenizer, and modules on the meta device.
+
+    Raises:
+        UserError: no such model, or its decoder layers cannot be found.
+    """
+    shape = load_config(config.model, config.revision, config.trust_remote_code)
+    path, options = locate(config.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, **options, revision=config.revision or "main", trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"cannot load the model {config.model!r}: {first_line(error)}") from error
+    dtype = shape.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(shape, dtype=dtype or torch.float32)
+    return LanguageModel.wrap(network, tokenizer, name=config.model, revision=config.revision)
+
+
+def compare(manifest: Mapping[str, Any], checked: Checked) -> None:
+    """Refuse to go on with a run under another configuration.
+
+    Raises:
+        UserError: with every difference.
+    """
+    now = identity(checked)
+    differences = [
+        f"{name} was {_short(manifest['config'].get(name))} and is {_short(now['config'].get(name))}"
+        for name in sorted({*manifest["config"], *now["config"]} - _FREE)
+        if manifest["config"].get(name) != now["config"].get(name)
+        and not (name == "num_vectors" and now["config"][name] > manifest["config"][name])
+    ]
+    differences += [
+        f"{field} of concept {name} has changed"
+        for name, concept in now["definitions"].items()
+        for field in concept
+        if manifest["definitions"].get(name, concept).get(field) != concept[field]
+    ]
+    if differences:
+        raise UserError(
+            f"run {checked.config.run_id!r} was begun with another configuration: {'; '.join(differences)}. "
+            "Use the old one, or another --run-id"
+        )
+
+
+def identity(checked: Checked) -> dict[str, Any]:
+    """What of a configuration the manifest keeps, and a resumed run is held to."""
+    return {
+        "config": checked.config.model_dump(mode="json", exclude={"config"}),
+        "definitions": {concept.name: concept.model_dump(mode="json") for concept in checked.concepts},
+        "prompts": {c.name: {"training": c.prompt, **c.held_out} for c in checked.concepts},
+    }
+
+
+def _check_storage(url: str) -> None:
+    if url.startswith("memory:"):
+        raise UserError("--storage memory:// lives in one process, and a run has several: give a directory or a bucket")
+    if os.environ.get("RAY_JOB_ID") and "://" not in url and not Path(url).is_absolute():
+        raise UserError(
+            f"--storage is {url!r}: a submitted job runs in an unpacked copy that Ray deletes; give an absolute path "
+            "on a shared file system, or a URL such as s3://bucket/prefix"
+        )
+
+
+def _slug(model: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", Path(model).name.lower()).strip("-.") or "model"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

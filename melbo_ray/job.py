@@ -1,0 +1,183 @@
+"""A whole run from a configuration: check everything, take the lease, drive, publish, audit, sum up."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from melbo_ray import cluster
+from melbo_ray.agenda import Agenda
+from melbo_ray.check import Checked, compare, identity
+from melbo_ray.config import UserError
+from melbo_ray.layout import lay_out
+from melbo_ray.lease import Lease
+from melbo_ray.progress import Display
+from melbo_ray.store import Run, progress
+from melbo_ray.subspace import max_abs_cos
+from melbo_ray.work import stored_vectors
+
+_PUBLISH_EVERY = 20.0
+_UNFINISHED = "unfinished"
+_PACKAGES = ("melbo_ray", "torch", "transformers", "ray", "pyarrow", "numpy", "s3fs")
+
+
+def run(checked: Checked, console: Console, chains: bool = True) -> tuple[Run, dict[str, Any]]:
+    """Begin or resume the run and do everything that is due; the run and its manifest.
+
+    `chains`: run the chains on as well, not only the evaluations of what they have found.
+
+    Raises:
+        UserError: the run is another driver's, was begun with another configuration, or cannot go on.
+    """
+    config = checked.config
+    url = f"{config.storage.rstrip('/')}/{config.run_id}"
+    first_look = Run.open(url, patient=False)
+    if manifest := first_look.manifest():
+        compare(manifest, checked)
+    with _lease(first_look) as lease:
+        console.print(f"run {config.run_id} in {first_look.storage.url}", highlight=False, soft_wrap=True)
+        stored = Run.open(url)
+        with cluster.connected() as resources:
+            layout = lay_out(config, len(checked.concepts), checked.weight_bytes, *resources)
+            job = _Job(stored, checked, _begin(stored, checked), lease, console)
+            with Display(console, config.num_vectors) as job.display:
+                job.drive(layout, chains)
+        return stored, job.manifest
+
+
+class _Job:
+    """One driver's time with a run: drive, publish every few seconds, finish or leave it resumable."""
+
+    def __init__(self, run: Run, checked: Checked, manifest: dict[str, Any], lease: Lease, console: Console) -> None:
+        self.run, self.checked, self.manifest, self.lease = run, checked, manifest, lease
+        self.display = Display(console, checked.config.num_vectors)
+        self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
+        self._publishing: Future | None = None
+        self._next_publication = time.monotonic() + _PUBLISH_EVERY
+
+    def drive(self, layout: Any, chains: bool) -> None:
+        started, before = time.time(), self.manifest["seconds"]
+        config = self.checked.config
+        agendas = {concept.name: self._agenda(concept.name, chains) for concept in self.checked.concepts}
+        driver = cluster.Driver(
+            self.run, str(config.run_id), config, self.checked.concepts, agendas, layout, self._tick
+        )
+        driver.fingerprint = self.manifest["fingerprint"]
+        status = "interrupted"
+        try:
+            driver.drive()
+            status = "finished"
+        finally:
+            self._publisher.shutdown(wait=True)
+            with contextlib.nullcontext() if status == "finished" else contextlib.suppress(UserError):
+                self._note(driver)
+                self.manifest |= {"status": status, "seconds": before + time.time() - started}
+                self._finish()
+
+    def _agenda(self, concept: str, chains: bool) -> Agenda:
+        config = self.checked.config
+        done = progress(self.manifest, self.run.fresh())
+        agenda = Agenda(concept, config.evals, config.eval_batch, done)
+        for kind, vectors in stored_vectors(self.run, concept).items():
+            for index, vector in vectors.items():
+                agenda.learn(kind, index, vector.theta.numpy())
+        stopped = self.manifest["concepts"].get(concept, {}).get("stop_reason")
+        if agenda.found >= config.num_vectors:
+            agenda.stop_reason = "num_vectors"
+        elif stopped not in (None, "num_vectors", _UNFINISHED):
+            agenda.stop_reason = stopped
+        elif not chains:
+            agenda.stop_reason = _UNFINISHED
+        return agenda
+
+    def _tick(self, driver: cluster.Driver) -> None:
+        last = {name: found.vector for name, found in driver.last.items() if found.vector is not None}
+        self.display.update(driver.agendas, last, driver.evaluators)
+        if self._publishing is not None and self._publishing.done():
+            self._publishing.result()
+            self._publishing = None
+        if self._publishing is None and time.monotonic() > self._next_publication:
+            self._next_publication = time.monotonic() + _PUBLISH_EVERY
+            self._note(driver)
+            self._publishing = self._publisher.submit(self._publish)
+
+    def _note(self, driver: cluster.Driver) -> None:
+        """What the driver has learnt, into the manifest; only while nobody publishes."""
+        self.manifest["fingerprint"] = driver.fingerprint
+        self.manifest["hardware"] |= driver.hardware
+        for name, agenda in driver.agendas.items():
+            facts = self.manifest["concepts"].setdefault(name, {})
+            facts |= {"vectors": agenda.found, "stop_reason": agenda.stop_reason}
+
+    def _publish(self) -> None:
+        self.lease.check()
+        self.run.publish(self.manifest, self.lease.check)
+        self.run.write_manifest(self.manifest)
+
+    def _finish(self) -> None:
+        """Publish what is left and audit the complete Gram matrices."""
+        self.run.publish(self.manifest, self.lease.check)
+        for name, facts in self.manifest["concepts"].items():
+            vectors = stored_vectors(self.run, name)
+            chain = [vector.theta for vector in (*vectors.get("base", {}).values(), *vectors.get("chain", {}).values())]
+            facts["max_abs_cos"] = max_abs_cos(torch.stack(chain)) if chain else None
+            facts["failures"] = len(self.run.read("failures", name))
+        self.run.storage.sweep()
+        self.lease.check()
+        self.run.write_manifest(self.manifest)
+
+
+def exit_code(main: Callable[[], None]) -> int:
+    """Run a job's main function: 0, or 2 after one line that says what was wrong, or 130 when a person stopped it."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command with --run-id resumes", file=sys.stderr)
+        return 130
+    return 0
+
+
+@contextlib.contextmanager
+def _lease(run: Run) -> Iterator[Lease]:
+    lease = Lease(run.storage)
+    try:
+        yield lease
+    finally:
+        lease.release()
+        if run.storage.get("run.json") is None:  # refused before it began: nothing is left of it
+            run.storage.delete(run.storage.names("lease"))
+
+
+def _begin(run: Run, checked: Checked) -> dict[str, Any]:
+    """The manifest of a run that begins or goes on."""
+    config = checked.config
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    fresh = {
+        "run_id": config.run_id,
+        "created": now,
+        "model": config.model,
+        "revision": config.revision,
+        "fingerprint": None,
+        "seed": config.seed,
+        "hardware": {},
+        "seconds": 0.0,
+        "concepts": {},
+        "done": {},
+    }
+    installed = {d.name.replace("-", "_"): d.version for d in importlib.metadata.distributions()}
+    versions = {name: installed[name] for name in _PACKAGES if name in installed}
+    manifest = fresh | (run.manifest() or {}) | identity(checked)
+    manifest |= {"status": "running", "versions": versions | {"python": platform.python_version()}}
+    run.write_manifest(manifest)
+    return manifest

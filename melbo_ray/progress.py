@@ -1,0 +1,150 @@
+"""How a run is going, on a terminal as bars that live, elsewhere as plain lines; and its summary at the end."""
+
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any, Self
+
+import pyarrow.compute as pc
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from melbo_ray.agenda import Agenda
+from melbo_ray.ortho import SteeringVector
+from melbo_ray.store import Run
+
+_LINE_EVERY, _BAR_EVERY = 5.0, 0.5
+
+
+class Display:
+    """Shows where every concept stands, with the time left; a context manager.
+
+    Args:
+        console: a terminal gets bars, anything else a line of text every few seconds where something changed.
+        num_vectors: vectors each chain shall find.
+    """
+
+    def __init__(self, console: Console, num_vectors: int) -> None:
+        self._console, self._num_vectors = console, num_vectors
+        self._first: dict[str, tuple[float, int, int]] = {}
+        self._lines: dict[str, str] = {}
+        self._next = 0.0
+        self._bars: Progress | None = None
+        self._tasks: dict[str, Any] = {}
+        if console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
+            self._bars = Progress(*columns, TimeElapsedColumn(), console=console)
+
+    def __enter__(self) -> Self:
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def say(self, text: str) -> None:
+        """One line above the bars."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def update(self, agendas: Mapping[str, Agenda], last: Mapping[str, SteeringVector], evaluators: int) -> None:
+        """Show where things stand."""
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + (_LINE_EVERY if self._bars is None else _BAR_EVERY)
+        for name, agenda in agendas.items():
+            text = self._describe(agenda, last.get(name), evaluators)
+            goal = agenda.found if agenda.stop_reason else self._num_vectors
+            if self._bars is not None:
+                if name not in self._tasks:
+                    self._tasks[name] = self._bars.add_task(name, total=goal, text=text)
+                self._bars.update(self._tasks[name], completed=agenda.evaluated(), total=goal, text=text)
+            elif self._lines.get(name) != text:
+                self._lines[name] = text
+                self.say(f"{name}: {text}")
+
+    def _describe(self, agenda: Agenda, vector: SteeringVector | None, evaluators: int) -> str:
+        if agenda.base is None:
+            return "finding the base vector"
+        parts = [f"vector {agenda.found} of {self._num_vectors}"]
+        if vector is not None:
+            parts.append(f"loss {vector.loss:.3g} ({vector.relative_loss:.1%} of unsteered), norm {vector.norm:.3g}")
+        parts.append(f"{agenda.evaluated()} evaluated by {evaluators}")
+        left = len(agenda.due()) if agenda.stop_reason else 0
+        parts.append(f"{left} evaluations of the chain left" if left else self._time_left(agenda))
+        return ", ".join(parts)
+
+    def _time_left(self, agenda: Agenda) -> str:
+        now, found, evaluated = time.monotonic(), agenda.found, agenda.evaluated()
+        since, found_before, evaluated_before = self._first.setdefault(agenda.concept, (now, found, evaluated))
+        goal = found if agenda.stop_reason else self._num_vectors
+        rates = [(found - found_before, goal - found), (evaluated - evaluated_before, goal - evaluated)]
+        if any(left and not done for done, left in rates):
+            return "time left not known yet"
+        elapsed = now - since
+        seconds = max(elapsed * left / done if left else 0.0 for done, left in rates)
+        return f"about {duration(seconds)} left" if seconds else "finishing"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def summary(run: Run, manifest: Mapping[str, Any]) -> Table:
+    """What was found: a row for each concept.
+
+    KL is KL(P_n ‖ P_base) at the vector's own norm, counted below 10 % and 50 % of that of the unsteered model.
+    """
+    table = Table("", *manifest["concepts"], title=f"Run {manifest['run_id']}", title_justify="left")
+    columns = [_facts(run, concept, facts) for concept, facts in manifest["concepts"].items()]
+    for name in columns[0] if columns else ():
+        table.add_row(name, *(column[name] for column in columns))
+    return table
+
+
+def _facts(run: Run, concept: str, facts: Mapping[str, Any]) -> dict[str, str]:
+    vectors = run.read("vectors", concept)
+    chain = vectors.filter(pc.equal(vectors["kind"], "chain"))
+    norms, seconds = chain["norm"].to_pylist(), chain["seconds"].to_pylist()
+    below_10, below_50, unsteered = _kl_counts(run, concept)
+    return {
+        "vectors found": str(len(chain)),
+        "why the chain stopped": str(facts["stop_reason"]),
+        "KL below 10 % of unsteered": below_10,
+        "KL below 50 % of unsteered": below_50,
+        "KL unsteered, nats": unsteered,
+        "norms": f"{min(norms):.2f} to {max(norms):.2f}" if norms else "–",
+        "largest |cos|": f"{facts['max_abs_cos']:.1e}",
+        "seconds per vector, median": f"{statistics.median(seconds):.2f}" if seconds else "–",
+        "failed evaluations": str(facts["failures"]),
+    }
+
+
+def _kl_counts(run: Run, concept: str) -> tuple[str, str, str]:
+    rows = [row for row in run.read("kl", concept).to_pylist() if row["scale"] == "own"]
+    unsteered = [row["kl_from_base"] for row in rows if row["kind"] == "unsteered"]
+    values = [row["kl_from_base"] for row in rows if row["kind"] == "chain"]
+    if not unsteered or not values:
+        return "–", "–", "–"
+    below = [sum(value < share * unsteered[0] for value in values) for share in (0.1, 0.5)]
+    return str(below[0]), str(below[1]), f"{unsteered[0]:.3f}"
+
+
+def epilogue(console: Console, run: Run, manifest: Mapping[str, Any]) -> None:
+    """The summary, where the results lie, and a query to paste."""
+    console.print(summary(run, manifest))
+    url = run.storage.url
+    console.print(f"results: {url}", highlight=False, soft_wrap=True)
+    sql = "SELECT concept, index, kl_from_base FROM kl WHERE kind = 'chain' AND scale = 'own' ORDER BY ALL"
+    command = f'python -c "from melbo_ray.query import connect; connect(\'{url}\').sql(\\"{sql}\\").show()"'
+    console.print(f"query:   {command}", highlight=False, soft_wrap=True)

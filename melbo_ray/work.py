@@ -1,0 +1,174 @@
+"""What a machine of the cluster does for a run, without Ray: find a base, run chains, evaluate.
+
+A worker needs nothing but the run's storage and its configuration: whatever it is asked, it makes durable under a name
+that depends on the work alone, so any worker can be lost, repeated, or outrun by another.
+"""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from melbo_ray import evals, melbo, ortho, tables
+from melbo_ray.concepts import Concept
+from melbo_ray.config import Config, UserError
+from melbo_ray.evals import Study, Vectors
+from melbo_ray.model import LanguageModel
+from melbo_ray.ortho import SteeringVector
+from melbo_ray.residual import Slice
+from melbo_ray.store import WHOLE, Run, Unit
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a chain reports: a vector, or that it stopped and why."""
+
+    concept: str
+    vector: SteeringVector | None
+    stop_reason: str | None = None
+
+
+class Worker:
+    """One process of a run, with the model loaded when first needed.
+
+    Args:
+        url: the run's folder in storage.
+        run_id: goes into every row.
+        config: the options of the run.
+        concepts: the concepts under study.
+        threads: torch threads on the CPU; fixed for a worker's life, since results may differ in the last bit.
+    """
+
+    def __init__(self, url: str, run_id: str, config: Config, concepts: Sequence[Concept], threads: int) -> None:
+        self.run, self.run_id, self.config = Run.open(url), run_id, config
+        self.concepts = {concept.name: concept for concept in concepts}
+        self.threads = threads
+        self._studies: dict[str, Study] = {}
+        torch.set_num_threads(threads)
+
+    @cached_property
+    def model(self) -> LanguageModel:
+        """The whole model."""
+        return LanguageModel.load(
+            self.config.model,
+            revision=self.config.revision,
+            dtype=self.config.dtype,
+            device=self.config.device,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+
+    def ready(self) -> dict[str, Any]:
+        """Load the model and see the run; what the manifest says of this worker.
+
+        Raises:
+            UserError: the model cannot be loaded, or the run's storage is not the driver's.
+        """
+        if self.run.storage.get("run.json") is None:
+            raise UserError(
+                f"storage {self.run.storage.url} is not what the driver sees from {socket.gethostname()}: "
+                "several machines need an object store or a shared file system"
+            )
+        device = self.model.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {self.threads} threads"
+        return {"fingerprint": self.model.fingerprint(), "host": socket.gethostname(), "device": name}
+
+    def find_base(self, concept: str) -> None:
+        """The base vector, durable in `vectors`, and its candidates in `candidates`."""
+        # Nothing of this concept can run beside it, so it may have the whole machine.
+        torch.set_num_threads(cores())
+        theta, candidates = melbo.base_vector(self.model, self.concepts[concept], self.config)
+        torch.set_num_threads(self.threads)
+        keys = {"run_id": self.run_id, "kind": "candidate"}
+        found = [
+            keys
+            | {"index": c.index, "vector": c.theta.tolist(), "objective": c.objective, "radius": c.radius}
+            | {"concept_score": c.concept_score, "text": c.text}
+            for c in candidates
+        ]
+        written = {
+            "vectors": tables.table("vectors", [self._row("base", 0, theta)]),
+            "candidates": tables.table("candidates", found),
+        }
+        with contextlib.suppress(FileExistsError):  # another worker was first; what it wrote is the base
+            self.run.commit(Unit(concept, "base", "base", 0, 0), written, exclusive=True)
+
+    def chains(self, concepts: Sequence[str]) -> Iterator[Found]:
+        """The chains of several concepts, a vector of each in turn, from where storage says they stand.
+
+        A vector is durable before it is yielded.
+
+        Raises:
+            FileExistsError: another worker is running the same chain; what it wrote stands.
+        """
+        running = {concept: self._chain(concept) for concept in concepts}
+        while running:
+            for concept in list(running):
+                found = next(running[concept])
+                yield found
+                if found.stop_reason:
+                    del running[concept]
+
+    def _chain(self, concept: str) -> Iterator[Found]:
+        stored = stored_vectors(self.run, concept)
+        base, earlier = stored.pop("base")[0].theta, [stored["chain"][i] for i in sorted(stored.get("chain", {}))]
+        prompt = self.model.tokenize(self.concepts[concept].prompt, self.config.system_prompt)
+        part = Slice(self.model, [prompt], self.config.source_layer, self.config.target_layer)
+        chain = ortho.chain(part, base, self.config, concept=concept, earlier=earlier)
+        while True:
+            try:
+                vector = next(chain)
+            except StopIteration as end:
+                yield Found(concept, None, end.value)
+                return
+            row = self._row("chain", vector.index, vector.theta) | {
+                name: getattr(vector, name)
+                for name in ("loss", "relative_loss", "evaluations", "stop_reason", "max_abs_cos", "seconds", "seed")
+            }
+            unit = Unit(concept, "chain", "chain", vector.index, vector.index)
+            self.run.commit(unit, {"vectors": tables.table("vectors", [row])}, exclusive=True)
+            yield Found(concept, vector)
+
+    def evaluate(self, unit: Unit, theta: np.ndarray, base: np.ndarray) -> int:
+        """Run a unit's evaluation and make its rows durable; the number of failures among them.
+
+        Args:
+            unit: what to evaluate.
+            theta: (unit.last - unit.first + 1, d_model) float32.
+            base: (d_model,) float32.
+        """
+        study = self._studies.get(unit.concept)
+        if study is None or not np.array_equal(study.base.numpy(), base):
+            concept = self.concepts[unit.concept]
+            study = Study(self.model, self.config, concept, self.run_id, torch.from_numpy(base.copy()))
+            self._studies[unit.concept] = study
+        kind = "chain" if unit.kind == WHOLE else unit.kind
+        vectors = Vectors(kind, range(unit.first, unit.last + 1), torch.from_numpy(theta.copy()))
+        written = evals.evaluate(unit.evaluation, study, vectors)
+        self.run.commit(unit, written)
+        return len(written["failures"])
+
+    def _row(self, kind: str, index: int, theta: torch.Tensor) -> dict[str, Any]:
+        empty = dict.fromkeys(tables.SCHEMAS["vectors"].names)
+        keys = {"run_id": self.run_id, "kind": kind, "index": index}
+        return empty | keys | {"vector": theta.tolist(), "norm": float(theta.norm())}
+
+
+def stored_vectors(run: Run, concept: str) -> dict[str, dict[int, SteeringVector]]:
+    """Every durable vector of a concept with its certificate, by kind and index."""
+    found: dict[str, dict[int, SteeringVector]] = {}
+    for row in run.read("vectors", concept).to_pylist():
+        theta = torch.tensor(row.pop("vector"), dtype=torch.float32)
+        kind, _ = row.pop("kind"), row.pop("run_id")
+        found.setdefault(kind, {})[row["index"]] = SteeringVector(theta=theta, **row)
+    return found
+
+
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
