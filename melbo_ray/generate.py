@@ -59,7 +59,7 @@ class _Batch:
     def __init__(self, model: LanguageModel, source: int) -> None:
         self.model, self.source = model, source
         self.rows: list[_Row] = []
-        self.cache: list[tuple[Tensor, Tensor]] = []
+        self.cache: list[tuple[Tensor, ...]] = []
         self.mask = torch.empty(0, 0, dtype=torch.long, device=model.device)
 
     def admit(self, rows: list[_Row]) -> Tensor:
@@ -96,8 +96,8 @@ class _Batch:
         return finished
 
     def _forward(
-        self, rows: list[_Row], tokens: Tensor, mask: Tensor, past: list[tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        self, rows: list[_Row], tokens: Tensor, mask: Tensor, past: list[tuple[Tensor, ...]]
+    ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         # A cache that knows no configuration keeps every position, in layers with a sliding window too: the masks
         # see to the window, and rows can be cut and joined.
@@ -117,7 +117,7 @@ class _Batch:
         logits = output.logits[:, -1].float()
         if not bool(logits.sum(-1).isfinite().all()):
             raise FloatingPointError("the model's logits are not finite under this vector")
-        return logits, [(layer.keys, layer.values) for layer in cache.layers]
+        return logits, [(keys, values) for keys, values, *_ in cache]
 
 
 def _stack(old: Tensor, new: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ _TOKENS = 2048
 
 
 @contextlib.contextmanager
-def steering(model: LanguageModel, source: int, theta: Float[Tensor, "batch d_model"]) -> Iterator[None]:
+def steering(model: LanguageModel, source: int, theta: Float[Tensor, "batch d_model"]) -> Generator[None]:
     """While it lasts, theta[i] is added to the output of block `source` at every position of the batch's row i."""
 
     def add(_layer: nn.Module, _args: tuple, output: Any) -> Any:
@@ -135,7 +135,7 @@ class Prompts:
         return self.model.network(input_ids=tokens, position_ids=positions, use_cache=False, **arguments).logits
 
     @contextlib.contextmanager
-    def _instead_of_prefix(self, h: Tensor) -> Iterator[None]:
+    def _instead_of_prefix(self, h: Tensor) -> Generator[None]:
         """While it lasts, the blocks up to the source layer cost nothing and put out `h`."""
 
         def put_out(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
@@ -173,7 +173,7 @@ def _branch_mask(groups: Int[Tensor, "prompts seq"]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _replaced_forward(layer: nn.Module, forward: Callable) -> Iterator[None]:
+def _replaced_forward(layer: nn.Module, forward: Callable) -> Generator[None]:
     # An instance attribute shadows the class's method; libraries that dispatch a model put theirs there too.
     before = vars(layer).get("forward")
     layer.forward = forward
@@ -186,7 +186,7 @@ def _replaced_forward(layer: nn.Module, forward: Callable) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _reading(model: LanguageModel, where: tuple[Tensor, Tensor]) -> Iterator[None]:
+def _reading(model: LanguageModel, where: tuple[Tensor, Tensor]) -> Generator[None]:
     """While it lasts, the model's head sees only the (row, position) pairs of `where`, in a batch of one row."""
 
     def select(_head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:

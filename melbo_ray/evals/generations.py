@@ -50,7 +50,7 @@ def write(study: Study, kind: str, keys: Sequence[Row], thetas: Sequence[Float[T
     )
     rows = []
     for continuation in continuations:
-        text = study.model.tokenizer.decode(continuation.tokens, skip_special_tokens=True)
+        text = str(study.model.tokenizer.decode(continuation.tokens, skip_special_tokens=True))
         rows.append(
             {
                 "temperature": config.temperature,
