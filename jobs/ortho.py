@@ -12,8 +12,9 @@ import sys
 from rich.console import Console
 
 from melbo_ray.check import check
+from melbo_ray.command import exit_code
 from melbo_ray.config import parse
-from melbo_ray.job import exit_code, run
+from melbo_ray.job import run
 from melbo_ray.progress import epilogue
 from melbo_ray.report import render
 

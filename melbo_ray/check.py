@@ -1,21 +1,24 @@
 """Whether a configuration can run, before anything is written or started; and whether a run began with it."""
 
 import datetime
+import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from melbo_ray.concepts import Concept, load_concept
-from melbo_ray.config import Config, UserError
+from melbo_ray.config import EVALUATIONS, Config, UserError
 from melbo_ray.model import LanguageModel, first_line, load_config, pick_device
 from melbo_ray.model import _locate as locate
 from melbo_ray.residual import check_layers
+from melbo_ray.store import Run
 
 # What may differ when a run goes on: where and with how much it runs, and what more is asked of its vectors.
 _FREE = {
@@ -39,19 +42,25 @@ class Checked:
     weight_bytes: int
 
 
-def check(config: Config) -> Checked:
+def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
     """Everything about the configuration that can be wrong, before anything is written or started.
+
+    `concepts` stand in for those that the configuration names.
 
     Raises:
         UserError: what is wrong.
     """
-    concepts = [load_concept(name) for name in config.concepts]
+    concepts = list(concepts) or [load_concept(name) for name in config.concepts]
     names = [concept.name for concept in concepts]
     if not names or len(set(names)) < len(names):
         raise UserError(f"--concepts is {','.join(config.concepts)!r}: expected at least one, each once")
     run_id = config.run_id or f"{'-'.join(names)}-{_slug(config.model)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", run_id):
         raise UserError(f"--run-id is {run_id!r}: expected letters, digits, and . _ - between them")
+    for name in set(config.evals) - set(EVALUATIONS):
+        near = difflib.get_close_matches(name, EVALUATIONS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected some of {', '.join(EVALUATIONS)}"
+        raise UserError(f"no evaluation {name!r}: {hint}")
     if config.max_evaluators is not None and config.max_evaluators < config.min_evaluators:
         raise UserError(f"--max-evaluators {config.max_evaluators} is below --min-evaluators {config.min_evaluators}")
     if config.base not in ("melbo", "contrast") and not Path(config.base).is_file():
@@ -70,6 +79,27 @@ def check(config: Config) -> Checked:
         sketch.tokenize(concept.prompt, config.system_prompt)
     weight_bytes = sum(parameter.nbytes for parameter in sketch.network.parameters())
     return Checked(config.model_copy(update={"run_id": run_id}), concepts, weight_bytes)
+
+
+def recheck(url: str, options: dict[str, Any]) -> Checked:
+    """The configuration and concepts of the run at `url`, with `options` changed and their `evals` added.
+
+    Raises:
+        UserError: no run there, or an option that is wrong.
+    """
+    run = Run.open(url, patient=False)
+    manifest = run.manifest()
+    if manifest is None:
+        raise UserError(f"no run at {run.storage.url}: expected run.json there")
+    before = manifest["config"]
+    asked = [name.strip() for name in options.pop("evals", "").split(",") if name.strip()]
+    place = {"evals": list(dict.fromkeys([*before["evals"], *asked])), "storage": run.storage.url.rpartition("/")[0]}
+    try:
+        config = Config(**(before | options | place))
+        return check(config, [Concept(**definition) for definition in manifest["definitions"].values()])
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"--{'-'.join(map(str, first['loc'])).replace('_', '-')}: {first['msg']}") from None
 
 
 def sketch_model(config: Config) -> LanguageModel:

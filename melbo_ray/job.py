@@ -4,9 +4,8 @@ import contextlib
 import datetime
 import importlib.metadata
 import platform
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -133,19 +132,6 @@ class _Job:
         self.run.storage.sweep()
         self.lease.check()
         self.run.write_manifest(self.manifest)
-
-
-def exit_code(main: Callable[[], None]) -> int:
-    """Run a job's main function: 0, or 2 after one line that says what was wrong, or 130 when a person stopped it."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command with --run-id resumes", file=sys.stderr)
-        return 130
-    return 0
 
 
 @contextlib.contextmanager

@@ -2,17 +2,19 @@
 
 import statistics
 import time
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow.compute as pc
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from melbo_ray.agenda import Agenda
-from melbo_ray.ortho import SteeringVector
-from melbo_ray.store import Run
+from melbo_ray.store import WHOLE, Coverage, Run, Unit, count, progress
+
+if TYPE_CHECKING:  # a look at a run's storage needs neither
+    from melbo_ray.agenda import Agenda
+    from melbo_ray.ortho import SteeringVector
 
 _LINE_EVERY, _BAR_EVERY = 5.0, 0.5
 
@@ -54,7 +56,7 @@ class Display:
         """One line above the bars."""
         self._console.print(text, highlight=False, soft_wrap=True)
 
-    def update(self, agendas: Mapping[str, Agenda], last: Mapping[str, SteeringVector], evaluators: int) -> None:
+    def update(self, agendas: Mapping[str, "Agenda"], last: Mapping[str, "SteeringVector"], evaluators: int) -> None:
         """Show where things stand."""
         if time.monotonic() < self._next:
             return
@@ -70,7 +72,7 @@ class Display:
                 self._lines[name] = text
                 self.say(f"{name}: {text}")
 
-    def _describe(self, agenda: Agenda, vector: SteeringVector | None, evaluators: int) -> str:
+    def _describe(self, agenda: "Agenda", vector: "SteeringVector | None", evaluators: int) -> str:
         if agenda.base is None:
             return "finding the base vector"
         parts = [f"vector {agenda.found} of {self._num_vectors}"]
@@ -81,7 +83,7 @@ class Display:
         parts.append(f"{left} evaluations of the chain left" if left else self._time_left(agenda))
         return ", ".join(parts)
 
-    def _time_left(self, agenda: Agenda) -> str:
+    def _time_left(self, agenda: "Agenda") -> str:
         now, found, evaluated = time.monotonic(), agenda.found, agenda.evaluated()
         since, found_before, evaluated_before = self._first.setdefault(agenda.concept, (now, found, evaluated))
         goal = found if agenda.stop_reason else self._num_vectors
@@ -110,6 +112,35 @@ def summary(run: Run, manifest: Mapping[str, Any]) -> Table:
     for name in columns[0] if columns else ():
         table.add_row(name, *(column[name] for column in columns))
     return table
+
+
+def status(manifest: Mapping[str, Any], fresh: Iterable[Unit], driver: Mapping[str, Any] | None) -> Table:
+    """Where a run stands: a row for each concept, a column for each evaluation with the vectors that have it."""
+    state = manifest["status"]
+    if driver is not None:
+        state = f"running, driven by process {driver['pid']} on {driver['host']}"
+    elif state == "running":
+        state = "interrupted: its driver is gone; the same command with this run id resumes"
+    done, config = progress(manifest, fresh), manifest["config"]
+    title = f"Run {manifest['run_id']}: {state} (as of {manifest['updated']})"
+    table = Table("", *manifest["definitions"], title=title, title_justify="left")
+    columns = [_standing(done, config, concept, manifest) for concept in manifest["definitions"]]
+    for name in columns[0]:
+        table.add_row(name, *(column[name] for column in columns))
+    return table
+
+
+def _standing(done: Coverage, config: Mapping[str, Any], concept: str, manifest: Mapping[str, Any]) -> dict[str, str]:
+    found = count(done, concept, "chain", "chain")
+    evaluated = {
+        name: str(count(done, concept, name, "chain") or count(done, concept, name, WHOLE)) for name in config["evals"]
+    }
+    return {
+        "base vector": "found" if count(done, concept, "base", "base") else "not yet found",
+        "vectors": f"{found} of {config['num_vectors']}",
+        "chain stopped": manifest["concepts"].get(concept, {}).get("stop_reason") or "not yet",
+        **{f"vectors with {name}": value for name, value in evaluated.items()},
+    }
 
 
 def _facts(run: Run, concept: str, facts: Mapping[str, Any]) -> dict[str, str]:

@@ -1,0 +1,34 @@
+"""Evaluate the vectors that a run has found, without doing again what is there.
+
+python jobs/evaluate.py --run runs/RUN --evals kl,presence
+python jobs/evaluate.py --run s3://bucket/prefix/RUN --evals presence --eval-gpus 0.25 --max-evaluators 8
+"""
+
+import argparse
+import sys
+
+from rich.console import Console
+
+from melbo_ray.check import recheck
+from melbo_ray.command import exit_code
+from melbo_ray.job import run
+from melbo_ray.progress import epilogue
+
+
+def main() -> None:
+    """Run the evaluations that the command line asks for on an existing run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, help="the run's folder: a directory or fsspec URL")
+    parser.add_argument("--evals", help="evaluations to add, comma-separated (default: those the run was begun with)")
+    parser.add_argument("--eval-batch", type=int, help="vectors in one evaluation batch")
+    parser.add_argument("--eval-gpus", type=float, help="GPUs an evaluation actor takes")
+    parser.add_argument("--min-evaluators", type=int, help="evaluation actors kept at least")
+    parser.add_argument("--max-evaluators", type=int, help="evaluation actors at most")
+    parser.add_argument("--device", help="auto, cpu, or cuda")
+    options = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    console = Console()
+    epilogue(console, *run(recheck(options.pop("run"), options), console, chains=False))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,0 +1,31 @@
+"""Say where a run stands, from its storage alone: no cluster, no model.
+
+python jobs/status.py runs/RUN
+python jobs/status.py s3://bucket/prefix/RUN
+"""
+
+import argparse
+import sys
+
+from rich.console import Console
+
+from melbo_ray.command import exit_code
+from melbo_ray.config import UserError
+from melbo_ray.lease import holder
+from melbo_ray.progress import status
+from melbo_ray.store import Run
+
+
+def main() -> None:
+    """Read the run that the command line names and print where it stands."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="the run's folder: a directory or fsspec URL")
+    run = Run.open(parser.parse_args().run, patient=False)
+    manifest = run.manifest()
+    if manifest is None:
+        raise UserError(f"no run at {run.storage.url}: expected run.json there")
+    Console().print(status(manifest, run.fresh(), holder(run.storage)))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
