@@ -164,7 +164,7 @@ def draw_presence(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | No
     ]
     if not shown[1][2].any():
         return None
-    fig = _figure("AUROC of the projection: concept against neutral", "share of directions")
+    fig = _figure("AUROC, concept against neutral", "share of directions")
     bins = {"histnorm": "probability", "xbins": {"start": 0, "end": 1, "size": 0.025}, "opacity": 0.65}
     for name, colour, at, visible in shown:
         fig.add_histogram(x=rows["auroc"][at], name=name, marker_color=colour, visible=visible, **bins)
@@ -215,7 +215,7 @@ FIGURES = {
 
 def _figure(x: str, y: str) -> go.Figure:
     layout = go.Layout(
-        template="none", height=380, margin={"l": 62, "r": 16, "t": 28, "b": 48}, hovermode="closest",
+        template="none", height=400, margin={"l": 62, "r": 16, "t": 28, "b": 48}, hovermode="closest",
         xaxis={"title": {"text": x}, "zeroline": False, "automargin": True},
         yaxis={"title": {"text": y}, "zeroline": False, "automargin": True},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}, font={"size": 12},

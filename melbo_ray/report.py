@@ -26,7 +26,7 @@ from melbo_ray.query import select
 from melbo_ray.storage import Storage
 from melbo_ray.store import Run
 
-_TEXT_BYTES = 40_000_000  # about 20 MB of the page when compressed
+_TEXT_BYTES = 36_000_000  # of texts in one page: about 15 MB of it once compressed
 
 
 def render(run_url: str) -> str:
@@ -94,7 +94,7 @@ def _page(db: duckdb.DuckDBPyConnection, manifest: dict[str, Any], url: str) -> 
             "comparison": comparison and _json(comparison),
         },
         prompts=prompts,
-        texts={concept: _pack(_explorer(db, concept, prompts.get(concept, {}))) for concept in concepts},
+        texts={c: _pack(_explorer(db, c, prompts.get(c, {}), _TEXT_BYTES // len(concepts))) for c in concepts},
         style=Markup((assets / "report.css").read_text("utf-8")),
         scripts=[Markup(script) for script in scripts],
         hashes=[base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts],
@@ -163,7 +163,7 @@ def summary(db: duckdb.DuckDBPyConnection, concept: str, facts: dict[str, Any]) 
     audit = facts.get("max_abs_cos")
     return {
         "vectors": f"{n['vectors']:.0f}",
-        "the chain ended": str(facts.get("stop_reason") or "–").replace("_", " "),
+        "the chain ended": str(facts.get("stop_reason") or "–"),
         "KL from base, median": _number(n["chain"], " nats"),
         "the same, unsteered": _number(n["unsteered"], " nats"),
         "the same, random directions": _number(n["random"], " nats"),
@@ -189,21 +189,23 @@ def _share(value: float) -> str:
     return f"{value:.0%}".replace("%", " %") if math.isfinite(value) else "–"
 
 
-def _explorer(db: duckdb.DuckDBPyConnection, concept: str, prompts: dict[str, str]) -> dict[str, Any]:
-    """All numbers and texts of a concept, by column; texts beyond the page's room stay out, highest samples first."""
+def _explorer(db: duckdb.DuckDBPyConnection, concept: str, prompts: dict[str, str], room: int) -> dict[str, Any]:
+    """All numbers and texts of a concept, by column; of texts beyond `room` bytes the highest samples stay out."""
     vectors = select(
         db,
         """SELECT kind, index AS n, coalesce(v.norm, k.norm) AS norm, loss, relative_loss, kl_from_base, kl_to_base,
-                  kl_from_unsteered, evaluations, stop_reason, max_abs_cos, seconds, top_tokens, top_probs
+                  kl_from_unsteered, evaluations, stop_reason, max_abs_cos, cos_contrast, nearest_token, top_tokens,
+                  top_probs
            FROM (FROM vectors WHERE concept = $1) v
-           FULL JOIN (FROM kl WHERE concept = $1 AND scale = 'own') k USING (kind, index) ORDER BY kind, n""",
+           FULL JOIN (FROM kl WHERE concept = $1 AND scale = 'own') k USING (kind, index)
+           LEFT JOIN (FROM geometry WHERE concept = $1) g USING (kind, index) ORDER BY kind, n""",
         concept,
     )
     texts = select(
         db,
         f"""SELECT kind, index AS n, prompt_id, scale, sample, text, concept_score, detected FROM (
                 SELECT *, sum(strlen(text)) OVER (ORDER BY sample, index, kind, prompt_id, scale) AS bytes
-                FROM generations WHERE concept = ?) WHERE bytes < {_TEXT_BYTES}
+                FROM generations WHERE concept = ?) WHERE bytes < {room}
             ORDER BY kind, n, prompt_id, scale, sample""",
         concept,
     )

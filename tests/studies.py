@@ -105,6 +105,8 @@ def _rows(
                 "vector": [norm, 0.0, 0.0, 0.0], "loss": loss, "relative_loss": loss / 12, "evaluations": 50,
                 "stop_reason": "converged", "max_abs_cos": 1e-8, "seconds": 0.5, "seed": 7,
             })  # fmt: skip
+        if row["kind"] == "chain":
+            rows["geometry"].append(row | {"cos_contrast": 0.1, "nearest_token": " def", "bessel_bound": 0.2})
         rows["kl"].append(row | {"prompt_id": "training", "top_tokens": ["def", " import"], "top_probs": [0.6, 0.1]})
         for number, prompt in enumerate(prompts):
             rows["generalization"].append(row | {

@@ -150,7 +150,7 @@ def test_summary_counts_what_scipy_would(db):
     assert numbers["vectors"] == "120"
     assert numbers["KL from base, median"] == f"{np.median(kl):.3g} nats"
     assert numbers["vectors below 50 % of unsteered KL"] == f"{np.mean(kl < UNSTEERED / 2):.0%}".replace("%", " %")
-    assert numbers["the chain ended"] == "min norm"
+    assert numbers["the chain ended"] == "min_norm"
     assert numbers["largest |cos| of any two"] == "3e-08"
     assert numbers["failed evaluations"] == "2"
 

@@ -79,9 +79,15 @@ async function load(concept) {
 }
 
 async function unpack(concept) {
-  const bytes = Uint8Array.from(atob($("#texts-" + concept).textContent), (c) => c.charCodeAt(0));
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const stream = new Blob([bytesOf($("#texts-" + concept).textContent)]).stream().pipeThrough(new DecompressionStream("gzip"));
   return index(JSON.parse(await new Response(stream).text()));
+}
+
+function bytesOf(base64) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(base64);
+  const text = atob(base64), bytes = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+  return bytes;
 }
 
 // `stops`: for each kind the directions in order of n, with their numbers; `rows`: where the texts of each stand.
@@ -148,6 +154,8 @@ function showNumbers({ kind, n, i }) {
     entry("largest |cos|", number(v.max_abs_cos[i], 2)),
     entry("evaluations", v.evaluations[i] ?? "–"),
     entry("stopped because", v.stop_reason[i] ?? "–"),
+    entry("cos with mean difference", number(v.cos_contrast[i], 2)),
+    entry("nearest unembedding", v.nearest_token[i] === null ? "–" : visible(JSON.stringify(v.nearest_token[i]))),
   );
   const tokens = v.top_tokens[i] ?? [];
   $("#tokens").replaceChildren(...tokens.map((token, j) =>
@@ -252,17 +260,20 @@ async function choose(concept, kind = "chain", n = 0) {
   state.concept = concept;
   for (const tab of $$("[role=tab]")) tab.setAttribute("aria-selected", tab.dataset.concept === concept);
   for (const section of $$(".concept")) section.hidden = section.dataset.concept !== concept;
-  $$(".plot:not([data-drawn])").forEach((element) => watcher.observe(element));
-  // The figures come first: let the page paint before the texts are unpacked.
-  await new Promise((resolve) => setTimeout(resolve, 30));
+  const plots = $$(".plot:not([data-drawn])").filter((element) => element.offsetParent);
+  plots.slice(2).forEach((element) => watcher.observe(element));
+  await Promise.all(plots.slice(0, 2).map(draw));
+  // The first figures are seen before the texts are unpacked.
+  await new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve)));
   const data = await load(concept);
   if (state.concept !== concept) return;
   Object.assign(state, { data, kind: data.stops.has(kind) ? kind : [...data.stops.keys()][0], at: 0, shown: PAGE });
   options($("#kind"), [...data.stops.keys()].map((name) => [name, name]), state.kind);
   const scales = [...new Set(data.texts.scale)];
   options($("#scale"), scales.map((name) => [name, name]), "own");
-  const others = [["", "nothing"], ["unsteered/0", "unsteered"], ["base/0", "base"], ["random/1", "random 1"]];
-  options($("#beside"), others.filter(([key]) => !key || data.rows.has(key)), "unsteered/0");
+  const random = [...data.rows.keys()].find((key) => key.startsWith("random/")) ?? "random";
+  const others = [["unsteered/0", "unsteered"], ["base/0", "base"], ["contrast/0", "mean difference"], [random, random.replace("/", " ")]];
+  options($("#beside"), [["", "nothing"], ...others.filter(([key]) => data.rows.has(key))], "unsteered/0");
   go(state.kind, n);
   search();
   document.body.dataset.ready = concept;

@@ -117,8 +117,8 @@ def test_an_address_of_nothing_opens_the_base(open_report, path, address):
 
 def test_search_finds_shows_and_leads_to_the_text(page):
     page.fill("#query", "VECTOR17 ")
-    expect(page.locator("#count")).to_contain_text(re.compile(r"^6 of \d+ texts, under 1 directions"))
-    assert page.locator("#hits mark").all_text_contents() == ["vector17 "] * 6
+    expect(page.locator("#count")).to_contain_text(re.compile(r"^12 of 498 texts, under 2 directions"))
+    assert page.locator("#hits mark").all_text_contents() == ["vector17 "] * 12
     page.locator("#hits button").first.click()
     expect(page.locator("#n")).to_have_value("17")
     page.fill("#query", "no such words")
