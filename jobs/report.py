@@ -8,25 +8,20 @@ python jobs/report.py --run runs/RUN --figures figures    # every figure as PNG 
 import argparse
 import sys
 
-from melbo_ray.config import UserError
+from melbo_ray.command import exit_code
 from melbo_ray.report import export, render
 
 
-def main() -> int:
-    """Render, and say where the report is; 2 after one line that says what was wrong."""
+def main() -> None:
+    """Write the report of the run that the command line names, and say where it is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, help="directory or fsspec URL of the run")
+    parser.add_argument("--run", required=True, help="the run's folder: a directory or fsspec URL")
     parser.add_argument("--figures", metavar="DIR", help="directory for the figures; needs kaleido and a Chrome")
     options = parser.parse_args()
-    try:
-        print(f"report:  {render(options.run)}")
-        for path in export(options.run, options.figures) if options.figures else ():
-            print(f"figure:  {path}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    print(f"report:  {render(options.run)}")
+    for path in export(options.run, options.figures) if options.figures else ():
+        print(f"figure:  {path}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

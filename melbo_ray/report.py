@@ -80,7 +80,10 @@ def _page(db: duckdb.DuckDBPyConnection, manifest: dict[str, Any], url: str) -> 
         lstrip_blocks=True,
     )  # fmt: skip
     assets = files("melbo_ray") / "templates"
-    scripts = [get_plotlyjs(), (assets / "report.js").read_text("utf-8")]
+    scripts = [
+        get_plotlyjs(),
+        *((assets / f"{name}.js").read_text("utf-8") for name in ("report", "explorer", "start")),
+    ]
     comparison = figures.draw_comparison(db, concepts)
     drawn = {concept: {name: draw(db, concept) for name, draw in figures.FIGURES.items()} for concept in concepts}
     prompts = manifest.get("prompts", {})

@@ -87,7 +87,7 @@ def test_no_text_of_a_model_stands_in_the_page_in_clear(page):
 def test_scripts_are_those_the_policy_names_and_nothing_comes_from_elsewhere(page):
     policy = html.unescape(re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', page)[1])
     scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
-    assert len(scripts) == 2
+    assert len(scripts) == 4
     hashes = {f"'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'" for script in scripts}
     assert hashes == set(re.findall(r"'sha256-[^']+'", policy))
     assert "default-src 'none'" in policy
