@@ -44,12 +44,20 @@ def measure(study: Study, theta: Float[Tensor, " d_model"], doses: list[tuple[st
 
 
 def measure_all(study: Study, thetas: Float[Tensor, "n *seq d_model"]) -> list[Row]:
-    """The KLs and the concept score of each vector on the training prompt, in one pass."""
-    targets, rows = study.scored.targets[0], []
+    """The KLs and the concept score of each vector on the training prompt, in one pass.
+
+    The concept score is `steer.continuation_score`: steered minus unsteered, nats per token.
+    """
+    targets, unsteered, rows = study.scored.targets[0], study.once(_unsteered_log_prob), []
     for logits in study.scored.logits(thetas):
-        score = float(target_log_probs(logits, targets).mean()) - study.unsteered_concept_log_prob
+        score = float(target_log_probs(logits, targets).mean()) - unsteered
         rows.append({**divergences(study, logits[0].double().log_softmax(-1)), "concept_score": score})
     return rows
+
+
+def _unsteered_log_prob(study: Study) -> float:
+    (logits,) = study.scored.logits(torch.zeros_like(study.base)[None])
+    return float(target_log_probs(logits, study.scored.targets[0]).mean())
 
 
 def _to_radius(study: Study, norm: float) -> list[float]:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from melbo_ray.evals.dose import measure, unsteered_kl
+from melbo_ray.evals.dose import measure, measure_all, unsteered_kl
 from melbo_ray.evals.kl import next_token
 from melbo_ray.evals.presence import contrast
 from melbo_ray.evals.study import Row, Rows, Study, Vectors
@@ -89,7 +89,7 @@ def _of_contrast(study: Study, chain: Vectors, cosines: Tensor, direction: Tenso
     radius = study.config.radius
     doses = [("contrast", 2 * radius * step / _CONTRAST_DOSES) for step in range(1, _CONTRAST_DOSES + 1)]
     curve = measure(study, direction, doses)
-    score, half = study.concept_scores(study.base[None])[0] / 2, unsteered_kl(study) / 2
+    score, half = measure_all(study, study.base[None])[0]["concept_score"] / 2, unsteered_kl(study) / 2
     return {
         "bessel_rms_cos": 1 / math.sqrt(len(chain)),
         "bessel_rms_component": float(chain.theta.norm(dim=-1).median()) / math.sqrt(len(chain)),

@@ -12,7 +12,7 @@ from torch import Tensor
 from melbo_ray.concepts import Concept
 from melbo_ray.config import Config
 from melbo_ray.model import LanguageModel
-from melbo_ray.steer import Prompts, encode, target_log_probs
+from melbo_ray.steer import Prompts, encode
 
 TRAINING = "training"
 
@@ -67,11 +67,6 @@ class Study:
         """The same, unsteered."""
         return next(self.prompt.logits(torch.zeros_like(self.base)[None]))[0].double().log_softmax(-1)
 
-    @cached_property
-    def unsteered_concept_log_prob(self) -> float:
-        """Mean log-probability per token of the concept's continuations, unsteered (nats)."""
-        return self._concept_log_probs(torch.zeros_like(self.base)[None])[0]
-
     def tokens(self, prompt_id: str) -> Int[Tensor, " seq"]:
         """The tokens of the training prompt (`training`) or of a held-out prompt, by name."""
         prompt = self.concept.prompt if prompt_id == TRAINING else self.concept.held_out[prompt_id]
@@ -82,14 +77,6 @@ class Study:
         if make not in self._made:
             self._made[make] = make(self)
         return self._made[make]
-
-    def concept_scores(self, thetas: Float[Tensor, "n d_model"]) -> list[float]:
-        """The concept score of each vector on the training prompt (nats per token): `steer.continuation_score`."""
-        return [score - self.unsteered_concept_log_prob for score in self._concept_log_probs(thetas)]
-
-    def _concept_log_probs(self, thetas: Tensor) -> list[float]:
-        targets = self.scored.targets[0]
-        return [float(target_log_probs(logits, targets).mean()) for logits in self.scored.logits(thetas)]
 
     def row(self, kind: str, index: int, **columns: Any) -> dict[str, Any]:
         """One row of a table: the keys, then `columns`."""

@@ -1,8 +1,10 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
-from melbo_ray.evals import Vectors, evaluate
+from melbo_ray.evals import Vectors, evaluate, geometry
 from melbo_ray.evals.geometry import change_point
 from melbo_ray.evals.presence import contrast
 from tests.evals import reference
@@ -51,6 +53,17 @@ def test_the_figures_of_the_chain(study, chain):
     gram = [abs(cos(a, b)) for i, a in enumerate(everything) for b in everything[:i]]
     assert figures["max_abs_cos"] == pytest.approx(max(gram), abs=1e-6)
     assert figures["bessel_rms_component"] == pytest.approx(np.median(chain.norms) / np.sqrt(5), rel=1e-5)
+
+
+def test_along_the_base_itself_half_of_its_score_is_reached_by_its_own_norm(study, chain, monkeypatch):
+    base = study.base if reference.concept_score(study, study.base) > 0 else -study.base
+    study = dataclasses.replace(study, base=base)
+    monkeypatch.setattr(geometry, "contrast", lambda _: base)
+    goal = reference.concept_score(study, base) / 2
+    scores = {dose: reference.concept_score(study, base / 5 * dose) for dose in np.linspace(0, 10, 17)[1:]}
+    first = next(dose for dose, score in scores.items() if score >= goal)
+    assert first <= 5
+    assert summary_of(study, chain)["contrast_norm_for_half_score"] == pytest.approx(first)
 
 
 def test_the_smallest_dose_of_the_mean_difference_direction(study, chain):
