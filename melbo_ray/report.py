@@ -26,7 +26,8 @@ from melbo_ray.query import select
 from melbo_ray.storage import Storage
 from melbo_ray.store import Run
 
-_TEXT_BYTES = 36_000_000  # of texts in one page: about 15 MB of it once compressed
+_ROOM = 24_000_000
+"""Bytes of the page that its texts may take, compressed: with Plotly and the figures it stays below 30 MB."""
 
 
 def render(run_url: str) -> str:
@@ -97,7 +98,7 @@ def _page(db: duckdb.DuckDBPyConnection, manifest: dict[str, Any], url: str) -> 
             "comparison": comparison and _json(comparison),
         },
         prompts=prompts,
-        texts={c: _pack(_explorer(db, c, prompts.get(c, {}), _TEXT_BYTES // len(concepts))) for c in concepts},
+        texts={c: _texts(db, c, prompts.get(c, {}), _ROOM // len(concepts)) for c in concepts},
         style=Markup((assets / "report.css").read_text("utf-8")),
         scripts=[Markup(script) for script in scripts],
         hashes=[base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts],
@@ -192,8 +193,16 @@ def _share(value: float) -> str:
     return f"{value:.0%}".replace("%", " %") if math.isfinite(value) else "–"
 
 
-def _explorer(db: duckdb.DuckDBPyConnection, concept: str, prompts: dict[str, str], room: int) -> dict[str, Any]:
-    """All numbers and texts of a concept, by column; of texts beyond `room` bytes the highest samples stay out."""
+def _texts(db: duckdb.DuckDBPyConnection, concept: str, prompts: dict[str, str], room: int) -> str:
+    """What the explorer shows of a concept, compressed, in at most `room` bytes."""
+    limit = 2 * room
+    while len(packed := _pack(_explorer(db, concept, prompts, limit))) > room and limit:
+        limit = int(0.95 * limit * room / len(packed))
+    return packed
+
+
+def _explorer(db: duckdb.DuckDBPyConnection, concept: str, prompts: dict[str, str], limit: int) -> dict[str, Any]:
+    """All numbers and texts of a concept, by column; of texts beyond `limit` bytes the highest samples stay out."""
     vectors = select(
         db,
         """SELECT kind, index AS n, coalesce(v.norm, k.norm) AS norm, loss, relative_loss, kl_from_base, kl_to_base,
@@ -208,7 +217,7 @@ def _explorer(db: duckdb.DuckDBPyConnection, concept: str, prompts: dict[str, st
         db,
         f"""SELECT kind, index AS n, prompt_id, scale, sample, text, concept_score, detected FROM (
                 SELECT *, sum(strlen(text)) OVER (ORDER BY sample, index, kind, prompt_id, scale) AS bytes
-                FROM generations WHERE concept = ?) WHERE bytes < {room}
+                FROM generations WHERE concept = ?) WHERE bytes < {limit}
             ORDER BY kind, n, prompt_id, scale, sample""",
         concept,
     )

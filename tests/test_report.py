@@ -209,14 +209,17 @@ def test_a_vector_that_is_not_a_number_is_null_and_leaves_the_others(tmp_path):
     assert f"{np.median(kl):.3g} nats" in page
 
 
-def test_texts_beyond_the_room_of_the_page_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "_TEXT_BYTES", 2000)
-    run = write_study(tmp_path, text=lambda *_: "x" * 10)
+def test_a_page_has_only_so_much_room_and_what_stays_out_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "_ROOM", 40_000)
+    draw = np.random.default_rng(0)
+    noise = lambda *_: draw.integers(33, 127, size=192, dtype=np.uint8).tobytes().decode()  # noqa: E731
+    run = write_study(tmp_path, text=noise)
     report.render(str(run))
-    data = texts((run / "report.html").read_text(), "code")
-    assert len(data["texts"]["text"]) == 199
-    assert set(data["texts"]["sample"]) == {0}
-    assert data["left_out"] == 83 * 3 * 2 - 199
+    page = (run / "report.html").read_text()
+    kept = texts(page, "code")["texts"]["sample"]
+    assert len(block(page, "texts-code")) <= 40_000
+    assert 100 < len(kept) == 83 * 3 * 2 - texts(page, "code")["left_out"]
+    assert set(kept) == {0}
 
 
 def job(*arguments):
