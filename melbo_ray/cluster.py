@@ -334,7 +334,9 @@ def connected() -> Iterator[tuple[dict[str, float], bool]]:
     except (ConnectionError, RayError) as error:
         raise UserError(f"cannot join the Ray cluster at {address() or 'this machine'}: {first_line(error)}") from error
     try:
-        yield ray.cluster_resources(), any("role" in node["Labels"] for node in ray.nodes())
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        largest = max(node["Resources"].get("CPU", 0.0) for node in nodes)
+        yield ray.cluster_resources() | {"largest_node_CPU": largest}, any("role" in node["Labels"] for node in nodes)
     finally:
         ray.shutdown()
 

@@ -37,7 +37,7 @@ class Layout:
 def lay_out(config: Config, concepts: int, weight_bytes: int, cluster: Mapping[str, float], roles: bool) -> Layout:
     """The layout for `concepts` chains of a model of `weight_bytes` on a cluster's total resources.
 
-    On the CPU the chain actors have half of the cores and evaluators one each. With GPUs the shares are those of the
+    On the CPU a chain actor has half of a machine's cores and evaluators one each. With GPUs the shares are those of the
     configuration; where it gives none, the chain and the evaluators share one GPU, or take one each.
     `roles`: the nodes carry labels `role: chain` and `role: eval`, and actors go where they belong.
 
@@ -60,7 +60,7 @@ def lay_out(config: Config, concepts: int, weight_bytes: int, cluster: Mapping[s
         chain_cpus = threads = 1
     else:
         actors = min(concepts, max(1, int(cpus // 4)))
-        chain_cpus = threads = max(1, min(int(cpus // 2 // actors), _MOST_THREADS))
+        chain_cpus = threads = max(1, min(int(cluster.get("largest_node_CPU", cpus) // 2), _MOST_THREADS))
     if cpus < 2:
         chain_cpus = 0.5
     evaluator_cpus = min(1.0, cpus / 2)

@@ -1,0 +1,118 @@
+"""A tiny study, and a Ray that keeps to folders of its own."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from melbo_ray.store import Run
+from melbo_ray.tables import SCHEMAS
+
+REPOSITORY = Path(__file__).parents[2]
+CONCEPT = """
+name = "{name}"
+prompt = "How is {name}?"
+continuations = ["def f", "x = 1"]
+words = ["def"]
+texts = ["def f(x): return x", "for i in range(3): print(i)"]
+neutral_texts = ["The sun is warm.", "A cat sat down."]
+[held_out]
+one = "Why?"
+two = "What now?"
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ray_of_our_own():
+    """Ray's token in a home of ours, its sessions in a short folder of ours, and no cluster but ours."""
+    home = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        for name in ("HOME", "RAY_TMPDIR"):
+            patch.setenv(name, home)
+        patch.setenv("PYTHONPATH", str(REPOSITORY))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        yield
+    shutil.rmtree(home, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A model of six layers with random weights, and concepts to match; a study of it takes seconds."""
+
+    folder: Path
+
+    def options(self, storage: str, run_id: str, concepts: str = "code", **options: object) -> dict[str, object]:
+        """Options of a study, by name."""
+        files = ",".join(str(self.folder / f"{name}.toml") for name in concepts.split(","))
+        return {
+            "model": str(self.folder / "model"), "concepts": files, "source_layer": 1, "target_layer": 3, "radius": 3.0,
+            "candidates": 3, "melbo_steps": 5, "num_vectors": 40, "max_evaluations": 10, "max_new_tokens": 6,
+            "storage": storage, "run_id": run_id, **options,
+        }  # fmt: skip
+
+    def command(self, job: str, storage: str, run_id: str, **options: object) -> list[str]:
+        """The command line of a job."""
+        named = self.options(storage, run_id, **options)
+        return [sys.executable, f"jobs/{job}.py", *(f"--{k.replace('_', '-')}={v}" for k, v in named.items())]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Tiny:
+    folder = tmp_path_factory.mktemp("tiny")
+    letters = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    shape = LlamaConfig(
+        vocab_size=len(letters), hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, eos_token_id=0, bos_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(shape).save_pretrained(folder / "model")
+    fast.save_pretrained(folder / "model")
+    for name in ("code", "alien"):
+        (folder / f"{name}.toml").write_text(CONCEPT.format(name=name))
+    return Tiny(folder)
+
+
+def run_job(command: list[str], timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
+    """A job to its end, as a person starts it."""
+    return subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def rows(url: str, concepts: tuple[str, ...] = ("code",)) -> dict[tuple[str, str], list[dict]]:
+    """Every row of a run that is published or fresh, without what may differ between runs: their names and times."""
+    run, found = Run.open(url), {}
+    for concept in concepts:
+        for name in SCHEMAS:
+            part = run.read(name, concept).drop_columns(["run_id"]).to_pylist()
+            for row in part:
+                row.pop("seconds", None)
+            found[concept, name] = sorted(part, key=lambda row: [repr(value) for value in row.values()])
+    return found
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny, tmp_path_factory) -> tuple[subprocess.CompletedProcess, str]:
+    """A study that nothing happened to: what its job said, and where it is."""
+    storage = tmp_path_factory.mktemp("undisturbed")
+    return run_job(tiny.command("ortho", str(storage), "run")), str(storage / "run")

@@ -1,0 +1,157 @@
+"""The jobs as a person runs them: as commands, on a Ray of their own."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from melbo_ray.lease import Lease
+from melbo_ray.storage import Storage
+from melbo_ray.store import Run
+from melbo_ray.work import stored_vectors
+from tests.cluster.conftest import REPOSITORY, rows, run_job
+
+
+def test_a_study_ends_with_tables_a_manifest_and_a_summary(undisturbed):
+    done, url = undisturbed
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((Path(url) / "run.json").read_text())
+    assert manifest["status"] == "finished"
+    assert manifest["concepts"]["code"]["vectors"] == 40
+    assert manifest["concepts"]["code"]["stop_reason"] == "num_vectors"
+    assert manifest["concepts"]["code"]["max_abs_cos"] <= 1e-6
+    assert manifest["concepts"]["code"]["failures"] == 0
+    assert len(manifest["fingerprint"]) == 64
+    assert {"torch", "ray", "python"} <= set(manifest["versions"])
+    found = rows(url)
+    assert [row["index"] for row in found["code", "vectors"] if row["kind"] == "chain"] != []
+    own = [
+        (row["kind"], row["index"]) for row in found["code", "kl"] if row["scale"] == "own" and row["kind"] != "random"
+    ]
+    assert {("base", 0), ("unsteered", 0), *(("chain", i) for i in range(1, 41))} <= set(own)
+    assert len(own) == len(set(own))
+    assert not Run.open(url).fresh()
+    for line in ("vectors found", "KL below 10 % of unsteered", "largest |cos|", "results:", "report:"):
+        assert line in done.stdout
+
+
+def test_the_audit_is_the_largest_cosine_of_all_pairs(undisturbed):
+    _, url = undisturbed
+    vectors = stored_vectors(Run.open(url), "code")
+    stack = torch.stack([vectors["base"][0].theta, *(v.theta for v in vectors["chain"].values())]).double().numpy()
+    stack /= (stack**2).sum(1, keepdims=True) ** 0.5
+    gram = abs(stack @ stack.T - torch.eye(len(stack)).numpy())
+    told = json.loads((Path(url) / "run.json").read_text())["concepts"]["code"]["max_abs_cos"]
+    assert told == pytest.approx(gram.max(), rel=1e-3)
+
+
+def test_the_query_that_is_printed_works_as_pasted(undisturbed):
+    done, _ = undisturbed
+    command = re.search(r"^query: +(python .*)$", done.stdout, re.M).group(1)
+    words = shlex.split(command)
+    answer = subprocess.run([sys.executable, *words[1:]], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert "kl_from_base" in answer.stdout
+    assert "40 rows" in answer.stdout
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(undisturbed):
+    done, _ = undisturbed
+    assert "code: finding the base vector" in done.stdout
+    assert "\x1b" not in done.stdout
+    assert done.stderr == ""
+
+
+def test_a_run_killed_and_resumed_is_the_run_that_never_stopped(tiny, tmp_path, undisturbed):
+    """The driver is killed twice, with everything it had started, in the middle of its chain."""
+    url, command = f"{tmp_path}/run", tiny.command("ortho", str(tmp_path), "run")
+    for least in (3, 20):
+        driver = subprocess.Popen(
+            command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        _wait(lambda least=least: _found(url) >= least, driver)
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+        status = run_job([sys.executable, "jobs/status.py", url])
+        assert "interrupted" in status.stdout
+    resumed = run_job(command)
+    assert resumed.returncode == 0, resumed.stderr
+    assert rows(url) == rows(undisturbed[1])
+
+
+def test_a_second_driver_is_refused(tiny, undisturbed):
+    _, url = undisturbed
+    lease = Lease(Storage(url))
+    refused = run_job(tiny.command("ortho", str(Path(url).parent), "run"))
+    lease.release()
+    assert refused.returncode == 2
+    assert re.fullmatch(rf"error: .*another driver \(process {os.getpid()} on .*\n", refused.stderr)
+
+
+def test_a_longer_chain_goes_on_from_the_shorter_one(tiny, tmp_path, undisturbed):
+    command = tiny.command("ortho", str(tmp_path), "run", num_vectors=13, evals="kl")
+    assert run_job(command).returncode == 0
+    command = tiny.command("ortho", str(tmp_path), "run")
+    assert run_job(command).returncode == 0
+    ours, theirs = rows(f"{tmp_path}/run"), rows(undisturbed[1])
+    assert ours["code", "vectors"] == theirs["code", "vectors"]
+    for name in ("kl", "composition", "geometry"):
+        assert [(r["kind"], r["index"]) for r in ours["code", name]] == [
+            (r["kind"], r["index"]) for r in theirs["code", name]
+        ]
+
+
+def test_another_configuration_is_refused_with_what_differs(tiny, undisturbed):
+    _, url = undisturbed
+    before = {path: path.stat().st_mtime_ns for path in Path(url).rglob("*")}
+    done = run_job(tiny.command("ortho", str(Path(url).parent), "run", radius=4.0, num_vectors=6, eval_batch=4))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "num_vectors was 40 and is 6; radius was 3.0 and is 4.0" in done.stderr
+    assert "eval_batch" not in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in Path(url).rglob("*")} == before
+
+
+def test_bases_first_then_evaluations_of_two_concepts(tiny, tmp_path):
+    options = {"concepts": "code,alien", "num_vectors": 3, "evals": "kl"}
+    melbo = run_job(tiny.command("melbo", str(tmp_path), "run", **options))
+    assert melbo.returncode == 0, melbo.stderr
+    assert "→ " in melbo.stdout
+    ortho = run_job(tiny.command("ortho", str(tmp_path), "run", **options))
+    assert ortho.returncode == 0, ortho.stderr
+    before = rows(f"{tmp_path}/run", ("code", "alien"))
+    later = run_job([sys.executable, "jobs/evaluate.py", f"--run={tmp_path}/run", "--evals=dose,geometry"])
+    assert later.returncode == 0, later.stderr
+    after = rows(f"{tmp_path}/run", ("code", "alien"))
+    for concept in ("code", "alien"):
+        assert after[concept, "kl"] == before[concept, "kl"]
+        assert {row["index"] for row in after[concept, "dose"] if row["kind"] == "chain"} == {1, 2, 3}
+        assert before[concept, "dose"] == []
+        assert after[concept, "geometry"]
+    status = run_job([sys.executable, "jobs/status.py", f"{tmp_path}/run"])
+    assert "finished" in status.stdout
+
+
+def _found(url: str) -> int:
+    """Vectors of the chain that are durable."""
+    return sum(unit.evaluation == "chain" for unit in Run.open(url).fresh()) + len([i for i in _published(url) if i])
+
+
+def _published(url: str) -> list[int]:
+    manifest = Run.open(url).manifest() or {}
+    spans = manifest.get("done", {}).get("code", {}).get("chain", {}).get("chain", [])
+    return [i for first, last in spans for i in range(first, last + 1)]
+
+
+def _wait(true, driver, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert driver.poll() is None, "the driver ended"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
