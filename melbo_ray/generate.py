@@ -190,11 +190,11 @@ def choose(
     """The token at which the cumulative distribution (in order of token id) passes each uniform number of [0, 1)."""
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = logits.double().div_(temperature).softmax(-1)
+    probabilities = (logits / temperature).softmax(-1)
     if top_p < 1:
         ordered, order = probabilities.sort(descending=True, stable=True)
-        outside = ordered.cumsum(-1) - ordered >= top_p
+        outside = ordered.cumsum(-1, dtype=torch.float64) - ordered >= top_p
         probabilities = probabilities.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0)
-    cumulative = probabilities.cumsum(-1)
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     place = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, place, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
