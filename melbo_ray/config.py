@@ -1,4 +1,4 @@
-"""Every option, once: its type, unit, default and meaning. The command line, TOML files and `run.json` derive from it."""
+"""Every option, once: type, unit, default, meaning. The command line, TOML files and `run.json` derive from it."""
 
 import argparse
 import difflib
@@ -8,8 +8,15 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic import ValidationError, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
 
@@ -82,6 +89,8 @@ class Config(BaseSettings):
     """MELBO's p: power of the norm that is taken over token positions."""
     melbo_q: Positive = 2.0
     """MELBO's q: root of the sum that is taken over d_model."""
+    melbo_from: NonNegativeInt = 1
+    """First token position that MELBO's norm runs over; 0 takes in the first, which often is an attention sink."""
 
     num_vectors: PositiveInt = 32
     """Vectors the chain shall find, at most d_model - 1."""
@@ -135,7 +144,8 @@ class Config(BaseSettings):
     def _check(self) -> Self:
         if self.source_layer >= self.target_layer:
             raise ValueError(
-                f"source layer {self.source_layer} is not below target layer {self.target_layer}: choose source < target"
+                f"source layer {self.source_layer} is not below target layer {self.target_layer}: "
+                "choose source < target"
             )
         return self
 

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import importlib.metadata
+import json
 import os
 import tempfile
 from dataclasses import dataclass
@@ -90,14 +91,17 @@ class LanguageModel:
 
     @property
     def d_model(self) -> int:
+        """Width of the residual stream."""
         return self.network.config.get_text_config().hidden_size
 
     @property
     def device(self) -> torch.device:
+        """Where the network's parameters are."""
         return self.network.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Type of the network's parameters."""
         return self.network.dtype
 
     @property
@@ -158,7 +162,10 @@ class LanguageModel:
         At most 4,096 values of each tensor enter, so that 70B parameters take seconds; it tells models apart, and is
         no proof against tampering. The device does not enter.
         """
-        digest = hashlib.sha256(self.network.config.to_json_string(use_diff=False).encode())
+        config = self.network.config.to_dict()
+        for moving in ("_name_or_path", "transformers_version"):
+            config.pop(moving, None)
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for name, value in sorted(self.network.state_dict().items()):
             flat = value.reshape(-1)
             sample = flat[:: max(1, len(flat) // _SAMPLED_PER_TENSOR)].to("cpu", torch.float32).contiguous()

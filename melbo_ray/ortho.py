@@ -1,11 +1,23 @@
-"""One steering vector (the solver), and the chain as a generator of vectors (MELBO-ortho)."""
+"""The chain (MELBO-ortho): vectors that do what the base does, every one orthogonal to all the others.
+
+Source: "I found >800 orthogonal 'write code' steering vectors" (2024): for each new θ minimise ‖z(θ) − z(θ₀)‖₂, z the
+mean over the prompt's positions of the target layer's residual stream, θ in the complement of every earlier vector.
+"""
 
 import hashlib
+import math
+import time
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+
+from melbo_ray.config import Config, UserError
+from melbo_ray.residual import Slice
+from melbo_ray.solvers import Solution, Solver, adam, lbfgs
+from melbo_ray.subspace import Subspace
 
 
 @dataclass(frozen=True)
@@ -19,7 +31,7 @@ class SteeringVector:
         loss: ‖z(θ) − z(θ₀)‖ (residual-stream units), without the norm penalty.
         relative_loss: loss / ‖z(0) − z(θ₀)‖.
         evaluations: value-and-gradient evaluations it took.
-        stop_reason: `converged`, `max_evaluations`, `line_search`.
+        stop_reason: `converged`, `max_evaluations` or `line_search`: why the solver stopped.
         max_abs_cos: largest |cos| with θ₀ and every earlier vector, float64.
         seconds: wall time it took.
         seed: seed of its random start.
@@ -41,3 +53,174 @@ def derive_seed(seed: int, concept: str, index: int, purpose: str) -> int:
     """A seed of 63 bits from (seed, concept, index, purpose), so that each draw can be repeated alone."""
     digest = hashlib.sha256(f"{seed}/{concept}/{index}/{purpose}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def chain(
+    slice: Slice,
+    base: Float[Tensor, " d_model"],
+    config: Config,
+    concept: str = "code",
+    earlier: Sequence[SteeringVector] = (),
+) -> Generator[SteeringVector, None, str]:
+    """The vectors of one concept's chain, in order, after those in `earlier`; returns why it stopped.
+
+    A chain stops at `num_vectors`, or when a vector's norm or effect has vanished (`min_norm`, `max_relative_loss`;
+    that vector is still given). The same seed gives the same vectors whether or not the chain was interrupted.
+
+    Raises:
+        UserError: more vectors than d_model − 1, or a loss that is not finite.
+    """
+    stopped: dict[str, str] = {}
+    for _, vector in chains(slice, {concept: base}, config, {concept: earlier}, stopped):
+        yield vector
+    return stopped[concept]
+
+
+def chains(
+    slice: Slice,
+    bases: Mapping[str, Float[Tensor, " d_model"]],
+    config: Config,
+    earlier: Mapping[str, Sequence[SteeringVector]],
+    stopped: dict[str, str],
+) -> Generator[tuple[str, SteeringVector], None, None]:
+    """Several concepts' chains in lockstep, one pass through the slice for all: (concept, vector) as they are found.
+
+    Row i of the slice is the prompt of the i-th concept in `bases`. Why each chain stopped goes into `stopped`.
+    """
+    running: dict[int, tuple[_Chain, Solver]] = {}
+    requests: dict[int, Tensor] = {}
+
+    def start_next(row: int, link: _Chain) -> None:
+        if (reason := link.stop_reason()) is not None:
+            stopped[link.concept] = reason
+            running.pop(row, None)
+            requests.pop(row, None)
+            return
+        solver = link.solver()
+        running[row], requests[row] = (link, solver), next(solver)
+
+    for row, (concept, base) in enumerate(bases.items()):
+        start_next(row, _Chain(slice, row, base, config, concept, earlier.get(concept, ())))
+    while running:
+        rows = list(running)
+        losses, gradients = value_and_grad(
+            slice,
+            torch.stack([requests[row] for row in rows]),
+            torch.stack([running[row][0].z_base for row in rows]),
+            torch.tensor(rows),
+            config,
+        )
+        for row, loss, gradient in zip(rows, losses, gradients, strict=True):
+            link, solver = running[row]
+            try:
+                requests[row] = solver.send((loss, gradient))
+            except StopIteration as finished:
+                yield link.concept, link.add(finished.value)
+                start_next(row, link)
+
+
+def value_and_grad(
+    slice: Slice,
+    theta: Float[Tensor, "batch d_model"],
+    z_base: Float[Tensor, "batch d_model"],
+    rows: Int[Tensor, " batch"],
+    config: Config,
+) -> tuple[list[float], Float[Tensor, "batch d_model"]]:
+    """‖z(θ) − z(θ₀)‖ + λ‖θ‖ of each row and its gradient, on the CPU; a longer θ is first shortened to `max_norm`."""
+    device = slice.model.device
+    free = theta.to(device).requires_grad_()
+    bounded = free
+    if config.max_norm is not None:
+        bounded = free * (config.max_norm / free.norm(dim=-1, keepdim=True)).clamp(max=1)
+    losses = (slice.z(bounded, rows.to(device)) - z_base.to(device)).norm(dim=-1)
+    if config.norm_penalty:
+        losses = losses + config.norm_penalty * bounded.norm(dim=-1)
+    (gradient,) = torch.autograd.grad(losses.sum(), free)
+    return losses.tolist(), gradient.cpu()
+
+
+class _Chain:
+    """One concept's chain: the subspace already taken, and how the next vector is sought and certified."""
+
+    def __init__(
+        self, slice: Slice, row: int, base: Tensor, config: Config, concept: str, earlier: Sequence[SteeringVector]
+    ) -> None:
+        d_model = slice.model.d_model
+        if config.num_vectors > d_model - 1:
+            raise UserError(
+                f"{config.num_vectors} vectors are more than can be orthogonal to the base: "
+                f"expected at most d_model - 1 = {d_model - 1}"
+            )
+        self.slice, self.row, self.config, self.concept = slice, torch.tensor([row]), config, concept
+        self.subspace = Subspace(d_model, 1 + config.num_vectors, slice.model.device)
+        self.subspace.add(base)
+        for vector in earlier:
+            self.subspace.add(vector.theta)
+        self.last = earlier[-1] if earlier else None
+        self.z_base = self._z(base)
+        self.unsteered_loss = self._loss(torch.zeros_like(base))
+        if self.unsteered_loss == 0:
+            raise UserError(f"the base vector of {concept!r} changes nothing at layer {slice.target}: choose another")
+
+    @torch.no_grad()
+    def _z(self, theta: Tensor) -> Tensor:
+        device = self.slice.model.device
+        return self.slice.z(theta[None].to(device), self.row.to(device))[0].cpu()
+
+    def _loss(self, theta: Tensor) -> float:
+        loss = float((self._z(theta) - self.z_base).norm())
+        if not math.isfinite(loss):
+            raise UserError(f"the loss of {self.concept!r} is {loss}: try --dtype float32 or a smaller --radius")
+        return loss
+
+    @property
+    def index(self) -> int:
+        """Index of the next vector."""
+        return 1 if self.last is None else self.last.index + 1
+
+    def stop_reason(self) -> str | None:
+        """Why there is no next vector, or None."""
+        if self.last is not None and self.last.norm <= self.config.min_norm:
+            return "min_norm"
+        if self.last is not None and self.last.relative_loss >= self.config.max_relative_loss:
+            return "max_relative_loss"
+        return "num_vectors" if self.index > self.config.num_vectors else None
+
+    def solver(self) -> Solver:
+        """A solver for the next vector, at its random start: norm R, direction uniform in the complement."""
+        config, self.started = self.config, time.perf_counter()
+        self.seed = derive_seed(config.seed, self.concept, self.index, "start")
+        start = torch.randn(self.slice.model.d_model, generator=torch.Generator().manual_seed(self.seed))
+        start = self.subspace.remove(start)
+        start = start / start.norm() * config.radius
+        if config.solver == "adam":
+            lr = 0.01 * config.radius / 7
+            return adam(start, steps=config.max_evaluations, lr=lr, remove=self.subspace.remove)
+        return lbfgs(
+            start,
+            budget=config.max_evaluations,
+            tolerance=config.tolerance,
+            first_step=config.radius / 5,
+            remove=self.subspace.remove,
+        )
+
+    def add(self, solution: Solution) -> SteeringVector:
+        """Certify a solution, made exactly orthogonal and rounded to float32, and take its direction."""
+        theta = solution.theta
+        if self.config.max_norm is not None:
+            theta = theta * min(1.0, self.config.max_norm / float(theta.norm()))
+        theta = self.subspace.remove_exact(theta).float()
+        loss, norm = self._loss(theta), float(theta.norm())
+        self.last = SteeringVector(
+            index=self.index,
+            theta=theta,
+            norm=norm,
+            loss=loss,
+            relative_loss=loss / self.unsteered_loss,
+            evaluations=solution.evaluations,
+            stop_reason=solution.stop_reason,
+            max_abs_cos=self.subspace.add(theta) if norm > 0 else 0.0,
+            seconds=time.perf_counter() - self.started,
+            seed=self.seed,
+        )
+        return self.last

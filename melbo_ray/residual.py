@@ -15,7 +15,7 @@ from melbo_ray.config import UserError
 from melbo_ray.model import LanguageModel
 
 
-class _Captured(Exception):
+class _Captured(Exception):  # noqa: N818 - a signal, not an error
     """Raised inside the one real forward pass when every call has been seen."""
 
 
@@ -50,6 +50,7 @@ class Slice:
 
     @property
     def num_prompts(self) -> int:
+        """Prompts of the slice."""
         return len(self.lengths)
 
     def h_target(

@@ -30,11 +30,11 @@ class Subspace:
         return self._basis[: self.size]
 
     def remove(self, vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """The part of each vector orthogonal to the span, float32, on the vectors' device."""
-        basis = self.basis
+        """The part of each vector orthogonal to the span, float32, computed on the basis' device and given back."""
+        rest = vectors.to(self._basis)
         for _ in range(2):
-            vectors = vectors - (vectors @ basis.T) @ basis
-        return vectors
+            rest = rest - (rest @ self.basis.T) @ self.basis
+        return rest.to(vectors.device)
 
     def remove_exact(self, vector: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
         """As `remove`, in float64 on the CPU: for the value that is stored."""

@@ -26,6 +26,8 @@ class Concept(BaseModel):
     """Openings of answers that show the behaviour; their log-probability is the concept score."""
     words: list[str] = Field(min_length=1)
     """Words and marks (matched whole, case-insensitively) whose presence in a text is evidence of the concept."""
+    contrast: list[str] = Field(default=[])
+    """Prompts that ask for the behaviour; against the held-out prompts they give the base `contrast`."""
     texts: list[str] = Field(default=[])
     """Passages about the concept, for the presence evaluation."""
     held_out: dict[str, str] = Field(default_factory=lambda: _shared()["held_out"])

@@ -1,0 +1,207 @@
+"""The base vector θ₀: MELBO candidates, the contrast of concept and neutral prompts, or a file of vectors.
+
+Source: Mack and Turner (2024), "Mechanistically eliciting latent behaviors in language models": steering vectors of a
+fixed norm that change the target layer's activations the most.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from melbo_ray.concepts import Concept
+from melbo_ray.config import Config, UserError
+from melbo_ray.generate import Job, generate
+from melbo_ray.model import LanguageModel
+from melbo_ray.ortho import derive_seed
+from melbo_ray.residual import Slice
+from melbo_ray.steer import Prompts, continuation_score
+
+_STEP = 0.05
+_MOMENTUM = 0.7
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A possible base vector.
+
+    Attributes:
+        index: position among the candidates.
+        theta: (d_model,) float32 on the CPU, of norm R.
+        objective: MELBO's objective, the change at the target layer (residual-stream units).
+        radius: R (residual-stream units).
+        concept_score: mean log-probability per token of the concept's continuations, steered minus unsteered (nats).
+        text: a continuation of the prompt sampled under the vector.
+    """
+
+    index: int
+    theta: Float[Tensor, " d_model"]
+    objective: float
+    radius: float
+    concept_score: float
+    text: str
+
+
+def base_vector(
+    model: LanguageModel, concept: Concept, config: Config
+) -> tuple[Float[Tensor, " d_model"], list[Candidate]]:
+    """θ₀ as `config.base` asks for it, of norm R, and all the candidates it was chosen from.
+
+    `config.base_index` takes one; without it the highest concept score does.
+
+    Raises:
+        UserError: an index out of range, a file that cannot be read or does not fit, or a direction of norm 0.
+    """
+    slice = Slice(
+        model, [model.tokenize(concept.prompt, config.system_prompt)], config.source_layer, config.target_layer
+    )
+    if config.base == "melbo":
+        thetas = maximise(slice, config, concept.name)
+    elif config.base == "contrast":
+        thetas = contrast(model, concept, config)[None]
+    else:
+        thetas = read_vectors(config.base, model.d_model)
+    norms = thetas.norm(dim=-1, keepdim=True)
+    if not (torch.isfinite(norms) & (norms > 0)).all():
+        raise UserError(f"the base {config.base!r} has a vector of norm 0 or not finite: leave it out")
+    candidates = describe(slice, concept, config, thetas / norms * config.radius)
+    if config.base_index is None:
+        return max(candidates, key=lambda candidate: candidate.concept_score).theta, candidates
+    if config.base_index >= len(candidates):
+        raise UserError(
+            f"base index {config.base_index} is out of range: there are {len(candidates)} candidates, from 0"
+        )
+    return candidates[config.base_index].theta, candidates
+
+
+def objective(
+    slice: Slice, theta: Float[Tensor, "batch d_model"], config: Config, unsteered: Float[Tensor, "1 seq d_model"]
+) -> Float[Tensor, " batch"]:
+    """MELBO's objective of each θ: ( Σ over d_model of ( ‖Δ‖ over positions )^p )^(1/q), Δ = h_target(θ) − h_target(0).
+
+    The inner norm runs over token positions, as in Mack's code, not over d_model; it starts at position
+    `config.melbo_from`. At p = q = 2 this is the Frobenius norm of Δ, the post's formula.
+    """
+    change = (slice.h_target(theta).float() - unsteered)[:, config.melbo_from :]
+    return change.norm(dim=1).pow(config.melbo_p).sum(-1).pow(1 / config.melbo_q)
+
+
+def maximise(slice: Slice, config: Config, concept: str) -> Float[Tensor, "candidates d_model"]:
+    """The candidates: orthogonal vectors of norm R, each a maximum of `objective` in the complement of those before it.
+
+    All ascend at once from seeded random starts. A step follows the gradient's tangent part, of unit length and with
+    momentum; then every vector is made orthogonal to those before it and brought back to norm R.
+    """
+    d_model, device = slice.model.d_model, slice.model.device
+    if config.candidates > d_model:
+        raise UserError(f"{config.candidates} candidates cannot be orthogonal in d_model = {d_model}")
+    if config.melbo_from >= slice.h_source.shape[1]:
+        raise UserError(f"--melbo-from {config.melbo_from}: the prompt has only {slice.h_source.shape[1]} tokens")
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, concept, 0, "melbo"))
+    theta = retract(torch.randn(config.candidates, d_model, generator=generator), config.radius).to(device)
+    with torch.no_grad():
+        unsteered = slice.h_target(torch.zeros(1, d_model, device=device)).float()
+    velocity = torch.zeros_like(theta)
+    for _ in range(config.melbo_steps):
+        theta.requires_grad_()
+        (gradient,) = torch.autograd.grad(objective(slice, theta, config, unsteered).sum(), theta)
+        theta = theta.detach()
+        gradient = tangent(gradient, theta)
+        gradient = gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        velocity = _MOMENTUM * velocity + gradient
+        theta = retract(theta + _STEP * config.radius * velocity, config.radius)
+    return theta.cpu()
+
+
+def tangent(gradient: Float[Tensor, "batch d_model"], theta: Float[Tensor, "batch d_model"]) -> Tensor:
+    """The part of each gradient tangent to the sphere through θ: g − (g·θ) θ / ‖θ‖²."""
+    along = (gradient * theta).sum(-1, keepdim=True) / (theta * theta).sum(-1, keepdim=True)
+    return gradient - along * theta
+
+
+def retract(theta: Float[Tensor, "batch d_model"], radius: float) -> Float[Tensor, "batch d_model"]:
+    """Each row's part orthogonal to the rows before it, brought to norm `radius` (Gram-Schmidt as a QR, in float64)."""
+    q, r = torch.linalg.qr(theta.double().T)
+    return (q.T * torch.sign(r.diagonal())[:, None] * radius).to(theta.dtype)
+
+
+def contrast(model: LanguageModel, concept: Concept, config: Config) -> Float[Tensor, " d_model"]:
+    """Mean source-layer activation over the concept's `contrast` prompts minus that over neutral (held-out) prompts.
+
+    A prompt's activation is the mean over its positions but the first, which in many models is an attention sink.
+    """
+
+    def mean(prompts: Sequence[str]) -> Tensor:
+        tokens = [model.tokenize(prompt, config.system_prompt) for prompt in prompts]
+        stream = Prompts(model, tokens, config.source_layer).h_source.float().cpu()
+        rows = zip(stream, tokens, strict=True)
+        return torch.stack([row[1 : len(ids)].mean(0) for row, ids in rows]).mean(0)
+
+    if not concept.contrast:
+        raise UserError(
+            f"the concept {concept.name!r} has no contrast prompts: add `contrast` to it, or use --base melbo"
+        )
+    return mean(concept.contrast) - mean(list(concept.held_out.values()))
+
+
+def read_vectors(path: str, d_model: int) -> Float[Tensor, "n d_model"]:
+    """The vectors in a `.safetensors`, `.npy` or `.pt` file (one tensor, (d_model,) or (n, d_model)); no code is run.
+
+    Raises:
+        UserError: no such file, another format, or another shape.
+    """
+    try:
+        match Path(path).suffix:
+            case ".safetensors":
+                from safetensors.torch import load_file
+
+                found = list(load_file(path).values())
+            case ".npy":
+                import numpy as np
+
+                found = [torch.from_numpy(np.load(path, allow_pickle=False))]
+            case ".pt":
+                found = [torch.load(path, weights_only=True, map_location="cpu")]
+            case _:
+                raise UserError(f"--base is {path!r}: expected melbo, contrast, or a .safetensors, .npy or .pt file")
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"cannot read vectors from {path!r}: {type(error).__name__}; expected one plain tensor"
+        ) from None
+    if len(found) != 1 or not isinstance(found[0], Tensor) or found[0].ndim not in {1, 2}:
+        raise UserError(f"{path!r} holds no single tensor of shape (d_model,) or (n, d_model)")
+    vectors = found[0].float().reshape(-1, found[0].shape[-1])
+    if vectors.shape[-1] != d_model:
+        raise UserError(f"the vectors in {path!r} have {vectors.shape[-1]} entries, the model's d_model is {d_model}")
+    return vectors
+
+
+def describe(slice: Slice, concept: Concept, config: Config, thetas: Float[Tensor, "n d_model"]) -> list[Candidate]:
+    """Each vector with its objective, its concept score and a text sampled under it at temperature 1."""
+    model = slice.model
+    prompt = model.tokenize(concept.prompt, config.system_prompt)
+    with torch.no_grad():
+        unsteered = slice.h_target(torch.zeros(1, model.d_model, device=model.device)).float()
+        changes = objective(slice, thetas.to(model.device), config, unsteered).tolist()
+    scores = continuation_score(model, prompt, concept.continuations, config.source_layer, thetas).tolist()
+    jobs = [
+        Job(prompt, theta, derive_seed(config.seed, concept.name, index, "candidate text"))
+        for index, theta in enumerate(thetas)
+    ]
+    texts = generate(model, jobs, config.source_layer, max_new_tokens=config.max_new_tokens)
+    return [
+        Candidate(
+            index,
+            thetas[index],
+            changes[index],
+            config.radius,
+            scores[index],
+            model.tokenizer.decode(text.tokens, skip_special_tokens=True),
+        )
+        for index, text in enumerate(texts)
+    ]
