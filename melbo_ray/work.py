@@ -99,33 +99,32 @@ class Worker:
             self.run.commit(Unit(concept, "base", "base", 0, 0), written, exclusive=True)
 
     def chains(self, concepts: Sequence[str]) -> Iterator[Found]:
-        """The chains of several concepts, a vector of each in turn, from where storage says they stand.
+        """The chains of several concepts, from where storage says they stand; a vector is durable before it is yielded.
 
-        A vector is durable before it is yielded.
+        On a GPU they advance in one batch. On the CPU, where a batch costs what its rows cost, they take turns, and
+        each vector is to the bit what it would be in a run with one concept, resumed or not.
 
         Raises:
             FileExistsError: another worker is running the same chain; what it wrote stands.
         """
-        running = {concept: self._chain(concept) for concept in concepts}
+        groups = [list(concepts)] if self.model.device.type == "cuda" else [[concept] for concept in concepts]
+        running = [self._chains(group) for group in groups]
         while running:
-            for concept in list(running):
-                found = next(running[concept])
-                yield found
-                if found.stop_reason:
-                    del running[concept]
+            for chain in list(running):
+                try:
+                    yield next(chain)
+                except StopIteration:
+                    running.remove(chain)
 
-    def _chain(self, concept: str) -> Iterator[Found]:
-        stored = stored_vectors(self.run, concept)
-        base, earlier = stored.pop("base")[0].theta, [stored["chain"][i] for i in sorted(stored.get("chain", {}))]
-        prompt = self.model.tokenize(self.concepts[concept].prompt, self.config.system_prompt)
-        part = Slice(self.model, [prompt], self.config.source_layer, self.config.target_layer)
-        chain = ortho.chain(part, base, self.config, concept=concept, earlier=earlier)
-        while True:
-            try:
-                vector = next(chain)
-            except StopIteration as end:
-                yield Found(concept, None, end.value)
-                return
+    def _chains(self, concepts: list[str]) -> Iterator[Found]:
+        stored = {concept: stored_vectors(self.run, concept) for concept in concepts}
+        prompts = [self.model.tokenize(self.concepts[c].prompt, self.config.system_prompt) for c in concepts]
+        part = Slice(self.model, prompts, self.config.source_layer, self.config.target_layer)
+        bases = {concept: vectors["base"][0].theta for concept, vectors in stored.items()}
+        earlier = {c: [vector for _, vector in sorted(v.get("chain", {}).items())] for c, v in stored.items()}
+        stopped: dict[str, str] = {}
+        told: set[str] = set()
+        for concept, vector in ortho.chains(part, bases, self.config, earlier, stopped):
             row = self._row("chain", vector.index, vector.theta) | {
                 name: getattr(vector, name)
                 for name in ("loss", "relative_loss", "evaluations", "stop_reason", "max_abs_cos", "seconds", "seed")
@@ -133,6 +132,11 @@ class Worker:
             unit = Unit(concept, "chain", "chain", vector.index, vector.index)
             self.run.commit(unit, {"vectors": tables.table("vectors", [row])}, exclusive=True)
             yield Found(concept, vector)
+            for name in stopped.keys() - told:
+                told.add(name)
+                yield Found(name, None, stopped[name])
+        for name in stopped.keys() - told:
+            yield Found(name, None, stopped[name])
 
     def evaluate(self, unit: Unit, theta: np.ndarray, base: np.ndarray) -> int:
         """Run a unit's evaluation and make its rows durable; the number of failures among them.
