@@ -9,7 +9,18 @@ import pyarrow as pa
 import torch
 
 from melbo_ray import tables
-from melbo_ray.evals import composition, control, dose, generalization, generations, geometry, kl, presence, rescaled
+from melbo_ray.evals import (
+    composition,
+    control,
+    dose,
+    generalization,
+    generations,
+    geometry,
+    kl,
+    presence,
+    rescaled,
+    shuffled,
+)  # fmt: skip
 from melbo_ray.evals.study import Row, Rows, Study, Vectors
 from melbo_ray.model import first_line
 
@@ -45,6 +56,7 @@ EVALUATIONS = {
         Evaluation("rescaled", ("kl",), "chain", rescaled.run),
         Evaluation("composition", ("composition",), "chain", composition.run),
         Evaluation("geometry", ("geometry", "summary"), "chain", geometry.run),
+        Evaluation("shuffled", ("kl", "generalization"), "chain", shuffled.run),
         Evaluation("control", ("kl", "generalization", "generations", "dose", "presence"), "chain", control.run),
     )
 }

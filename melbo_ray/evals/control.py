@@ -1,8 +1,6 @@
 """The nulls: what directions do that were not found but drawn, and what the mean-difference direction does."""
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from melbo_ray.evals import dose, generalization, generations, kl, presence
 from melbo_ray.evals.kl import at_norm
@@ -47,14 +45,3 @@ def random_directions(study: Study, chain: Vectors) -> Vectors:
             draw = draw - avoid.T @ (avoid @ draw)
         thetas.append(at_norm(draw[None], norm)[0].float())
     return Vectors("random", chain.index, torch.stack(thetas))
-
-
-def shuffled_target(
-    unsteered: Float[Tensor, " d_model"], base: Float[Tensor, " d_model"], seed: int
-) -> Float[Tensor, " d_model"]:
-    """z(0) plus the displacement z(θ₀) − z(0) with its coordinates shuffled: as far away, and nobody's meaning.
-
-    A chain solved against it tells what the solver reaches whatever the target is.
-    """
-    order = torch.randperm(len(base), generator=torch.Generator().manual_seed(seed))
-    return unsteered + (base - unsteered)[order.to(base.device)]

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from melbo_ray import melbo
 from melbo_ray.evals.study import TRAINING, Row, Rows, Study, Vectors
 from melbo_ray.generate import Job, generate
 from melbo_ray.ortho import derive_seed
@@ -100,10 +101,12 @@ def auroc(a: Float[Tensor, "m n"], b: Float[Tensor, "k n"]) -> Float[Tensor, " n
 
 
 def contrast(study: Study) -> Float[Tensor, " d_model"]:
-    """The mean-difference direction: mean activation on concept texts minus that on neutral ones, sinks dropped.
+    """The mean-difference direction: `melbo.contrast`, of prompts, so that the texts it is judged on are new to it.
 
-    Of the texts that were read, or where the concept ships none, of those that the model wrote.
+    Of a concept without contrast prompts: mean activation on its texts minus that on neutral ones, sinks dropped.
     """
+    if study.concept.contrast:
+        return melbo.contrast(study.model, study.concept, study.config)
     concept, neutral = next(iter(study.once(text_sets).values()))
     return concept.activations("dropped").mean(0) - neutral.activations("dropped").mean(0)
 

@@ -1,12 +1,10 @@
-import numpy as np
 import pytest
 import torch
 
 from melbo_ray.evals import evaluate
-from melbo_ray.evals.control import random_directions, shuffled_target
+from melbo_ray.evals.control import random_directions
 from melbo_ray.evals.study import evenly
 from melbo_ray.subspace import max_abs_cos
-from tests.families import directions
 
 
 def test_a_random_direction_has_the_norm_and_the_complement_of_its_vector(study, chain):
@@ -39,11 +37,3 @@ def test_evenly_takes_the_first_and_the_last():
     assert evenly(32, 8)[0] == 0
     assert evenly(32, 8)[-1] == 31
     assert len(set(evenly(1558, 8))) == 8
-
-
-def test_a_shuffled_target_is_as_far_away():
-    unsteered, base = directions(2)
-    target = shuffled_target(unsteered, base, seed=3)
-    np.testing.assert_allclose(np.sort(target - unsteered), np.sort(base - unsteered), atol=1e-6)
-    assert float((target - base).norm()) > 0.1
-    assert torch.equal(target, shuffled_target(unsteered, base, seed=3))

@@ -1,8 +1,11 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from melbo_ray import melbo
 from melbo_ray.evals import evaluate
 from melbo_ray.evals.presence import auroc, contrast, effect_size, text_sets
 from tests.evals.reference import rows_of
@@ -56,7 +59,13 @@ def test_effect_size_is_the_distance_in_standard_deviations():
     assert float(effect_size(3 * noise[:10_000] + 6, 3 * noise[10_000:])) == pytest.approx(2, abs=0.05)
 
 
-def test_the_mean_difference_direction_tells_its_own_texts_apart_better_than_a_random_one(study):
+def test_the_contrast_of_a_concept_with_contrast_prompts_is_melbos(study):
+    prompts = study.concept.model_copy(update={"contrast": ["Write code.", "Print it in Python."]})
+    other = dataclasses.replace(study, concept=prompts)
+    assert torch.equal(contrast(other), melbo.contrast(study.model, prompts, study.config))
+
+
+def test_without_contrast_prompts_it_is_the_mean_difference_of_the_texts(study):
     direction = contrast(study)
     concept, neutral = (without_sinks(read(study, t)) for t in (study.concept.texts, study.concept.neutral_texts))
     np.testing.assert_allclose(direction, concept.mean(0) - neutral.mean(0), atol=1e-4)
@@ -78,8 +87,6 @@ def test_the_model_writes_as_many_texts_of_each_and_the_prompt_is_not_counted(st
 
 
 def test_a_concept_without_passages_is_judged_by_what_the_model_writes(study, chain, monkeypatch):
-    import dataclasses
-
     bare = dataclasses.replace(study, concept=study.concept.model_copy(update={"texts": []}))
     assert set(evaluate("presence", bare, chain)["presence"]["texts"].to_pylist()) == {
         "written_concept", "written_neutral",
