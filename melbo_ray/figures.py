@@ -11,27 +11,12 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from melbo_ray.query import Columns, select
+from melbo_ray.query import Columns, along_chain, select, unsteered
 
 CHAIN, AVERAGE, BASE, UNSTEERED, CONTROL = "#4f86f7", "#f59e0b", "#10b981", "#ef4444", "#94a3b8"
 CONTRAST = "#a855f7"
 """One colour for one idea, in every figure, readable on white and on black."""
 _SHADES = ["#4f86f7", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#06b6d4", "#ec4899", "#84cc16"]
-
-
-def along_chain(db: duckdb.DuckDBPyConnection, table: str, column: str, concept: str) -> Columns:
-    """`column` of every chain vector, `n`, and its centred moving `average` over 50 vectors (fewer at the ends)."""
-    return select(
-        db,
-        f"""SELECT index AS n, {column} AS value, avg({column}) FILTER (NOT isnan({column})) OVER (
-                ORDER BY index ROWS BETWEEN 25 PRECEDING AND 24 FOLLOWING) AS average
-            FROM {table} WHERE concept = ? AND kind = 'chain' AND {_own(table)} ORDER BY n""",
-        concept,
-    )
-
-
-def _own(table: str) -> str:
-    return "scale = 'own'" if table == "kl" else "true"
 
 
 def draw_kl(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
@@ -61,12 +46,6 @@ def draw_kl(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
     return _base(fig, 0.0)
 
 
-def unsteered(db: duckdb.DuckDBPyConnection, concept: str) -> float:
-    """KL(P_unsteered ‖ P_base) on the training prompt, nats; NaN where it was not measured."""
-    sql = "SELECT max(kl_from_base) AS kl FROM kl WHERE concept = ? AND kind = 'unsteered' AND scale = 'own'"
-    return float(select(db, sql, concept)["kl"][0])
-
-
 def draw_norm(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
     """‖θ_n‖ against n: chain, moving average, base at 0."""
     chain = along_chain(db, "vectors", "norm", concept)
@@ -86,35 +65,39 @@ def draw_dose(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
     dose = select(
         db,
         """SELECT kind, index AS n, norm, kl_from_base AS kl FROM dose
-           WHERE concept = ? AND scale IN ('alpha', 'radius') ORDER BY kind, n, norm""",
+           WHERE concept = $1 AND scale IN ('alpha', 'radius')
+           UNION ALL  -- at norm 0 every direction is the unsteered model
+           SELECT DISTINCT d.kind, d.index, 0, k.kl_from_base FROM dose d, kl k
+           WHERE d.concept = $1 AND k.concept = $1 AND k.kind = 'unsteered' AND k.scale = 'own'
+           ORDER BY kind, n, norm""",
         concept,
     )
-    chain = np.unique(dose["n"][dose["kind"] == "chain"])
-    if not len(chain):
+    curves = {
+        kind: [
+            (n, dose["norm"][at], dose["kl"][at]) for n in np.unique(dose["n"][of]) for at in [of & (dose["n"] == n)]
+        ]
+        for kind in ("chain", "random", "base", "contrast")
+        for of in [dose["kind"] == kind]
+    }
+    if not curves["chain"]:
         return None
     fig = _figure("norm, residual-stream units", "KL(P ‖ P_base), nats")
-    control = select(
-        db,
-        """SELECT round(norm * 2) / 2 AS x, quantile_cont(kl_from_base, 0.05) AS low,
-                  quantile_cont(kl_from_base, 0.95) AS high
-           FROM dose WHERE concept = ? AND kind = 'random' AND scale IN ('alpha', 'radius') GROUP BY x ORDER BY x""",
-        concept,
-    )
-    if len(control["x"]):
-        _band(fig, control["x"], control["low"], control["high"], "random, 5–95 %")
-    for n in chain[np.linspace(0, len(chain) - 1, min(len(chain), 24)).astype(int)]:
-        rows = (dose["kind"] == "chain") & (dose["n"] == n)
-        colour = _along(float(n) / float(chain[-1]))
-        _curve(fig, dose["norm"][rows], dose["kl"][rows], f"n = {n}", colour, showlegend=False, line_width=1.3)
+    if curves["random"]:
+        grid = np.linspace(0, np.median([norms[-1] for _, norms, _ in curves["random"]]), 50)
+        on_grid = [np.interp(grid, norms, kls, right=np.nan) for _, norms, kls in curves["random"]]
+        _band(fig, grid, *np.nanquantile(on_grid, [0.05, 0.95], axis=0), "random, 5–95 %")
+    last = curves["chain"][-1][0]
+    for place in np.unique(np.linspace(0, len(curves["chain"]) - 1, 24).astype(int)):
+        n, norms, kls = curves["chain"][place]
+        _curve(fig, norms, kls, f"n = {n}", _along(n / last), showlegend=False, line_width=1.3)
     for kind, name, colour in (("base", "base", BASE), ("contrast", "mean difference", CONTRAST)):
-        rows = dose["kind"] == kind
-        if rows.any():
-            _curve(fig, dose["norm"][rows], dose["kl"][rows], name, colour, line_width=3)
+        for _, norms, kls in curves[kind]:
+            _curve(fig, norms, kls, name, colour, line_width=3)
     if math.isfinite(unsteered(db, concept)):
-        _line(fig, unsteered(db, concept), np.array([0, np.nanmax(dose["norm"])]), "unsteered")
-    scale = {"colorscale": _colours(), "cmin": 1, "cmax": int(chain[-1]), "showscale": True, "color": [1]}
+        _line(fig, unsteered(db, concept), np.array([0, dose["norm"].max()]), "unsteered")
     bar = {"title": {"text": "n"}, "thickness": 10, "len": 0.8, "outlinewidth": 0}
-    fig.add_scatter(x=[None], y=[None], mode="markers", marker=scale | {"colorbar": bar}, showlegend=False)
+    scale = {"colorscale": _colours(), "cmin": 1, "cmax": int(last), "showscale": True, "color": [1], "colorbar": bar}
+    fig.add_scatter(x=[None], y=[None], mode="markers", marker=scale, showlegend=False)
     return fig
 
 
@@ -170,8 +153,9 @@ def draw_presence(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | No
         fig.add_histogram(x=rows["auroc"][at], name=name, marker_color=colour, visible=visible, **bins)
     for kind, name, colour in (("base", "base", BASE), ("contrast", "mean difference", CONTRAST)):
         for value in rows["auroc"][dropped & (rows["kind"] == kind)]:
-            fig.add_scatter(x=[value, value], y=[0, 0.1], mode="lines", name=name, line={"color": colour, "width": 3})
-    return fig.update_layout(barmode="overlay", xaxis_range=[0, 1])
+            line = {"color": colour, "width": 3}
+            fig.add_shape(x0=value, x1=value, y0=0, y1=1, yref="paper", name=name, showlegend=True, line=line)
+    return fig.update_layout(barmode="overlay", xaxis_range=[0, 1.01])
 
 
 def draw_composition(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
@@ -185,10 +169,12 @@ def draw_composition(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure |
     if not len(rows["k"]):
         return None
     fig = _figure("k, vectors in the mean", "KL(P ‖ P_base), nats")
-    pairs = sorted(set(zip(rows["rule"], rows["scale"], strict=True)))
-    for (rule, scale), colour in zip(pairs, _SHADES * len(pairs), strict=False):
+    colours = dict(zip(["own", "typical", "ablated"], [CHAIN, AVERAGE, CONTRAST], strict=True))
+    for rule, scale in sorted(set(zip(rows["rule"], rows["scale"], strict=True))):
         at = (rows["rule"] == rule) & (rows["scale"] == scale)
-        _curve(fig, rows["k"][at], rows["kl"][at], html.escape(f"{rule}, {scale}"), colour, mode="lines+markers")
+        name, colour = html.escape(f"{rule}, {scale}"), colours.get(scale, CONTROL)
+        dash = "solid" if rule == "first" else "dot"
+        _curve(fig, rows["k"][at], rows["kl"][at], name, colour, mode="lines+markers", line_dash=dash)
     return fig.update_layout(xaxis={"type": "log", "tickvals": np.unique(rows["k"]).tolist()})
 
 

@@ -114,6 +114,27 @@ def _filled(values: np.ndarray) -> np.ndarray:
     return np.ma.filled(values, None)
 
 
+def along_chain(db: duckdb.DuckDBPyConnection, table: str, column: str, concept: str) -> Columns:
+    """`column` of every chain vector, `n`, and its centred moving `average` over 50 vectors (fewer at the ends)."""
+    return select(
+        db,
+        f"""SELECT index AS n, {column} AS value, avg({column}) FILTER (NOT isnan({column})) OVER (
+                ORDER BY index ROWS BETWEEN 25 PRECEDING AND 24 FOLLOWING) AS average
+            FROM {table} WHERE concept = ? AND kind = 'chain' AND {_own(table)} ORDER BY n""",
+        concept,
+    )
+
+
+def _own(table: str) -> str:
+    return "scale = 'own'" if table == "kl" else "true"
+
+
+def unsteered(db: duckdb.DuckDBPyConnection, concept: str) -> float:
+    """KL(P_unsteered ‖ P_base) on the training prompt, nats; NaN where it was not measured."""
+    sql = "SELECT max(kl_from_base) AS kl FROM kl WHERE concept = ? AND kind = 'unsteered' AND scale = 'own'"
+    return float(select(db, sql, concept)["kl"][0])
+
+
 @contextmanager
 def reading(url: str) -> Generator[None]:
     """What goes wrong in DuckDB or in reading parts becomes one line that names `url`."""

@@ -176,11 +176,11 @@ def summary(db: duckdb.DuckDBPyConnection, concept: str, facts: dict[str, Any]) 
         "KL changes most at n": _number(n["change"]),
         "norms": f"{_number(n['low'])} – {_number(n['high'])}",
         "largest |cos| of any two": _number(n["cos"] if audit is None else audit),
-        "held-out answers made likelier": _share(n["general"]),
+        "base's held-out answers made likelier": _share(n["general"]),
         "texts detected": _share(n["shown"]),
         "texts detected, unsteered": _share(n["shown_unsteered"]),
-        "Bessel: rms component on any one direction, at most": _number(n["bessel"]),
-        "mean-difference dose for half the effect": _number(n["half"]),
+        "Bessel: rms part on any direction ≤": _number(n["bessel"]),
+        "mean difference: dose for half the effect": _number(n["half"]),
         "failed evaluations": str(facts.get("failures", "–")),
     }
 

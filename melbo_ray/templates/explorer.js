@@ -48,7 +48,7 @@ function showNumbers({ kind, n, i }) {
     entry("relative loss", number(v.relative_loss[i])),
     entry("largest |cos|", number(v.max_abs_cos[i], 2)),
     entry("evaluations", v.evaluations[i] ?? "–"),
-    entry("stopped because", v.stop_reason[i] ?? "–"),
+    entry("stopped because", (v.stop_reason[i] ?? "–").replaceAll("_", "_\u200b")),
     entry("cos with mean difference", number(v.cos_contrast[i], 2)),
     entry("nearest unembedding", v.nearest_token[i] === null ? "–" : visible(JSON.stringify(v.nearest_token[i]))),
   );
