@@ -3,8 +3,8 @@ import html
 import json
 import math
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 from base64 import b64decode, b64encode
 from hashlib import sha256
@@ -223,16 +223,17 @@ def test_a_page_has_only_so_much_room_and_what_stays_out_is_counted(tmp_path, mo
 
 
 def job(*arguments):
-    command = [sys.executable, "jobs/report.py", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, env={"PYTHONPATH": ".", "PATH": "/usr/bin"}, check=False
-    )
+    """What `python jobs/report.py` exits with, in this process: another one would load torch again."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", ["jobs/report.py", *arguments])
+        runpy.run_path("jobs/report.py", run_name="__main__")
+    return end.value.code
 
 
-def test_the_job_prints_where_the_report_is(tmp_path):
+def test_the_job_prints_where_the_report_is(tmp_path, capsys):
     run = write_study(tmp_path, num_vectors=2)
-    done = job("--run", str(run))
-    assert (done.returncode, done.stdout) == (0, f"report:  {run}/report.html\n")
+    assert job("--run", str(run)) == 0
+    assert capsys.readouterr().out == f"report:  {run}/report.html\n"
 
 
 def _spoil(part):
@@ -257,10 +258,9 @@ def test_a_run_that_cannot_be_read_is_one_line(tmp_path, harm, complaint):
     assert not (run / "report.html").exists()
 
 
-def test_the_job_fails_with_one_line_and_code_2(tmp_path):
-    done = job("--run", str(tmp_path))
-    assert done.returncode == 2
-    assert re.fullmatch(r"error: no run at .*\n", done.stderr)
+def test_the_job_fails_with_one_line_and_code_2(tmp_path, capsys):
+    assert job("--run", str(tmp_path)) == 2
+    assert re.fullmatch(r"error: no run at .*\n", capsys.readouterr().err)
 
 
 def test_figures_become_files_for_papers(tmp_path):
