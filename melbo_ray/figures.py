@@ -40,10 +40,13 @@ def draw_kl(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
     elif len(band["n"]):
         _band(fig, band["n"], band["low"], band["high"], "random, 5–95 %")
     _dots_and_average(fig, chain)
+    other = "SELECT index AS n, kl_from_base AS kl FROM kl WHERE concept = ? AND kind = 'shuffled' AND scale = 'own'"
+    if len((shuffled := select(db, other, concept))["n"]):
+        _marks(fig, shuffled["n"], shuffled["kl"], "shuffled target", CONTROL, "x")
     nats = unsteered(db, concept)
     if math.isfinite(nats):
         _line(fig, nats, ends, "unsteered")
-    return _base(fig, 0.0)
+    return _marks(fig, np.zeros(1), np.zeros(1), "base", BASE, "diamond")
 
 
 def draw_norm(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
@@ -55,7 +58,7 @@ def draw_norm(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
     _dots_and_average(fig, chain)
     base = select(db, "SELECT norm FROM vectors WHERE concept = ? AND kind = 'base'", concept)["norm"]
     if len(base):
-        _base(fig, float(base[0]))
+        _marks(fig, np.zeros(1), base, "base", BASE, "diamond")
         _line(fig, float(base[0]), np.array([0, int(chain["n"].max())]), "norm of the base")
     return fig
 
@@ -234,9 +237,8 @@ def _band(fig: go.Figure, x: np.ndarray, low: np.ndarray, high: np.ndarray, name
     fig.add_scatter(x=x, y=high, name=name, fill="tonexty", fillcolor="rgba(148,163,184,0.3)", **edge)
 
 
-def _base(fig: go.Figure, value: float) -> go.Figure:
-    marker = {"color": BASE, "size": 11, "symbol": "diamond"}
-    return fig.add_scatter(x=[0], y=[value], mode="markers", name="base", marker=marker)
+def _marks(fig: go.Figure, x: np.ndarray, y: np.ndarray, name: str, colour: str, symbol: str) -> go.Figure:
+    return fig.add_scatter(x=x, y=y, mode="markers", name=name, marker={"color": colour, "size": 10, "symbol": symbol})
 
 
 def _colours() -> list:

@@ -88,6 +88,7 @@ def directions(num_vectors: int) -> Iterator[tuple[str, int, float, float]]:
         yield "chain", n, norm_of(n, num_vectors), kl_of(n, num_vectors)
         yield "random", n, norm_of(n, num_vectors), UNSTEERED * (1 + 0.05 * math.sin(n))
     yield "contrast", 0, 10.0, 1.0
+    yield "shuffled", 1, 9.0, 1.9
 
 
 def _rows(
@@ -118,13 +119,13 @@ def _rows(
                     "prompt_id": prompt, "sample": s, "temperature": 1.0, "num_tokens": 8, "finish_reason": "length",
                     "text": text(concept, row["index"], prompt, s), "detected": score > 1,
                 }
-                for s in range(samples)
+                for s in range(0 if row["kind"] == "shuffled" else samples)
             ]  # fmt: skip
-        for alpha in (0.5, 1.0, 1.5, 2.0) if row["kind"] != "unsteered" else ():
+        for alpha in (0.5, 1.0, 1.5, 2.0) if row["kind"] not in ("unsteered", "shuffled") else ():
             rows["dose"].append(row | {
                 "scale": "alpha", "norm": alpha * norm, "kl_from_base": UNSTEERED * abs(1 - alpha) + kl,
             })  # fmt: skip
-        for texts in ("concept", "neutral") if row["kind"] != "unsteered" else ():
+        for texts in ("concept", "neutral") if row["kind"] not in ("unsteered", "shuffled") else ():
             rows["presence"] += [
                 row | {
                     "texts": texts, "sinks": sinks, "mean_projection": 0.1, "max_projection": 1.0, "mean_cos": 0.02,

@@ -116,6 +116,7 @@ def test_kl_figure_has_the_vectors_their_average_the_base_the_unsteered_and_the_
     )
     assert (trace(fig, "base").x[0], trace(fig, "base").y[0]) == (0, 0)
     assert set(trace(fig, "unsteered").y) == {UNSTEERED}
+    assert (trace(fig, "shuffled target").x[0], trace(fig, "shuffled target").y[0]) == (1, pytest.approx(1.9))
     random = np.array([UNSTEERED * (1 + 0.05 * math.sin(n)) for n in range(1, 121)])
     at_60 = random[60 - 26 : 60 + 24]
     low, high = (
@@ -224,9 +225,10 @@ def test_a_page_has_only_so_much_room_and_what_stays_out_is_counted(tmp_path, mo
 
 def job(*arguments):
     """What `python jobs/report.py` exits with, in this process: another one would load torch again."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["jobs/report.py", *arguments])
-        runpy.run_path("jobs/report.py", run_name="__main__")
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path("jobs/report.py", run_name="__main__")
     return end.value.code
 
 
