@@ -18,19 +18,23 @@ from melbo_ray.tables import SCHEMA_VERSION, SCHEMAS
 
 CONCEPTS = ("alien", "code", "jailbreak", "stem")
 _VECTORS = 2000
-_KEYS = (
-    "'synthetic' AS run_id, if(v = 0, 'unsteered', 'chain') AS kind, v AS index, 10 - v / 250 AS norm, 'own' AS scale"
-)
+_KEYS = "'synthetic' AS run_id, if(v = 0, 'unsteered', 'chain') AS kind, v AS index"
 _MEASURES = "2 * random() AS kl_from_base, 2 * random() AS kl_to_base, 2 * random() - 1 AS concept_score"
 _TEXT = "repeat(md5(v::VARCHAR || '/' || p), 6)"
 _ROWS = {
-    "kl": (9, "'train' AS prompt_id, ['def', 'import'] AS top_tokens, [0.6, 0.1]::FLOAT[] AS top_probs"),
-    "dose": (20, "p / 2 AS norm"),
+    "kl": (
+        9,
+        "'training' AS prompt_id, 'own' AS scale, ['def', 'import'] AS top_tokens, [0.6, 0.1]::FLOAT[] AS top_probs",
+    ),
+    "dose": (20, "'alpha' AS scale, p / 2 AS norm"),
     "generalization": (
         32,
         "'prompt_' || p AS prompt_id, random() AS top1_agreement, random() - 0.5 AS log_likelihood_ratio",
     ),
-    "generations": (64, f"'prompt_' || p // 2 AS prompt_id, p % 2 AS sample, 48 AS num_tokens, {_TEXT} AS text"),
+    "generations": (
+        64,
+        f"'prompt_' || p // 2 AS prompt_id, 'own' AS scale, p % 2 AS sample, 48 AS num_tokens, {_TEXT} AS text",
+    ),
 }
 
 
