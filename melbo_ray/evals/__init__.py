@@ -53,11 +53,11 @@ EVALUATIONS = {
         Evaluation("generalization", ("generalization",), "vector", generalization.run),
         Evaluation("dose", ("dose",), "vector", dose.run),
         Evaluation("presence", ("presence",), "vector", presence.run),
-        Evaluation("rescaled", ("kl",), "chain", rescaled.run),
+        Evaluation("control", ("kl", "generalization", "generations", "dose", "presence"), "chain", control.run),
+        Evaluation("shuffled", ("kl", "generalization"), "chain", shuffled.run),
         Evaluation("composition", ("composition",), "chain", composition.run),
         Evaluation("geometry", ("geometry", "summary"), "chain", geometry.run),
-        Evaluation("shuffled", ("kl", "generalization"), "chain", shuffled.run),
-        Evaluation("control", ("kl", "generalization", "generations", "dose", "presence"), "chain", control.run),
+        Evaluation("rescaled", ("kl",), "chain", rescaled.run),
     )
 }
 

@@ -1,6 +1,7 @@
 """Where the vectors point: against the base, the mean-difference direction, the unembedding; the chain in figures."""
 
 import math
+import statistics
 
 import torch
 from jaxtyping import Float
@@ -58,7 +59,7 @@ def _of_kl(study: Study, chain: Vectors) -> dict[str, float | None]:
     """How many vectors are below each share of the unsteered KL(P‖P_base), and where the curve breaks."""
     kls = [row["kl_from_base"] for row in next_token(study, chain.theta)]
     whole = unsteered_kl(study)
-    figures: dict[str, float | None] = {"unsteered_kl": whole, "median_kl": float(torch.tensor(kls).median())}
+    figures: dict[str, float | None] = {"unsteered_kl": whole, "median_kl": statistics.median(kls)}
     for share in THRESHOLDS:
         figures[f"vectors_below_{share:g}_unsteered_kl"] = float(sum(kl < share * whole for kl in kls))
     place = change_point(kls)
@@ -92,7 +93,7 @@ def _of_contrast(study: Study, chain: Vectors, cosines: Tensor, direction: Tenso
     score, half = measure_all(study, study.base[None])[0]["concept_score"] / 2, unsteered_kl(study) / 2
     return {
         "bessel_rms_cos": 1 / math.sqrt(len(chain)),
-        "bessel_rms_component": float(chain.theta.norm(dim=-1).median()) / math.sqrt(len(chain)),
+        "bessel_rms_component": statistics.median(chain.norms) / math.sqrt(len(chain)),
         "rms_cos_contrast": float(cosines.square().mean().sqrt()),
         "contrast_norm_for_half_score": next((row["norm"] for row in curve if row["concept_score"] >= score > 0), None),
         "contrast_norm_for_half_kl": next((row["norm"] for row in curve if row["kl_from_base"] <= half), None),
