@@ -32,8 +32,8 @@ Names = Annotated[list[str], BeforeValidator(_split)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 EVALUATIONS = (
-    "kl", "generations", "generalization", "dose", "presence", "rescaled", "composition", "geometry", "shuffled",
-    "control",
+    "kl", "generations", "generalization", "dose", "presence", "control", "shuffled", "composition", "geometry",
+    "rescaled",
 )  # fmt: skip
 
 
