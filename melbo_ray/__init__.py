@@ -1,21 +1,29 @@
 """How many orthogonal steering vectors do the same thing? MELBO-ortho as a distributed batch job."""
 
-from melbo_ray.concepts import Concept, load_concept
-from melbo_ray.config import Config, UserError
-from melbo_ray.melbo import Candidate, base_vector
-from melbo_ray.model import LanguageModel
-from melbo_ray.ortho import SteeringVector, chain
-from melbo_ray.residual import Slice
+import importlib
+from typing import Any
 
-__all__ = [
-    "Candidate",
-    "Concept",
-    "Config",
-    "LanguageModel",
-    "Slice",
-    "SteeringVector",
-    "UserError",
-    "base_vector",
-    "chain",
-    "load_concept",
-]
+# Loaded when asked for: a job that only reads a run shall not wait for torch and transformers.
+_HOMES = {
+    "Candidate": "melbo",
+    "Concept": "concepts",
+    "Config": "config",
+    "LanguageModel": "model",
+    "Slice": "residual",
+    "SteeringVector": "ortho",
+    "UserError": "config",
+    "base_vector": "melbo",
+    "chain": "ortho",
+    "load_concept": "concepts",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOMES)

@@ -30,7 +30,7 @@ class Concept(BaseModel):
     """Prompts that ask for the behaviour; against the held-out prompts they give the base `contrast`."""
     texts: list[str] = Field(default=[])
     """Passages about the concept, for the presence evaluation."""
-    held_out: dict[str, str] = Field(default_factory=lambda: _shared()["held_out"])
+    held_out: dict[str, str] = Field(default_factory=lambda: _shared()["held_out"], min_length=1)
     """Prompts the chain never sees: name to text."""
     neutral_texts: list[str] = Field(default_factory=lambda: _shared()["neutral_texts"])
     """Passages that have nothing to do with the concept."""

@@ -1,0 +1,74 @@
+import re
+
+import pytest
+
+from melbo_ray.config import Config, UserError, parse
+
+
+def refusal(*args):
+    with pytest.raises(UserError) as caught:
+        parse("A job.", list(args))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('radius = 7\nnum-vectors = 40\nconcepts = ["code", "alien"]\n')
+    config = parse("A job.", ["--config", str(file), "--num-vectors", "50"])
+    assert (config.radius, config.num_vectors, config.concepts) == (7.0, 50, ["code", "alien"])
+    assert config.source_layer == Config().source_layer
+    assert "config" not in config.model_dump()
+
+
+def test_lists_are_comma_separated():
+    assert parse("A job.", ["--evals", "kl, generations"]).evals == ["kl", "generations"]
+
+
+def test_help_says_of_every_option_its_type_default_and_meaning(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse("A job.", ["--help"])
+    assert left.value.code == 0
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    for name, field in Config.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert field.description
+        # argparse breaks lines at hyphens, too.
+        assert re.sub(r"\s+", "", field.description) in text.replace(" ", "")
+    assert "(default: 8)" in text
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--radus", "3"], "did you mean --radius?"),
+        (["--radius", "0"], "--radius is '0'.*greater than 0"),
+        (["--radius", "-1"], "--radius is '-1'"),
+        (["--radius", "nan"], "finite"),
+        (["--num-vectors", "0"], "--num-vectors is '0'"),
+        (["--seed", "1.5"], "--seed is '1.5'.*integer"),
+        (["--solver", "sgd"], "'lbfgs' or 'adam'"),
+        (["--source-layer", "9", "--target-layer", "9"], "source < target"),
+        (["--device"], "--device: expected one argument"),
+        (["--config", "/nowhere/run.toml"], "cannot read the configuration"),
+        (["stray"], "stray"),
+    ],
+)
+def test_bad_options_are_refused_in_a_line(args, said):
+    assert re.search(said, refusal(*args))
+
+
+def test_a_misspelt_key_of_the_file_gets_the_near_one(tmp_path):
+    (tmp_path / "run.toml").write_text("sorce-layer = 3\n")
+    assert "did you mean --source-layer?" in refusal("--config", str(tmp_path / "run.toml"))
+
+
+def test_a_file_that_is_no_toml_is_refused_in_a_line(tmp_path):
+    (tmp_path / "run.toml").write_text("radius: 3\n")
+    assert "cannot read the configuration" in refusal("--config", str(tmp_path / "run.toml"))
+
+
+def test_the_environment_changes_no_study(monkeypatch):
+    monkeypatch.setenv("SEED", "77")
+    monkeypatch.setenv("RADIUS", "99")
+    assert parse("A job.", []) == Config()

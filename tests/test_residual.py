@@ -1,0 +1,100 @@
+import pytest
+import torch
+from families import D_MODEL, directions, every_family, tiny
+
+from melbo_ray.config import UserError
+from melbo_ray.residual import Slice
+
+PROMPT, OTHER = torch.arange(40, 60), torch.arange(70, 83)
+
+
+def plain_hidden_states(model, tokens, source, theta):
+    """Hidden states of transformers under a hook of the test's own; entry ℓ + 1 is the output of block ℓ."""
+
+    def add(_layer, _args, output):
+        return (output[0] + theta, *output[1:]) if isinstance(output, tuple) else output + theta
+
+    handle = model.layers[source].register_forward_hook(add)
+    captured = []
+    # The last entry of hidden_states has passed the final norm, so block outputs are read by hooks.
+    handles = [
+        layer.register_forward_hook(lambda _m, _a, out: captured.append(out[0] if isinstance(out, tuple) else out))
+        for layer in model.layers
+    ]
+    with torch.no_grad():
+        states = model.network(tokens[None], output_hidden_states=True).hidden_states
+    for h in [handle, *handles]:
+        h.remove()
+    return captured, states
+
+
+@every_family
+def test_the_slice_equals_the_whole_model_with_a_hook(family):
+    model = tiny(family)
+    thetas = directions(3)
+    ours = Slice(model, [PROMPT], source=0, target=2).h_target(thetas)
+    for row, theta in zip(ours, thetas, strict=True):
+        blocks, _ = plain_hidden_states(model, PROMPT, 0, theta)
+        torch.testing.assert_close(row, blocks[2][0], rtol=1e-5, atol=1e-5)
+
+
+def test_layer_l_is_the_output_of_block_l_counted_from_0():
+    """The post's numbering: blocks.1.hook_resid_post is hidden_states[2]; θ enters after the source block."""
+    model, theta = tiny(), directions(1)
+    slice = Slice(model, [PROMPT], source=1, target=2)
+    _, unsteered = plain_hidden_states(model, PROMPT, 1, torch.zeros(D_MODEL))
+    torch.testing.assert_close(slice.h_source[0], unsteered[2][0])
+    _, steered = plain_hidden_states(model, PROMPT, 1, theta[0])
+    torch.testing.assert_close(slice.h_target(theta)[0], steered[3][0])
+
+
+def test_z_is_the_mean_over_every_position_and_steering_by_0_changes_nothing():
+    model = tiny()
+    slice = Slice(model, [PROMPT], source=1, target=2)
+    _, states = plain_hidden_states(model, PROMPT, 1, torch.zeros(D_MODEL))
+    torch.testing.assert_close(slice.z(torch.zeros(1, D_MODEL))[0], states[3][0].mean(0))
+
+
+@every_family
+def test_prompts_of_different_lengths_share_a_batch(family):
+    model, thetas = tiny(family), directions(2)
+    both = Slice(model, [PROMPT, OTHER], source=1, target=3).z(thetas)
+    for i, tokens in enumerate([PROMPT, OTHER]):
+        alone = Slice(model, [tokens], source=1, target=3).z(thetas[i : i + 1])[0]
+        torch.testing.assert_close(both[i], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_say_which_prompt_a_vector_steers():
+    slice, thetas = Slice(tiny(), [PROMPT, OTHER], source=1, target=3), directions(3)
+    chosen = slice.z(thetas, torch.tensor([1, 0, 1]))
+    torch.testing.assert_close(chosen[0], Slice(tiny(), [OTHER], 1, 3).z(thetas[:1])[0], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="rows"):
+        slice.z(thetas)
+
+
+def test_the_gradient_is_the_finite_difference():
+    slice = Slice(tiny(), [PROMPT], source=1, target=3)
+    theta, along = directions(1).requires_grad_(), directions(1, norm=1.0, seed=1)
+    target = slice.z(directions(1, seed=2)).detach()
+
+    def loss(theta):
+        return (slice.z(theta) - target).norm()
+
+    (gradient,) = torch.autograd.grad(loss(theta), theta)
+    step = 1e-2
+    difference = (loss(theta + step * along) - loss(theta - step * along)) / (2 * step)
+    assert float((gradient * along).sum().detach()) == pytest.approx(float(difference.detach()), rel=1e-2)
+
+
+def test_no_hook_stays_behind():
+    model = tiny()
+    Slice(model, [PROMPT], source=1, target=2)
+    assert not any(layer._forward_pre_hooks for layer in model.layers)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "said"), [(2, 2, "below"), (3, 1, "below"), (0, 4, "0 to 3"), (9, 12, "0 to 3")]
+)
+def test_layers_that_cannot_be_are_refused(source, target, said):
+    with pytest.raises(UserError, match=said):
+        Slice(tiny(), [PROMPT], source, target)
