@@ -75,9 +75,10 @@ class Driver:
         agendas: what is due of each concept; one without `stop_reason` has a chain to run.
         layout: what the actors take of the cluster.
         tick: called in every turn of the loop; raises where the run must end.
+        worker: what the actors are.
     """
 
-    def __init__(  # noqa: PLR0917
+    def __init__(
         self,
         run: Run,
         run_id: str,
@@ -86,13 +87,14 @@ class Driver:
         agendas: dict[str, Agenda],
         layout: Layout,
         tick: Callable[["Driver"], None],
+        worker: type = Worker,
     ) -> None:
         self.run, self.run_id, self.config, self.agendas, self.layout = run, run_id, config, agendas, layout
         self.last: dict[str, Found] = {}
         self.hardware: dict[str, str] = {}
         self.fingerprint: str | None = None
         self.failures = self.evaluations = 0
-        self._tick = tick
+        self._tick, self._worker = tick, worker
         self._arguments = (run.storage.url, run_id, config, list(concepts))
         self._pool: list[_Evaluator] = []
         self._chains: list[_Chain] = []
@@ -149,7 +151,7 @@ class Driver:
                 self._chains.append(_Chain(actor, share, actor.ready.remote()))
 
     def _actor(self, options: dict[str, Any], threads: int) -> Any:
-        worker = ray.remote(Worker).options(max_restarts=0, max_task_retries=0, **options)
+        worker = ray.remote(self._worker).options(max_restarts=0, max_task_retries=0, **options)
         return worker.remote(*self._arguments, threads)
 
     def _size_pool(self) -> None:

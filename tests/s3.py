@@ -139,6 +139,7 @@ def faulty(s3: S3) -> Iterator[tuple[dict[str, str], Faults]]:
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
+    server.handle_error = lambda *_: None  # clients that are killed leave connections behind
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield s3.through(server.server_port), faults

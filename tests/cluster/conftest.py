@@ -56,7 +56,8 @@ class Tiny:
         files = ",".join(str(self.folder / f"{name}.toml") for name in concepts.split(","))
         return {
             "model": str(self.folder / "model"), "concepts": files, "source_layer": 1, "target_layer": 3, "radius": 3.0,
-            "candidates": 3, "melbo_steps": 5, "num_vectors": 40, "max_evaluations": 10, "max_new_tokens": 6, "max_relative_loss": 1e6, "min_norm": 0,
+            "candidates": 3, "melbo_steps": 5, "num_vectors": 40, "max_evaluations": 10, "max_new_tokens": 6,
+            "max_relative_loss": 1e6, "min_norm": 0,
             "storage": storage, "run_id": run_id, **options,
         }  # fmt: skip
 
@@ -116,3 +117,11 @@ def undisturbed(tiny, tmp_path_factory) -> tuple[subprocess.CompletedProcess, st
     """A study that nothing happened to: what its job said, and where it is."""
     storage = tmp_path_factory.mktemp("undisturbed")
     return run_job(tiny.command("ortho", str(storage), "run")), str(storage / "run")
+
+
+def pytest_collection_modifyitems(config, items):
+    """The long chaos run is for `make chaos` alone: `-m chaos`."""
+    if "chaos" not in (config.option.markexpr or ""):
+        for item in items:
+            if item.get_closest_marker("chaos"):
+                item.add_marker(pytest.mark.skip(reason="takes half an hour: make chaos"))

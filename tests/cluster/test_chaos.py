@@ -1,0 +1,79 @@
+"""Whatever is killed, the tables end up as those of a run that nothing happened to: row by row, to the bit."""
+
+import uuid
+
+import pytest
+
+from melbo_ray.agenda import Agenda
+from melbo_ray.check import check
+from melbo_ray.config import Config
+from melbo_ray.store import Run
+from melbo_ray.work import Worker, stored_vectors
+from tests.cluster.chaos import Chaos, cluster
+from tests.cluster.conftest import rows
+from tests.s3 import environment, faulty, serve
+
+STUDY = {
+    "num_vectors": 60,
+    "max_evaluations": 60,
+    "tolerance": 0,
+    "eval_batch": 3,
+    "evals": "kl,generations,generalization,dose,geometry,control",
+}
+
+
+@pytest.fixture(scope="module")
+def expected(tiny, tmp_path_factory):
+    """The study by one worker in this process, one unit after the other: no driver, no Ray."""
+    storage = tmp_path_factory.mktemp("expected")
+    checked = check(Config(**tiny.options(str(storage), "run", **STUDY)))
+    worker = Worker(f"{storage}/run", "run", checked.config, checked.concepts, threads=1)
+    worker.find_base("code")
+    list(worker.chains(["code"]))
+    agenda = Agenda("code", checked.config.evals, checked.config.eval_batch, {}, stop_reason="num_vectors")
+    for kind, vectors in stored_vectors(Run.open(f"{storage}/run"), "code").items():
+        for index, vector in vectors.items():
+            agenda.learn(kind, index, vector.theta.numpy())
+    for unit in agenda.due():
+        worker.evaluate(unit, agenda.vectors(unit), agenda.base)
+    return rows(f"{storage}/run")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A cluster of three nodes whose storage is a real S3 server behind a proxy that can fail."""
+    with (
+        serve(tmp_path_factory.mktemp("weed")) as s3,
+        faulty(s3) as (through, faults),
+        environment(through),
+        cluster() as nodes,
+    ):
+        yield nodes, faults
+
+
+def survive(tiny, place, expected, seed, kills, every, seconds):
+    nodes, faults = place
+    storage = f"s3://bucket/{uuid.uuid4().hex}"
+    chaos = Chaos(tiny.command("ortho", storage, "run", **STUDY), f"{storage}/run", nodes, faults, seed, kills, every)
+    chaos.run(seconds)
+    faults.waiting.clear()
+    found = rows(f"{storage}/run")
+    lost = {key: len(part) - len(found[key]) for key, part in expected.items() if len(part) != len(found[key])}
+    print(f"seed {seed}: {chaos.tally.total()} kills {dict(chaos.tally)}; rows lost or doubled: {lost or 0}")
+    assert not lost
+    assert found == expected
+    assert not Run.open(f"{storage}/run").fresh()
+    return chaos.tally
+
+
+def test_a_few_kills_of_every_kind_change_nothing(tiny, place, expected):
+    tally = survive(tiny, place, expected, seed=1, kills=7, every=10, seconds=400)
+    assert set(tally) >= {"evaluator", "chain", "driver", "node"}
+
+
+@pytest.mark.chaos
+def test_fifty_kills_change_nothing(tiny, place, expected):
+    total, seed = 0, 100
+    while total < 50:
+        total += survive(tiny, place, expected, seed, kills=25, every=8, seconds=1500).total()
+        seed += 1

@@ -1,0 +1,82 @@
+"""The driver's pool of evaluators: it grows and shrinks with the backlog, and no unit is lost on a bad worker."""
+
+import numpy as np
+import pytest
+import ray
+
+from melbo_ray import cluster
+from melbo_ray.agenda import Agenda
+from melbo_ray.config import Config
+from melbo_ray.layout import lay_out
+from melbo_ray.store import Run, Unit
+from tests.cluster.simulated import D_MODEL, Sleeper
+
+
+@pytest.fixture(scope="module")
+def ray_here(ray_of_our_own):
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def drive(ray_here, tmp_path):
+    """(vectors, seconds an evaluation takes, trouble, options) → (run, how many evaluators there were at each turn)."""
+
+    def call(vectors, seconds, trouble="", **options):
+        run = Run.open(str(tmp_path / "run"))
+        run.storage.put("run.json", b"{}")
+        run.storage.put("seconds", str(seconds).encode())
+        if trouble:
+            run.storage.put("trouble", trouble.encode())
+        config = Config(eval_batch=1, evals=["kl"], **options)
+        agenda = Agenda("code", config.evals, 1, {}, stop_reason="num_vectors")
+        agenda.learn("base", 0, np.ones(D_MODEL, np.float32))
+        for index in range(1, vectors + 1):
+            agenda.learn("chain", index, np.full(D_MODEL, index, np.float32))
+        layout = lay_out(config, 1, 0, {"CPU": 8.0, "memory": 64 << 30}, roles=False)
+        sizes = []
+        driver = cluster.Driver(
+            run, "run", config, [], {"code": agenda}, layout, lambda d: sizes.append(d.evaluators), Sleeper
+        )
+        driver.drive()
+        return run, sizes, driver
+
+    return call
+
+
+def evaluated(run):
+    """(kind, index) of every row, and nothing twice."""
+    rows = [(row["kind"], row["index"]) for row in run.read("kl", "code").to_pylist()]
+    assert len(rows) == len(set(rows))
+    return set(rows)
+
+
+def everything(vectors):
+    return {("base", 0), ("unsteered", 0), *(("chain", index) for index in range(1, vectors + 1))}
+
+
+def test_the_pool_follows_the_backlog_up_and_down_within_its_bounds(drive, monkeypatch):
+    monkeypatch.setattr(cluster, "_DRAIN_SECONDS", 1.0)
+    last = Unit("code", "kl", "chain", 40, 40)
+    run, sizes, _ = drive(40, 0.5, f"{last.name} linger", min_evaluators=2, max_evaluators=4)
+    assert evaluated(run) == everything(40)
+    assert (max(sizes), sizes[-1]) == (4, 2)
+
+
+def test_a_unit_that_hangs_is_taken_away_and_done_by_another(drive, monkeypatch):
+    monkeypatch.setattr(cluster, "_LEAST_PATIENCE", 1.0)
+    hanging = Unit("code", "kl", "chain", 5, 5)
+    run, _, driver = drive(8, 0.05, f"{hanging.name} hang", max_evaluators=2)
+    assert evaluated(run) == everything(8)
+    assert driver.failures == 0
+
+
+def test_a_unit_that_kills_every_worker_is_filed_as_failed_and_the_rest_goes_on(drive, monkeypatch):
+    monkeypatch.setattr(cluster, "_ATTEMPTS", 3)
+    deadly = Unit("code", "kl", "chain", 5, 5)
+    run, _, driver = drive(8, 0.05, f"{deadly.name} die", max_evaluators=2)
+    assert evaluated(run) == everything(8) - {("chain", 5)}
+    (failure,) = run.read("failures", "code").to_pylist()
+    assert (failure["kind"], failure["index"], failure["evaluation"], failure["attempts"]) == ("chain", 5, "kl", 3)
+    assert driver.failures == 1
