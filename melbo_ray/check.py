@@ -160,7 +160,8 @@ def identity(checked: Checked) -> dict[str, Any]:
 def _check_storage(url: str) -> None:
     if url.startswith("memory:"):
         raise UserError("--storage memory:// lives in one process, and a run has several: give a directory or a bucket")
-    if os.environ.get("RAY_JOB_ID") and "://" not in url and not Path(url).is_absolute():
+    submitted = "working_dir_files" in Path.cwd().parts
+    if submitted and "://" not in url and not Path(url).is_absolute():
         raise UserError(
             f"--storage is {url!r}: a submitted job runs in an unpacked copy that Ray deletes; give an absolute path "
             "on a shared file system, or a URL such as s3://bucket/prefix"

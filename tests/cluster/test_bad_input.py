@@ -90,11 +90,14 @@ def test_a_misspelt_key_in_a_configuration_file(ortho, tmp_path):
     assert "did you mean --num-vectors?" in said
 
 
-def test_a_submitted_job_with_results_in_the_folder_that_ray_deletes(ortho, monkeypatch):
-    monkeypatch.setenv("RAY_JOB_ID", "01000000")
+def test_a_submitted_job_with_results_in_the_folder_that_ray_deletes(ortho, tmp_path, monkeypatch):
+    unpacked = tmp_path / "working_dir_files" / "package"
+    unpacked.mkdir(parents=True)
+    monkeypatch.chdir(unpacked)
     code, said = ortho(storage="runs")
     assert (code, said.count("\n")) == (2, 1)
     assert "give an absolute path" in said
+    assert os.listdir(unpacked) == []
 
 
 def test_storage_that_refuses_or_is_not_there(ortho, tmp_path_factory):
