@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from melbo_ray.concepts import Concept, load_concept
 from melbo_ray.config import EVALUATIONS, Config, UserError
-from melbo_ray.model import LanguageModel, first_line, load_config, pick_device
-from melbo_ray.model import _locate as locate
+from melbo_ray.model import LanguageModel, first_line, load_config, locate, pick_device
 from melbo_ray.residual import check_layers
 from melbo_ray.store import Run
 
@@ -51,6 +50,8 @@ def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
         UserError: what is wrong.
     """
     concepts = list(concepts) or [load_concept(name) for name in config.concepts]
+    if config.prompt is not None:
+        concepts = [concept.model_copy(update={"prompt": config.prompt}) for concept in concepts]
     names = [concept.name for concept in concepts]
     if not names or len(set(names)) < len(names):
         raise UserError(f"--concepts is {','.join(config.concepts)!r}: expected at least one, each once")

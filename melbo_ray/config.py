@@ -68,13 +68,15 @@ class Config(BaseSettings):
 
     concepts: Names = ["code"]
     """Concepts to study, comma-separated: `code`, `alien`, `stem`, `jailbreak`, or paths of TOML files."""
+    prompt: str | None = None
+    """The prompt that the chains are trained on, instead of each concept's own."""
     system_prompt: str = "none"
     """System turn: `none`, `default` (what the chat template puts there), or its text."""
     source_layer: NonNegativeInt = 8
     """Layer after which θ is added, counted from 0."""
     target_layer: NonNegativeInt = 16
     """Layer whose output is compared, counted from 0."""
-    radius: Positive = 10.0
+    radius: Positive = 14.0
     """R, norm of the base vector (residual-stream units)."""
 
     base: str = "melbo"
@@ -82,9 +84,9 @@ class Config(BaseSettings):
     (.safetensors, .npy, .pt)."""
     base_index: NonNegativeInt | None = None
     """Which candidate, or which row of the file, is the base; without it the concept score picks."""
-    candidates: PositiveInt = 12
+    candidates: PositiveInt = 20
     """MELBO candidates to find, each orthogonal to the earlier ones."""
-    melbo_steps: PositiveInt = 40
+    melbo_steps: PositiveInt = 30
     """Steps of ascent for each MELBO candidate."""
     melbo_p: Positive = 2.0
     """MELBO's p: power of the norm that is taken over token positions."""
@@ -93,11 +95,11 @@ class Config(BaseSettings):
     melbo_from: NonNegativeInt = 1
     """First token position that MELBO's norm runs over; 0 takes in the first, which often is an attention sink."""
 
-    num_vectors: PositiveInt = 32
+    num_vectors: PositiveInt = 24
     """Vectors the chain shall find, at most d_model - 1."""
     solver: Literal["lbfgs", "adam"] = "lbfgs"
     """`lbfgs` inside the complement, or the post's `adam` (projected after each step)."""
-    max_evaluations: PositiveInt = 50
+    max_evaluations: PositiveInt = 100
     """Value-and-gradient evaluations for one vector, at most (`adam`: exactly; the post's 1000)."""
     tolerance: NonNegativeFloat = 1e-3
     """A vector is done when its loss fell by less than this fraction in ten evaluations; 0 never stops early."""

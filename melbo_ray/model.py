@@ -58,7 +58,7 @@ class LanguageModel:
             UserError: no such model, or CUDA asked for and absent.
         """
         place = pick_device(device)
-        path, options = _locate(name)
+        path, options = locate(name)
         options |= {"revision": revision or "main", "trust_remote_code": trust_remote_code}
         weights = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
         if "gguf_file" not in options:
@@ -180,7 +180,7 @@ def decoder_layers(network: nn.Module) -> nn.ModuleList:
     Raises:
         UserError: none, or several.
     """
-    count = network.config.get_text_config().num_hidden_layers  # ty: ignore[unresolved-attribute]
+    count = network.config.get_text_config().num_hidden_layers
     found = [m for m in network.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if len(found) != 1:
         raise UserError(
@@ -204,7 +204,8 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _locate(name: str) -> tuple[str, dict[str, Any]]:
+def locate(name: str) -> tuple[str, dict[str, Any]]:
+    """What transformers calls the model `name`, and the options it needs to load it from there."""
     if name == EMBEDDED:
         return str(_embedded()), {}
     path = Path(name)
@@ -241,7 +242,7 @@ def _embedded() -> Path:
 
 def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The transformers configuration alone: enough to check layers and sizes before any weight is read."""
-    path, options = _locate(name)
+    path, options = locate(name)
     try:
         return AutoConfig.from_pretrained(
             path, **options, revision=revision or "main", trust_remote_code=trust_remote_code

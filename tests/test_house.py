@@ -1,0 +1,95 @@
+"""The house keeps its order: who may import whom, where Ray is, what the README says of the files."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = [
+    {"config"},
+    {"command", "concepts", "layout", "solvers", "storage", "subspace", "tables"},
+    {"lease", "model", "query", "store"},
+    {"figures", "residual", "steer"},
+    {"generate", "ortho", "report"},
+    {"melbo"},
+    {"evals"},
+    {"agenda", "check", "work"},
+    {"progress"},
+    {"cluster"},
+    {"job"},
+    {"jobs"},
+]
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+MODULES = sorted([*(ROOT / "melbo_ray").rglob("*.py"), *(ROOT / "jobs").glob("*.py")])
+
+
+def part_of(path):
+    """The name on a floor that a file belongs to: its module or folder in melbo_ray, or `jobs`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return "jobs" if parts[0] == "jobs" else parts[1]
+
+
+def imported(path):
+    """Everything a file imports, as dotted names, wherever in the file it does so."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def ours(names):
+    return {name.split(".")[1] for name in names if name.startswith("melbo_ray.") and name.count(".")}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down_only(path):
+    here = part_of(path)
+    if here == "__init__":
+        return
+    assert here in FLOOR, f"{here} stands on no floor: add it to FLOORS"
+    for name in ours(imported(path)) - {here}:
+        assert FLOOR[name] < FLOOR[here], f"{here} imports {name}, which is not below it"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_ray_is_in_one_place(path):
+    if part_of(path) in {"cluster", "jobs"} and path.name != "bench.py":
+        return
+    assert not {name for name in imported(path) if name.split(".")[0] == "ray"}
+
+
+def test_the_guards_above_can_fail(tmp_path):
+    file = tmp_path / "bad.py"
+    file.write_text("def f():\n    import ray.util\n    from melbo_ray.cluster import Driver\n")
+    assert {name.split(".")[0] for name in imported(file)} >= {"ray"}
+    assert ours(imported(file)) == {"cluster"}
+
+
+def test_the_notebook_part_loads_without_ray():
+    names = [name for floor in FLOORS[: FLOOR["cluster"]] for name in floor]
+    code = f"import sys; sys.modules['ray'] = None\nfor name in {names}: __import__('melbo_ray.' + name)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_the_readmes_file_map_is_the_folder_listing():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    block = readme.split("## Where things are")[1].split("```")[1]
+    told = set(re.findall(r"^(\S+\.\w+|\S+/|Makefile|LICENSE)\s", block, re.MULTILINE))
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    code = {name for name in tracked if re.fullmatch(r"(melbo_ray|jobs)/.*\.py", name) and "__init__" not in name}
+    code -= {name for name in code if name.startswith(("melbo_ray/evals/", "melbo_ray/cluster/"))}
+    code |= {name for name in tracked if "/" not in name and not name.startswith(".")}
+    folders = {"melbo_ray/concepts/", "melbo_ray/evals/", "melbo_ray/cluster/", "melbo_ray/templates/", "tests/"}
+    assert told == code | {folder for folder in folders if any(name.startswith(folder) for name in tracked)}
+
+
+def test_every_file_is_short_enough_to_read():
+    long = {
+        str(path.relative_to(ROOT)): n for path in MODULES if (n := len(path.read_text("utf-8").splitlines())) > 260
+    }
+    assert not long
