@@ -19,7 +19,7 @@ class Agenda:
 
     Attributes:
         concept: its name.
-        evaluations: names of the evaluations wanted.
+        names: of the evaluations wanted.
         batch: vectors in a unit.
         done: what storage has.
         theta: every vector known, by kind and index.
@@ -27,7 +27,7 @@ class Agenda:
     """
 
     concept: str
-    evaluations: Sequence[str]
+    names: Sequence[str]
     batch: int
     done: Coverage
     theta: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Agenda:
         if self.base is None:
             return []
         units = []
-        for name in self.evaluations:
+        for name in self.names:
             if EVALUATIONS[name].scope == "chain":
                 if self.stop_reason is not None and self.found:
                     units.append(Unit(self.concept, name, WHOLE, 1, self.found))
@@ -72,8 +72,19 @@ class Agenda:
 
     def evaluated(self) -> int:
         """How many vectors of the chain have every evaluation that is asked of single vectors."""
-        names = [name for name in self.evaluations if EVALUATIONS[name].scope == "vector"]
+        names = [name for name in self.names if EVALUATIONS[name].scope == "vector"]
         return min((count(self.done, self.concept, name, "chain") for name in names), default=self.found)
+
+    def evaluations(self, goal: int) -> tuple[int, int]:
+        """How many evaluations of single directions are done, and of how many when the chain has `goal` vectors.
+
+        One of the whole chain counts once for each vector.
+        """
+        done = sum(
+            count(self.done, self.concept, name, kind) for name in self.names for kind in (*CONTROLS, "chain", WHOLE)
+        )
+        single = sum(EVALUATIONS[name].scope == "vector" for name in self.names)
+        return done, single * len(CONTROLS) + len(self.names) * goal
 
     def _batches(self, name: str, kind: str, indices: range) -> Iterator[Unit]:
         """Blocks with fixed borders; of one that was begun otherwise, the stretches that are missing."""

@@ -124,17 +124,18 @@ def sketch_model(config: Config) -> LanguageModel:
 
 
 def compare(manifest: Mapping[str, Any], checked: Checked) -> None:
-    """Refuse to go on with a run under another configuration.
+    """Refuse to go on with a run under another configuration; a chain may become longer.
 
     Raises:
         UserError: with every difference.
     """
     now = identity(checked)
+    found = max((concept.get("vectors", 0) for concept in manifest["concepts"].values()), default=0)
     differences = [
         f"{name} was {_short(manifest['config'].get(name))} and is {_short(now['config'].get(name))}"
         for name in sorted({*manifest["config"], *now["config"]} - _FREE)
         if manifest["config"].get(name) != now["config"].get(name)
-        and not (name == "num_vectors" and now["config"][name] > manifest["config"][name])
+        and not (name == "num_vectors" and now["config"][name] >= found)
     ]
     differences += [
         f"{field} of concept {name} has changed"

@@ -98,8 +98,7 @@ class _Job:
         return agenda
 
     def _tick(self, driver: cluster.Driver) -> None:
-        last = {name: found.vector for name, found in driver.last.items() if found.vector is not None}
-        self.display.update(driver.agendas, last, driver.evaluators)
+        self.display.update(driver.agendas, driver.last, driver.pool.ready)
         if self._publishing is not None and self._publishing.done():
             self._publishing.result()
             self._publishing = None

@@ -29,7 +29,7 @@ class Display:
 
     def __init__(self, console: Console, num_vectors: int) -> None:
         self._console, self._num_vectors = console, num_vectors
-        self._first: dict[str, tuple[float, int, int]] = {}
+        self._first: dict[str, tuple[float, list[int]]] = {}
         self._lines: dict[str, str] = {}
         self._next = 0.0
         self._bars: Progress | None = None
@@ -67,7 +67,7 @@ class Display:
             if self._bars is not None:
                 if name not in self._tasks:
                     self._tasks[name] = self._bars.add_task(name, total=goal, text=text)
-                self._bars.update(self._tasks[name], completed=agenda.evaluated(), total=goal, text=text)
+                self._bars.update(self._tasks[name], completed=agenda.found, total=goal, text=text)
             elif self._lines.get(name) != text:
                 self._lines[name] = text
                 self.say(f"{name}: {text}")
@@ -78,21 +78,20 @@ class Display:
         parts = [f"vector {agenda.found} of {self._num_vectors}"]
         if vector is not None:
             parts.append(f"loss {vector.loss:.3g} ({vector.relative_loss:.1%} of unsteered), norm {vector.norm:.3g}")
-        parts.append(f"{agenda.evaluated()} evaluated by {evaluators}")
-        left = len(agenda.due()) if agenda.stop_reason else 0
-        parts.append(f"{left} evaluations of the chain left" if left else self._time_left(agenda))
+        goal = agenda.found if agenda.stop_reason else self._num_vectors
+        done, wanted = agenda.evaluations(goal)
+        parts.append(f"{done} of {wanted} evaluations by {evaluators}")
+        parts.append(self._time_left(agenda.concept, (agenda.found, goal), (done, wanted)))
         return ", ".join(parts)
 
-    def _time_left(self, agenda: "Agenda") -> str:
-        now, found, evaluated = time.monotonic(), agenda.found, agenda.evaluated()
-        since, found_before, evaluated_before = self._first.setdefault(agenda.concept, (now, found, evaluated))
-        goal = found if agenda.stop_reason else self._num_vectors
-        rates = [(found - found_before, goal - found), (evaluated - evaluated_before, goal - evaluated)]
-        if any(left and not done for done, left in rates):
+    def _time_left(self, concept: str, *counts: tuple[int, int]) -> str:
+        """From what has been done of each since the first look."""
+        now = time.monotonic()
+        since, before = self._first.setdefault(concept, (now, [done for done, _ in counts]))
+        left = [(wanted - done, done - start) for (done, wanted), start in zip(counts, before, strict=True)]
+        if any(rest > 0 and not done for rest, done in left):
             return "time left not known yet"
-        elapsed = now - since
-        seconds = max(elapsed * left / done if left else 0.0 for done, left in rates)
-        return f"about {duration(seconds)} left" if seconds else "finishing"
+        return f"about {duration(max((now - since) * rest / max(done, 1) for rest, done in left))} left"
 
 
 def duration(seconds: float) -> str:

@@ -5,11 +5,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from ray.cluster_utils import Cluster
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -110,6 +112,14 @@ def rows(url: str, concepts: tuple[str, ...] = ("code",)) -> dict[tuple[str, str
                 row.pop("seconds", None)
             found[concept, name] = sorted(part, key=lambda row: [repr(value) for value in row.values()])
     return found
+
+
+@pytest.fixture(scope="session")
+def cluster(ray_of_our_own) -> Iterator[dict[str, str]]:
+    """A cluster of one node that runs already; the environment that leads a job to it."""
+    node = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    yield {"RAY_ADDRESS": node.address}
+    node.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import ray
 
-from melbo_ray import cluster
 from melbo_ray.agenda import Agenda
+from melbo_ray.cluster import Driver, driver, pool
 from melbo_ray.config import Config
 from melbo_ray.layout import lay_out
 from melbo_ray.store import Run, Unit
@@ -36,11 +36,11 @@ def drive(ray_here, tmp_path):
             agenda.learn("chain", index, np.full(D_MODEL, index, np.float32))
         layout = lay_out(config, 1, 0, {"CPU": 8.0, "memory": 64 << 30}, roles=False)
         sizes = []
-        driver = cluster.Driver(
-            run, "run", config, [], {"code": agenda}, layout, lambda d: sizes.append(d.evaluators), Sleeper
+        driving = Driver(
+            run, "run", config, [], {"code": agenda}, layout, lambda d: sizes.append(d.pool.ready), Sleeper
         )
-        driver.drive()
-        return run, sizes, driver
+        driving.drive()
+        return run, sizes, driving
 
     return call
 
@@ -57,7 +57,7 @@ def everything(vectors):
 
 
 def test_the_pool_follows_the_backlog_up_and_down_within_its_bounds(drive, monkeypatch):
-    monkeypatch.setattr(cluster, "_DRAIN_SECONDS", 1.0)
+    monkeypatch.setattr(pool, "_DRAIN_SECONDS", 1.0)
     last = Unit("code", "kl", "chain", 40, 40)
     run, sizes, _ = drive(40, 0.5, f"{last.name} linger", min_evaluators=2, max_evaluators=4)
     assert evaluated(run) == everything(40)
@@ -65,18 +65,19 @@ def test_the_pool_follows_the_backlog_up_and_down_within_its_bounds(drive, monke
 
 
 def test_a_unit_that_hangs_is_taken_away_and_done_by_another(drive, monkeypatch):
-    monkeypatch.setattr(cluster, "_LEAST_PATIENCE", 1.0)
+    monkeypatch.setattr(pool, "_LEAST_PATIENCE", 1.0)
     hanging = Unit("code", "kl", "chain", 5, 5)
-    run, _, driver = drive(8, 0.05, f"{hanging.name} hang", max_evaluators=2)
+    run, _, driven = drive(8, 0.05, f"{hanging.name} hang", max_evaluators=2)
     assert evaluated(run) == everything(8)
-    assert driver.failures == 0
+    assert driven.failures == 0
 
 
 def test_a_unit_that_kills_every_worker_is_filed_as_failed_and_the_rest_goes_on(drive, monkeypatch):
-    monkeypatch.setattr(cluster, "_ATTEMPTS", 3)
+    monkeypatch.setattr(pool, "ATTEMPTS", 3)
+    monkeypatch.setattr(driver, "ATTEMPTS", 3)
     deadly = Unit("code", "kl", "chain", 5, 5)
-    run, _, driver = drive(8, 0.05, f"{deadly.name} die", max_evaluators=2)
+    run, _, driven = drive(8, 0.05, f"{deadly.name} die", max_evaluators=2)
     assert evaluated(run) == everything(8) - {("chain", 5)}
     (failure,) = run.read("failures", "code").to_pylist()
     assert (failure["kind"], failure["index"], failure["evaluation"], failure["attempts"]) == ("chain", 5, "kl", 3)
-    assert driver.failures == 1
+    assert driven.failures == 1

@@ -69,19 +69,16 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(undisturbed):
     assert done.stderr == ""
 
 
-def test_a_run_killed_and_resumed_is_the_run_that_never_stopped(tiny, tmp_path, undisturbed):
-    """The driver is killed twice, with everything it had started, in the middle of its chain."""
+def test_a_run_killed_and_resumed_is_the_run_that_never_stopped(tiny, tmp_path, undisturbed, cluster):
+    """The driver is killed in the middle of its chain, with everything it had started; the rest is done elsewhere."""
     url, command = f"{tmp_path}/run", tiny.command("ortho", str(tmp_path), "run")
-    for least in (3, 20):
-        driver = subprocess.Popen(
-            command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        _wait(lambda least=least: _found(url) >= least, driver)
-        os.killpg(driver.pid, signal.SIGKILL)
-        driver.wait()
-        status = run_job([sys.executable, "jobs/status.py", url])
-        assert "interrupted" in status.stdout
-    resumed = run_job(command)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    driver = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, **quiet)
+    _wait(lambda: _found(url) >= 5, driver)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    assert "interrupted" in run_job([sys.executable, "jobs/status.py", url]).stdout
+    resumed = run_job(command, **cluster)
     assert resumed.returncode == 0, resumed.stderr
     assert rows(url) == rows(undisturbed[1])
 
@@ -95,17 +92,20 @@ def test_a_second_driver_is_refused(tiny, undisturbed):
     assert re.fullmatch(rf"error: .*another driver \(process {os.getpid()} on .*\n", refused.stderr)
 
 
-def test_a_longer_chain_goes_on_from_the_shorter_one(tiny, tmp_path, undisturbed):
-    command = tiny.command("ortho", str(tmp_path), "run", num_vectors=13, evals="kl")
-    assert run_job(command).returncode == 0
-    command = tiny.command("ortho", str(tmp_path), "run")
-    assert run_job(command).returncode == 0
+def test_a_longer_chain_with_more_evaluations_goes_on_from_a_shorter_one_and_that_from_a_base(
+    tiny, tmp_path, undisturbed, cluster
+):
+    for job, options in (("melbo", {}), ("ortho", {"num_vectors": 13, "evals": "kl"}), ("ortho", {})):
+        done = run_job(tiny.command(job, str(tmp_path), "run", **options), **cluster)
+        assert done.returncode == 0, done.stderr
+        if job == "melbo":
+            assert "→ " in done.stdout
     ours, theirs = rows(f"{tmp_path}/run"), rows(undisturbed[1])
     assert ours["code", "vectors"] == theirs["code", "vectors"]
-    for name in ("kl", "composition", "geometry"):
-        assert [(r["kind"], r["index"]) for r in ours["code", name]] == [
-            (r["kind"], r["index"]) for r in theirs["code", name]
-        ]
+    assert ours["code", "candidates"] == theirs["code", "candidates"]
+    for name in ("kl", "composition", "geometry", "generations"):
+        keys = [[(row["kind"], row["index"]) for row in found["code", name]] for found in (ours, theirs)]
+        assert keys[0] == keys[1]
 
 
 def test_another_configuration_is_refused_with_what_differs(tiny, undisturbed):
@@ -118,15 +118,13 @@ def test_another_configuration_is_refused_with_what_differs(tiny, undisturbed):
     assert {path: path.stat().st_mtime_ns for path in Path(url).rglob("*")} == before
 
 
-def test_bases_first_then_evaluations_of_two_concepts(tiny, tmp_path):
+def test_evaluations_are_added_to_two_concepts_without_doing_any_again(tiny, tmp_path, cluster):
     options = {"concepts": "code,alien", "num_vectors": 3, "evals": "kl"}
-    melbo = run_job(tiny.command("melbo", str(tmp_path), "run", **options))
-    assert melbo.returncode == 0, melbo.stderr
-    assert "→ " in melbo.stdout
-    ortho = run_job(tiny.command("ortho", str(tmp_path), "run", **options))
+    ortho = run_job(tiny.command("ortho", str(tmp_path), "run", **options), **cluster)
     assert ortho.returncode == 0, ortho.stderr
     before = rows(f"{tmp_path}/run", ("code", "alien"))
-    later = run_job([sys.executable, "jobs/evaluate.py", f"--run={tmp_path}/run", "--evals=dose,geometry"])
+    written = Path(f"{tmp_path}/run/kl/concept=code/part-kl-00000.parquet").stat().st_mtime_ns
+    later = run_job([sys.executable, "jobs/evaluate.py", f"--run={tmp_path}/run", "--evals=dose,geometry"], **cluster)
     assert later.returncode == 0, later.stderr
     after = rows(f"{tmp_path}/run", ("code", "alien"))
     for concept in ("code", "alien"):
@@ -134,8 +132,10 @@ def test_bases_first_then_evaluations_of_two_concepts(tiny, tmp_path):
         assert {row["index"] for row in after[concept, "dose"] if row["kind"] == "chain"} == {1, 2, 3}
         assert before[concept, "dose"] == []
         assert after[concept, "geometry"]
+    assert Path(f"{tmp_path}/run/kl/concept=code/part-kl-00000.parquet").stat().st_mtime_ns == written
     status = run_job([sys.executable, "jobs/status.py", f"{tmp_path}/run"])
     assert "finished" in status.stdout
+    assert "3 of 3" in status.stdout
 
 
 def _found(url: str) -> int:

@@ -1,0 +1,77 @@
+"""Being on a Ray cluster, and what its actors answer."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
+
+from melbo_ray.config import UserError
+from melbo_ray.model import first_line
+from melbo_ray.work import cores
+
+LOST = (RayActorError, ObjectLostError, OutOfMemoryError)
+"""An actor is gone or out of reach: its work must be handed out again."""
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[tuple[dict[str, float], bool]]:
+    """Be on the cluster that RAY_ADDRESS names (as `ray job submit` does), or on one that this machine is alone.
+
+    Gives its total resources, with the CPUs of the largest node, and whether its nodes are labelled with roles.
+
+    Raises:
+        UserError: the cluster cannot be reached, or refuses the token.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = os.environ.get("RAY_ADDRESS") or None
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        options |= {"include_dashboard": False, "num_cpus": max(2, cores())}
+    try:
+        ray.init(address=address or "local", **options)
+    except (ConnectionError, RayError) as error:
+        raise UserError(f"cannot join the Ray cluster at {address or 'this machine'}: {first_line(error)}") from error
+    try:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        largest = max(node["Resources"].get("CPU", 0.0) for node in nodes)
+        yield ray.cluster_resources() | {"largest_node_CPU": largest}, any("role" in node["Labels"] for node in nodes)
+    finally:
+        ray.shutdown()
+
+
+def answer(ref: Any) -> Any:
+    """What an actor answers; its UserError as itself, without Ray's traceback around it."""
+    try:
+        return ray.get(ref)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError | FileExistsError):
+            raise error.cause from None
+        raise
+
+
+class Deaths:
+    """Counts actors that die one after another without anything done between; too many end the run."""
+
+    def __init__(self) -> None:
+        self._in_a_row = 0
+
+    def none(self) -> None:
+        """Something was done."""
+        self._in_a_row = 0
+
+    def one_more(self, error: BaseException, bearable: int) -> None:
+        """Note a death.
+
+        Raises:
+            UserError: it was one too many.
+        """
+        self._in_a_row += 1
+        if self._in_a_row > bearable:
+            raise UserError(
+                f"{self._in_a_row} workers died one after another, the last one so: {first_line(error)} "
+                "(out of memory? see Ray's logs); the same command resumes"
+            )
