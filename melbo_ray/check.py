@@ -112,7 +112,7 @@ def sketch_model(config: Config) -> LanguageModel:
     shape = load_config(config.model, config.revision, config.trust_remote_code)
     path, options = locate(config.model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer: Any = AutoTokenizer.from_pretrained(
             path, **options, revision=config.revision or "main", trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError, ImportError) as error:

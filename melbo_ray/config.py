@@ -153,7 +153,14 @@ class Config(BaseSettings):
         return self
 
     @classmethod
-    def settings_customise_sources(cls, settings_cls: type, init_settings: Any, **_: Any) -> tuple:
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: Any,
+        env_settings: Any,
+        dotenv_settings: Any,
+        file_secret_settings: Any,
+    ) -> tuple:
         """The command line and the TOML file are all: an environment variable named SEED changes no study."""
         return (init_settings,)
 

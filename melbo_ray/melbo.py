@@ -201,7 +201,7 @@ def describe(slice: Slice, concept: Concept, config: Config, thetas: Float[Tenso
             changes[index],
             config.radius,
             scores[index],
-            model.tokenizer.decode(text.tokens, skip_special_tokens=True),
+            str(model.tokenizer.decode(text.tokens, skip_special_tokens=True)),
         )
         for index, text in enumerate(texts)
     ]

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from melbo_ray.config import UserError
 
@@ -63,10 +63,10 @@ class LanguageModel:
         weights = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
         if "gguf_file" not in options:
             weights["use_safetensors"] = True
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+            tokenizer: Any = AutoTokenizer.from_pretrained(path, **options)
             network = AutoModelForCausalLM.from_pretrained(path, **options, **weights)
         except (OSError, ValueError, ImportError) as error:
             raise UserError(f"cannot load the model {name!r}: {first_line(error)}") from error
@@ -87,7 +87,7 @@ class LanguageModel:
             UserError: its decoder layers cannot be told apart from its other modules.
         """
         network.eval().requires_grad_(False)
-        return cls(network, tokenizer, decoder_layers(network), name or network.config.name_or_path, revision)
+        return cls(network, tokenizer, decoder_layers(network), name or str(network.config.name_or_path), revision)
 
     @property
     def d_model(self) -> int:
@@ -154,7 +154,7 @@ class LanguageModel:
         return start + text if begins else text
 
     def _render(self, messages: list[dict[str, str]], answer_next: bool) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next))
 
     def fingerprint(self) -> str:
         """A hash of the configuration and of the weights: their names, shapes, dtypes and evenly sampled values.
@@ -174,7 +174,7 @@ class LanguageModel:
         return digest.hexdigest()
 
 
-def decoder_layers(network: nn.Module) -> nn.ModuleList:
+def decoder_layers(network: PreTrainedModel) -> nn.ModuleList:
     """The one list of modules as long as the configuration's number of layers.
 
     Raises:
@@ -231,7 +231,7 @@ def _embedded() -> Path:
         with tempfile.TemporaryDirectory(dir=cache) as partial:
             model = LanguageModel.load(str(gguf), device="cpu")
             # What was dequantised is an ordinary model; transformers would refuse to save it as a quantised one.
-            model.network.hf_quantizer = None
+            vars(model.network)["hf_quantizer"] = None
             vars(model.network.config).pop("quantization_config", None)
             for part in (model.network, model.tokenizer):
                 part.save_pretrained(Path(partial) / "model")
