@@ -127,15 +127,8 @@ def value_and_grad(
     config: Config,
 ) -> tuple[list[float], Float[Tensor, "batch d_model"]]:
     """‖z(θ) − z(θ₀)‖ + λ‖θ‖ of each row and its gradient, on the CPU; a longer θ is first shortened to `max_norm`."""
-    device = slice.model.device
-    free = theta.to(device).requires_grad_()
-    bounded = free
-    if config.max_norm is not None:
-        bounded = free * (config.max_norm / free.norm(dim=-1, keepdim=True)).clamp(max=1)
-    losses = (slice.z(bounded, rows.to(device)) - z_base.to(device)).norm(dim=-1)
-    if config.norm_penalty:
-        losses = losses + config.norm_penalty * bounded.norm(dim=-1)
-    (gradient,) = torch.autograd.grad(losses.sum(), free)
+    inputs = (value.to(slice.model.device) for value in (theta, z_base, rows))
+    losses, gradient = slice.value_and_grad(*inputs, norm_penalty=config.norm_penalty, max_norm=config.max_norm)
     return losses.tolist(), gradient.cpu()
 
 

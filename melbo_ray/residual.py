@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from melbo_ray.config import UserError
+from melbo_ray.engines import Recorded, pack
 from melbo_ray.model import LanguageModel
 
 
@@ -42,11 +43,12 @@ class Slice:
         self.lengths = torch.tensor([len(tokens) for tokens in prompts], device=model.device)
         padded = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True).to(model.device)
         captures = [capture(model, row[None], source, target) for row in padded]
-        self._calls = captures[0][1]
+        self._calls = [(pack(layer, padded.numel()), arguments) for layer, arguments in captures[0][1]]
         self.h_source: Float[Tensor, "prompts seq d_model"] = torch.cat([hidden for hidden, _ in captures]).float()
         positions = torch.arange(padded.shape[1], device=model.device)
         weights = (positions < self.lengths[:, None]).float()
         self._weights = weights / weights.sum(1, keepdim=True)
+        self.value_and_grad = Recorded(self._value_and_grad)
 
     @property
     def num_prompts(self) -> int:
@@ -71,6 +73,23 @@ class Slice:
         """The mean of `h_target` over every position of the prompt (the post's z), float32."""
         weights = self._of(self._weights, theta, rows)
         return (self.h_target(theta, rows).float() * weights[..., None]).sum(1)
+
+    def _value_and_grad(
+        self, theta: Tensor, z_base: Tensor, rows: Tensor, *, norm_penalty: float = 0.0, max_norm: float | None = None
+    ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch d_model"]]:
+        """‖z(θ) − z_base‖ + norm_penalty·‖θ‖ of each row and its gradient; a longer θ is first shortened to `max_norm`.
+
+        Everything on the slice's device and float32; nothing waits for the device.
+        """
+        free = theta.detach().requires_grad_()
+        bounded = free
+        if max_norm is not None:
+            bounded = free * (max_norm / free.norm(dim=-1, keepdim=True)).clamp(max=1)
+        losses = (self.z(bounded, rows) - z_base).norm(dim=-1)
+        if norm_penalty:
+            losses = losses + norm_penalty * bounded.norm(dim=-1)
+        (gradient,) = torch.autograd.grad(losses.sum(), free)
+        return losses.detach(), gradient
 
     def _of(self, values: Tensor, theta: Tensor, rows: Tensor | None) -> Tensor:
         if rows is not None:

@@ -13,6 +13,7 @@ FLOORS = [
     {"config"},
     {"command", "concepts", "layout", "solvers", "storage", "subspace", "tables"},
     {"lease", "model", "query", "store"},
+    {"engines"},
     {"figures", "residual", "steer"},
     {"generate", "ortho", "report"},
     {"melbo"},
