@@ -19,6 +19,7 @@ from melbo_ray.config import UserError
 from melbo_ray.layout import lay_out
 from melbo_ray.lease import Lease
 from melbo_ray.progress import Display
+from melbo_ray.storage import StorageError
 from melbo_ray.store import Run, progress
 from melbo_ray.subspace import max_abs_cos
 from melbo_ray.work import stored_vectors
@@ -140,8 +141,9 @@ def _lease(run: Run) -> Iterator[Lease]:
         yield lease
     finally:
         lease.release()
-        if run.storage.get("run.json") is None:  # refused before it began: nothing is left of it
-            run.storage.delete(run.storage.names("lease"))
+        with contextlib.suppress(StorageError):
+            if run.storage.get("run.json") is None:  # refused before it began: nothing is left of it
+                run.storage.delete(run.storage.names("lease"))
 
 
 def _begin(run: Run, checked: Checked) -> dict[str, Any]:

@@ -67,10 +67,10 @@ class Chaos:
         dice = random.Random(self.seed)
         kinds = ["chain", *(kind for _ in range(self.kills) for kind in dice.sample(KINDS, len(KINDS)))]
         deadline = time.monotonic() + seconds
-        driver, done = self._start(), 0
+        driver, done = self.start(), 0
         for kind in kinds[: self.kills]:
             target = done + dice.randint(1, round(2 * self.every) - 1)
-            while (done := self._done()) < target and driver.poll() is None:
+            while (done := self.done()) < target and driver.poll() is None:
                 assert time.monotonic() < deadline, f"only {self.tally} and {done} units in time"
                 time.sleep(0.05)
             time.sleep(dice.random())
@@ -99,7 +99,7 @@ class Chaos:
         elif kind == "driver":
             driver.kill()
             driver.communicate()
-            driver = self._start()
+            driver = self.start()
         elif kind == "storage fails":
             self.faults.waiting += [dice.choice([(503, "SlowDown"), (500, "InternalError")]) for _ in range(15)]
         else:
@@ -107,13 +107,14 @@ class Chaos:
         self.tally[kind] += 1
         return driver
 
-    def _start(self) -> subprocess.Popen:
+    def start(self) -> subprocess.Popen:
+        """A driver of the study."""
         environment = os.environ | {"RAY_ADDRESS": self.cluster.address}
         return subprocess.Popen(
             self.command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
-    def _done(self) -> int:
+    def done(self) -> int:
         """Units of work that are durable, and vectors among them."""
         run = Run.open(self.url)
         manifest = run.manifest() or {}

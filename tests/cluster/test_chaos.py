@@ -1,5 +1,6 @@
 """Whatever is killed, the tables end up as those of a run that nothing happened to: row by row, to the bit."""
 
+import time
 import uuid
 
 import pytest
@@ -69,6 +70,22 @@ def survive(tiny, place, expected, seed, kills, every, seconds):
 def test_a_few_kills_of_every_kind_change_nothing(tiny, place, expected):
     tally = survive(tiny, place, expected, seed=1, kills=7, every=10, seconds=400)
     assert set(tally) >= {"evaluator", "chain", "driver", "node"}
+
+
+def test_storage_that_refuses_ends_the_run_in_a_line_and_it_resumes_when_that_is_over(tiny, place, expected):
+    nodes, faults = place
+    storage = f"s3://bucket/{uuid.uuid4().hex}"
+    chaos = Chaos(tiny.command("ortho", storage, "run", **STUDY), f"{storage}/run", nodes, faults, 0, 0, 1)
+    driver = chaos.start()
+    while chaos.done() < 20:
+        time.sleep(0.1)
+    faults.waiting += [(403, "AccessDenied")] * 10_000
+    said, _ = driver.communicate(timeout=120)
+    faults.waiting.clear()
+    assert driver.returncode == 2
+    assert said.splitlines()[-1].startswith(f"error: storage {storage}/run: access denied")
+    chaos.run(seconds=300)
+    assert rows(f"{storage}/run") == expected
 
 
 @pytest.mark.chaos
