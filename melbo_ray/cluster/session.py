@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +37,9 @@ def connected() -> Iterator[tuple[dict[str, float], bool]]:
         ray.init(address=address or "local", **options)
     except (ConnectionError, RayError) as error:
         raise UserError(f"cannot join the Ray cluster at {address or 'this machine'}: {first_line(error)}") from error
+    if threading.current_thread() is threading.main_thread():
+        # Ray's own handler aborts; `ray job stop` and a scheduler shall end a run as Ctrl-C does.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         largest = max(node["Resources"].get("CPU", 0.0) for node in nodes)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from melbo_ray.lease import Lease
+from melbo_ray.lease import Lease, holder
 from melbo_ray.storage import Storage
 from melbo_ray.store import Run
 from melbo_ray.work import stored_vectors
@@ -81,6 +81,23 @@ def test_a_run_killed_and_resumed_is_the_run_that_never_stopped(tiny, tmp_path, 
     resumed = run_job(command, **cluster)
     assert resumed.returncode == 0, resumed.stderr
     assert rows(url) == rows(undisturbed[1])
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_leaves_what_it_has_published_and_the_lease_free(tiny, tmp_path, cluster, stop):
+    url = f"{tmp_path}/run"
+    command = tiny.command("ortho", str(tmp_path), "run", max_evaluations=1000, tolerance=0)
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    driver = subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | cluster, **pipe)
+    _wait(lambda: _found(url) >= 2, driver)
+    driver.send_signal(stop)
+    _, said = driver.communicate(timeout=60)
+    assert (driver.returncode, said.count("\n")) == (130, 1)
+    assert "resumes" in said
+    run = Run.open(url)
+    assert run.manifest()["status"] == "interrupted"
+    assert holder(run.storage) is None
+    assert 0 < len(run.read("vectors", "code")) < 41
 
 
 def test_a_second_driver_is_refused(tiny, undisturbed):
