@@ -1,0 +1,275 @@
+"""The chain's benchmarks: a step, time to equal loss, growth with everything that can grow (see jobs/bench.py)."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from melbo_ray.config import Config
+from melbo_ray.model import LanguageModel
+from melbo_ray.ortho import _Chain, chain, value_and_grad
+from melbo_ray.residual import Slice
+from melbo_ray.solvers import Solution
+from melbo_ray.subspace import Subspace
+
+_BLOCKS = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement; a ratio is how many times faster than the reference, or slower than the limit."""
+
+    part: str
+    case: str
+    value: float
+    unit: str
+    times_reference: float | None = None
+    times_limit: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured: a model, a prompt, a base, layers and options, and how often."""
+
+    model: LanguageModel
+    tokens: Int[Tensor, " seq"]
+    base: Float[Tensor, " d_model"]
+    config: Config
+    repeats: int
+    quick: bool
+
+    def slice(self, *prompts: Tensor) -> Slice:
+        """The slice on these prompts, or on the bench's own."""
+        return Slice(self.model, prompts or [self.tokens], self.config.source_layer, self.config.target_layer)
+
+
+class _Reached(Exception):  # noqa: N818 - a signal, not an error
+    pass
+
+
+class Reference:
+    """The published algorithm: at every step a hooked forward pass of the whole model up to the target layer.
+
+    z is the mean over positions of the target layer's output, the loss ‖z(θ) − z(θ₀)‖; Adam, then the part of θ along
+    each earlier vector is subtracted. Nothing above the target layer runs.
+    """
+
+    def __init__(self, bench: Bench, start: Tensor, taken: Float[Tensor, "n d_model"]) -> None:
+        self.bench, self.taken = bench, taken.to(bench.model.device)
+        self.tokens = bench.tokens[None].to(bench.model.device)
+        with torch.no_grad():
+            self.z_base = self.z(bench.base.to(bench.model.device))
+        self.theta = start.to(bench.model.device).clone().requires_grad_()
+        self.optimizer = torch.optim.Adam([self.theta], lr=0.01 * bench.config.radius / 7)
+
+    def z(self, theta: Tensor) -> Tensor:
+        """The mean over positions of the target layer's output, θ added after the source layer."""
+        model, config, found = self.bench.model, self.bench.config, []
+
+        def add(_layer: torch.nn.Module, _args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+            h = output[0] if isinstance(output, tuple) else output
+            h = (h.float() + theta).to(h.dtype)
+            return (h, *output[1:]) if isinstance(output, tuple) else h
+
+        def read(_layer: torch.nn.Module, _args: tuple, output: Tensor | tuple) -> None:
+            found.append(output[0] if isinstance(output, tuple) else output)
+            raise _Reached
+
+        hooks = [(config.source_layer, add), (config.target_layer, read)]
+        handles = [model.layers[layer].register_forward_hook(hook) for layer, hook in hooks]
+        try:
+            model.network(input_ids=self.tokens, use_cache=False)
+        except _Reached:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found[0][0].float().mean(0)
+
+    def step(self) -> Tensor:
+        """One step; the loss before it."""
+        self.optimizer.zero_grad()
+        loss = (self.z(self.theta) - self.z_base).norm()
+        loss.backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            self.theta -= (self.theta @ self.taken.T) @ self.taken
+        return loss.detach()
+
+
+def timed(work: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each, the repeats interleaved after one unmeasured round."""
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for turn in range(repeats + 1):
+        for name, function in work.items():
+            start = _now(device)
+            function()
+            if turn:
+                seconds[name].append(_now(device) - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _limit_work(device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Callable], float, float]:
+    """A large product and a large copy, the operations of the one and the bytes moved by the other."""
+    size, count = (8192, 1 << 29) if device.type == "cuda" else (1536, 1 << 25)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    source = torch.empty(count, dtype=torch.uint8, device=device)
+    place = torch.empty_like(source)
+    work = {"matrix product": lambda: a @ b, "copy": lambda: place.copy_(source)}
+    return work, 2.0 * size**3, 2.0 * count
+
+
+def _cost(slice: Slice, batch: int) -> tuple[float, float]:
+    """Operations and bytes that a step cannot do without: the weights read twice, forward and backward products."""
+    layers = slice.model.layers[slice.source + 1 : slice.target + 1]
+    weights = [weight for layer in layers for weight in layer.parameters() if weight.ndim == 2]
+    count = sum(weight.numel() for weight in weights)
+    tokens = batch * slice.h_source.shape[1]
+    return 4.0 * count * tokens, 2.0 * sum(weight.numel() * weight.element_size() for weight in weights)
+
+
+def _plain(slice: Slice) -> Slice:
+    """The slice without any engine."""
+    layers = slice.model.layers[slice.source + 1 : slice.target + 1]
+    slice._calls = [(layer, arguments) for layer, (_, arguments) in zip(layers, slice._calls, strict=True)]
+    slice.value_and_grad = slice._value_and_grad
+    return slice
+
+
+def _stepper(slice: Slice, config: Config, theta: Tensor, z: Tensor) -> Callable[[], object]:
+    rows = torch.arange(len(theta)) % slice.num_prompts
+    return lambda: value_and_grad(slice, theta, z, rows, config)
+
+
+def steps(bench: Bench) -> Iterator[Row]:
+    """A step by every engine, against the reference and against what this machine's products and copies allow."""
+    model, config, device = bench.model, bench.config, bench.model.device
+    start = normalize(torch.randn(1, model.d_model, generator=torch.Generator().manual_seed(0))) * config.radius
+    reference = Reference(bench, start[0], normalize(bench.base[None]))
+    slices = {
+        "plain": _plain(bench.slice()),
+        "CUDA graph" if device.type == "cuda" else "packed weights": bench.slice(),
+    }
+    compile_seconds = 0.0
+    if not bench.quick:
+        slices["torch.compile"] = _plain(bench.slice())
+        slices["torch.compile"].h_target = torch.compile(slices["torch.compile"].h_target)
+    work, operations, moved = _limit_work(device, model.dtype)
+    work["reference"] = reference.step
+    for name, slice in slices.items():
+        work[name] = _stepper(slice, config, start, reference.z_base[None])
+        if name == "torch.compile":
+            begin = _now(device)
+            work[name]()
+            compile_seconds = _now(device) - begin
+    median = timed(work, bench.repeats, device)
+    rates = operations / median["matrix product"], moved / median["copy"]
+    yield Row("limits", "large matrix product", rates[0] / 1e9, "GFLOP/s")
+    yield Row("limits", "large copy, read and write", rates[1] / 1e9, "GB/s")
+    limits = [cost / rate for cost, rate in zip(_cost(slices["plain"], 1), rates, strict=True)]
+    which = "products" if limits[0] > limits[1] else "memory"
+    yield Row("step", f"limit ({which})", max(limits) * 1e3, "ms", note=f"{len(bench.tokens)} tokens, {model.dtype}")
+    for name in ["reference", *slices]:
+        note = f"compiled in {compile_seconds:.0f} s" if name == "torch.compile" else ""
+        ratio = median["reference"] / median[name]
+        yield Row("step", name, median[name] * 1e3, "ms", ratio, median[name] / max(limits), note)
+
+
+def equal_loss(bench: Bench) -> Iterator[Row]:
+    """Time to the loss that the reference has after its Adam steps, from the same starts, vector by vector."""
+    steps, vectors = (30, 1) if bench.quick else (300, 3)
+    config = bench.config.model_copy(update={"max_evaluations": 1000, "tolerance": 0.0, "num_vectors": vectors})
+    slice, device = bench.slice(), bench.model.device
+    begin = _now(device)
+    link = _Chain(slice, 0, bench.base, config, "code", ())
+    yield Row("equal loss", "set up the chain, once", _now(device) - begin, "s")
+    for index in range(1, vectors + 1):
+        solver = link.solver()
+        theta = next(solver)
+        reference = Reference(bench, theta, link.subspace.basis.clone())
+        begin = _now(device)
+        for _ in range(steps):
+            reference.step()
+        reference_seconds = _now(device) - begin
+        wanted = float((reference.z(reference.theta.detach()) - reference.z_base).norm())
+        case, share = f"vector {index}: ", wanted / link.unsteered_loss
+        note = f"relative loss {share:.3f}, norm {float(reference.theta.detach().norm()):.1f}"
+        yield Row("equal loss", f"{case}reference, {steps} Adam steps", reference_seconds, "s", 1.0, None, note)
+        begin, evaluations = _now(device), 0
+        while True:
+            losses, gradients = value_and_grad(slice, theta[None], link.z_base[None], torch.tensor([0]), config)
+            evaluations += 1
+            if losses[0] <= wanted or evaluations == config.max_evaluations:
+                break
+            theta = solver.send((losses[0], gradients[0]))
+        seconds = _now(device) - begin
+        found = link.add(Solution(theta, evaluations, "converged"))
+        note = f"{evaluations} evaluations, relative loss {found.relative_loss:.3f}, norm {found.norm:.1f}"
+        yield Row("equal loss", f"{case}{config.solver}", seconds, "s", reference_seconds / seconds, None, note)
+
+
+def throughput(bench: Bench) -> Iterator[Row]:
+    """Vectors per hour of the chain as it is run by default."""
+    count = 1 if bench.quick else 4
+    config = bench.config.model_copy(update={"num_vectors": count})
+    found = list(chain(bench.slice(), bench.base, config))
+    seconds, evaluations = (sum(getattr(v, name) for v in found) for name in ("seconds", "evaluations"))
+    note = f"{evaluations / len(found):.0f} evaluations each, relative loss {found[-1].relative_loss:.3f} at the last"
+    yield Row("chain", f"{config.solver}, first {count} vectors", 3600 * len(found) / seconds, "vectors/h", note=note)
+
+
+def growth(bench: Bench) -> Iterator[Row]:
+    """How a step grows with concepts, prompt length and d_model, and what the projection costs late in a chain."""
+    device, config = bench.model.device, bench.config
+    generator = torch.Generator().manual_seed(0)
+    theta, z = torch.randn(2, 4, bench.model.d_model, generator=generator)
+    lengths = (8, 32) if bench.quick else (8, 16, 32, 64, 128)
+    work = {}
+    for count in (1, 2, 4):
+        slice = bench.slice(*[bench.tokens] * count)
+        work[f"{count} concepts"] = _stepper(slice, config, theta[:count], z[:count])
+    for length in lengths:
+        slice = bench.slice(torch.arange(10, 10 + length))
+        work[f"{length} tokens"] = _stepper(slice, config, theta[:1], z[:1])
+    median = timed(work, bench.repeats, device)
+    for case, seconds in median.items():
+        first = median["1 concepts" if "concepts" in case else f"{lengths[0]} tokens"]
+        yield Row("growth", case, seconds * 1e3, "ms", note=f"{seconds / first:.2f} times the first")
+    for d_model in (256, 576) if bench.quick else (576, 1024, 2048):
+        yield from _width(bench, d_model, generator)
+
+
+def _width(bench: Bench, d_model: int, generator: torch.Generator) -> Iterator[Row]:
+    """A step of eight blocks (two are measured) at this width, and the projection against 2000 vectors or d_model."""
+    device, measured = bench.model.device, 2
+    shape = LlamaConfig(
+        vocab_size=256, hidden_size=d_model, intermediate_size=d_model * 8 // 3, num_hidden_layers=measured + 1,
+        num_attention_heads=d_model // 64, num_key_value_heads=d_model // 64,
+    )  # fmt: skip
+    with torch.device(device):
+        network = AutoModelForCausalLM.from_config(shape, dtype=bench.model.dtype)
+    slice = Slice(LanguageModel.wrap(network, bench.model.tokenizer), [torch.arange(37)], 0, measured)
+    count = min(2000, d_model - 1)
+    taken = Subspace(d_model, count, device)
+    taken._basis.copy_(torch.linalg.qr(torch.randn(d_model, count, generator=generator))[0].T)
+    taken.size = count
+    theta, z = torch.randn(2, 1, d_model, generator=generator)
+    work = {"step": _stepper(slice, bench.config, theta, z), "projection": lambda: taken.remove(theta[0])}
+    median = timed(work, bench.repeats, device)
+    step = median["step"] * _BLOCKS / measured
+    yield Row("growth", f"d_model {d_model}, {_BLOCKS} blocks, 37 tokens", step * 1e3, "ms", note="random weights")
+    share = f"{median['projection'] / step:.1%} of that step"
+    yield Row("growth", f"d_model {d_model}: projection, n = {count}", median["projection"] * 1e3, "ms", note=share)

@@ -1,0 +1,93 @@
+"""The benchmark measures what it says: the reference computes our loss, and the table is what was measured."""
+
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from families import directions, tiny
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
+
+import bench
+import bench_chain
+import bench_text
+
+from melbo_ray.config import Config, UserError
+from melbo_ray.ortho import value_and_grad
+from melbo_ray.solvers import adam
+from melbo_ray.subspace import Subspace
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def small():
+    config = Config(source_layer=1, target_layer=3, radius=3.0, num_vectors=4, max_evaluations=5, max_relative_loss=1e6)
+    return bench_chain.Bench(tiny(), torch.arange(40, 60), directions(1)[0], config, repeats=1, quick=True)
+
+
+def test_the_reference_takes_the_steps_that_our_adam_takes(small):
+    theta, base = directions(2, seed=3)[0], directions(1)
+    taken = Subspace(len(theta), 1)
+    taken.add(base[0])
+    start = taken.remove(theta)
+    reference = bench_chain.Reference(small, start, taken.basis)
+    slice, rows = small.slice(), torch.tensor([0])
+    solver = adam(start, steps=4, lr=0.01 * 3 / 7, remove=taken.remove)
+    ours = next(solver)
+    for _ in range(3):
+        losses, gradients = value_and_grad(slice, ours[None], reference.z_base[None], rows, small.config)
+        assert float(reference.step()) == pytest.approx(losses[0], rel=1e-5)
+        ours = solver.send((losses[0], gradients[0]))
+        torch.testing.assert_close(reference.theta.detach(), ours, rtol=1e-4, atol=1e-5)
+
+
+def test_the_plain_slice_of_the_benchmark_is_the_slice_without_engines(small):
+    theta, z = directions(2, seed=4)
+    plain, packed = bench_chain._plain(small.slice()), small.slice()
+    assert [layer for layer, _ in plain._calls] == list(small.model.layers[2:4])
+    losses = [value_and_grad(s, theta[None], z[None], torch.tensor([0]), small.config)[0][0] for s in (plain, packed)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("part", ["step", "equal-loss", "chain", "growth", "texts", "logits", "memory"])
+def test_every_part_measures_something(small, part, monkeypatch):
+    width = bench_chain._width
+    monkeypatch.setattr(bench_chain, "_width", lambda bench, _d_model, generator: width(bench, 64, generator))
+    rows = list(bench.PARTS[part](small))
+    assert rows
+    assert all(row.value > 0 for row in rows)
+    assert {"limits": "step"}.get(rows[0].part, rows[0].part) == part.replace("-", " ")
+
+
+def test_our_greedy_texts_are_transformers_token_for_token(small):
+    notes = [row.note for row in bench_text.texts(small)]
+    assert len(notes) == 3
+    assert all("4 of 4 texts the same" in note for note in notes)
+
+
+def test_the_table_is_written_as_parquet_and_markdown(tmp_path):
+    rows = bench.main(["--shape", "tiny", "--quick", "--only", "logits,memory", "--out", str(tmp_path)])
+    table = pq.read_table(tmp_path / "bench.parquet")
+    assert table["case"].to_pylist() == [row.case for row in rows]
+    assert b"random weights of the shape of tiny" in table.schema.metadata[b"title"]
+    text = (tmp_path / "bench.md").read_text()
+    assert all(f"| {row.case} |" in text for row in rows)
+    columns = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert columns == {8}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [(["--only", "stpe"], "no part 'stpe'"), (["--shape", "gpt9"], "no shape 'gpt9'")]
+)
+def test_what_does_not_exist_is_refused(arguments, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        bench.main([*arguments, "--out", str(tmp_path)])
