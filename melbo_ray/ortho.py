@@ -4,10 +4,11 @@ Source: "I found >800 orthogonal 'write code' steering vectors" (2024): for each
 mean over the prompt's positions of the target layer's residual stream, θ in the complement of every earlier vector.
 """
 
+import functools
 import hashlib
 import math
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from melbo_ray.config import Config, UserError
 from melbo_ray.residual import Slice
-from melbo_ray.solvers import Solution, Solver, adam, lbfgs
+from melbo_ray.solvers import Solution, Solver, adam, gauss_newton, lbfgs
 from melbo_ray.subspace import Subspace
+
+_PROBES = 128
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,16 @@ def value_and_grad(
     return losses.tolist(), gradient.cpu()
 
 
+def curvature(slice: Slice, theta: Float[Tensor, " d_model"], seed: int, row: int = 0) -> Callable[[Tensor], Tensor]:
+    """The inverse of the Gauss-Newton matrix of ½‖z − z(θ₀)‖² at θ, from 128 random combinations of ∂z/∂θ's rows.
+
+    One serves a whole chain: evaluations to a loss are as few as with the Jacobian whole, or taken elsewhere (DEVLOG).
+    """
+    probes = torch.randn(_PROBES, len(theta), generator=torch.Generator().manual_seed(seed))
+    sketch = slice.pullback(theta.to(slice.model.device), probes.to(slice.model.device), row)
+    return gauss_newton(sketch.cpu() / math.sqrt(_PROBES))
+
+
 class _Chain:
     """One concept's chain: the subspace already taken, and how the next vector is sought and certified."""
 
@@ -145,6 +158,7 @@ class _Chain:
                 f"expected at most d_model - 1 = {d_model - 1}"
             )
         self.slice, self.row, self.config, self.concept = slice, torch.tensor([row]), config, concept
+        self.base = base
         self.subspace = Subspace(d_model, 1 + config.num_vectors, slice.model.device)
         self.subspace.add(base)
         for vector in earlier:
@@ -193,9 +207,15 @@ class _Chain:
             start,
             budget=config.max_evaluations,
             tolerance=config.tolerance,
-            first_step=config.radius / 5,
             remove=self.subspace.remove,
+            inverse_hessian=self._inverse_hessian,
         )
+
+    @functools.cached_property
+    def _inverse_hessian(self) -> Callable[[Tensor], Tensor]:
+        # It depends on the base alone, so a resumed chain has the same one.
+        seed = derive_seed(self.config.seed, self.concept, 0, "probes")
+        return curvature(self.slice, self.base, seed, int(self.row))
 
     def add(self, solution: Solution) -> SteeringVector:
         """Certify a solution, made exactly orthogonal and rounded to float32, and take its direction."""

@@ -15,6 +15,9 @@ from melbo_ray.config import UserError
 from melbo_ray.engines import Recorded, pack
 from melbo_ray.model import LanguageModel
 
+# Tokens of one pass of `pullback`: enough to fill two cores or one GPU, few enough for the memory of either.
+_TOKENS = 1024
+
 
 class _Captured(Exception):  # noqa: N818 - a signal, not an error
     """Raised inside the one real forward pass when every call has been seen."""
@@ -73,6 +76,17 @@ class Slice:
         """The mean of `h_target` over every position of the prompt (the post's z), float32."""
         weights = self._of(self._weights, theta, rows)
         return (self.h_target(theta, rows).float() * weights[..., None]).sum(1)
+
+    def pullback(
+        self, theta: Float[Tensor, " d_model"], probes: Float[Tensor, "k d_model"], row: int = 0
+    ) -> Float[Tensor, "k d_model"]:
+        """Each probe times the Jacobian ∂z/∂θ at θ on prompt `row`, float32."""
+        gradients = []
+        for part in probes.split(max(1, _TOKENS // self.h_source.shape[1])):
+            free = theta.expand(len(part), -1).clone().requires_grad_()
+            rows = torch.full((len(part),), row, device=theta.device)
+            gradients += torch.autograd.grad((self.z(free, rows) * part).sum(), free)
+        return torch.cat(gradients)
 
     def _value_and_grad(
         self, theta: Tensor, z_base: Tensor, rows: Tensor, *, norm_penalty: float = 0.0, max_norm: float | None = None

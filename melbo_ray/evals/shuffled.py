@@ -1,12 +1,14 @@
 """The null of the solver: a short chain against a target that means nothing, through kl and generalization."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from melbo_ray.evals import generalization, kl
 from melbo_ray.evals.study import TRAINING, Rows, Study, Vectors
-from melbo_ray.ortho import derive_seed, value_and_grad
+from melbo_ray.ortho import curvature, derive_seed, value_and_grad
 from melbo_ray.residual import Slice
 from melbo_ray.solvers import lbfgs
 from melbo_ray.subspace import Subspace
@@ -33,10 +35,11 @@ def shuffled_chain(study: Study, count: int) -> Float[Tensor, "count d_model"]:
     target = shuffled_target(unsteered, reached, derive_seed(config.seed, concept, 0, "shuffled target"))
     taken, found = Subspace(len(base), 1 + count), []
     taken.add(base)
+    inverse_hessian = curvature(part, base, derive_seed(config.seed, concept, 0, "probes"))
     for index in range(1, count + 1):
         seed = derive_seed(config.seed, concept, index, "shuffled start")
         start = taken.remove(torch.randn(len(base), generator=torch.Generator().manual_seed(seed)))
-        found.append(taken.remove_exact(_solve(study, part, start, target, taken)).float())
+        found.append(taken.remove_exact(_solve(study, part, start, target, taken, inverse_hessian)).float())
         taken.add(found[-1])
     return torch.stack(found)
 
@@ -49,14 +52,16 @@ def shuffled_target(
     return unsteered + (reached - unsteered)[order]
 
 
-def _solve(study: Study, part: Slice, start: Tensor, target: Tensor, taken: Subspace) -> Tensor:
+def _solve(
+    study: Study, part: Slice, start: Tensor, target: Tensor, taken: Subspace, inverse_hessian: Callable
+) -> Tensor:
     config = study.config
     solver = lbfgs(
         start / start.norm() * config.radius,
         budget=config.max_evaluations,
         tolerance=config.tolerance,
-        first_step=config.radius / 5,
         remove=taken.remove,
+        inverse_hessian=inverse_hessian,
     )
     theta = next(solver)
     while True:
