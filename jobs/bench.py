@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import bench_chain
+import bench_growth
 import bench_query
 import bench_text
 import pyarrow as pa
@@ -95,7 +96,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "step": bench_chain.steps,
     "equal-loss": bench_chain.equal_loss,
     "chain": bench_chain.throughput,
-    "growth": bench_chain.growth,
+    "growth": bench_growth.growth,
     "texts": bench_text.texts,
     "logits": bench_text.logits,
     "query": queries,

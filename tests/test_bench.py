@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
 
 import bench
 import bench_chain
+import bench_growth
 import bench_text
 
 from melbo_ray.config import Config, UserError
@@ -60,8 +61,8 @@ def test_the_plain_slice_of_the_benchmark_is_the_slice_without_engines(small):
 
 @pytest.mark.parametrize("part", ["step", "equal-loss", "chain", "growth", "texts", "logits", "memory"])
 def test_every_part_measures_something(small, part, monkeypatch):
-    width = bench_chain._width
-    monkeypatch.setattr(bench_chain, "_width", lambda bench, _d_model, generator: width(bench, 64, generator))
+    width = bench_growth._width
+    monkeypatch.setattr(bench_growth, "_width", lambda bench, _d_model, generator: width(bench, 64, generator))
     rows = list(bench.PARTS[part](small))
     assert rows
     assert all(row.value > 0 for row in rows)

@@ -1,0 +1,57 @@
+"""How a step grows with concepts, prompt length, d_model and the chain (see jobs/bench.py)."""
+
+from collections.abc import Iterator
+
+import torch
+from bench_chain import Bench, Row, stepper, timed
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from melbo_ray.model import LanguageModel
+from melbo_ray.residual import Slice
+from melbo_ray.subspace import Subspace
+
+_BLOCKS = 8
+
+
+def growth(bench: Bench) -> Iterator[Row]:
+    """How a step grows with concepts, prompt length and d_model, and what the projection costs late in a chain."""
+    device, config = bench.model.device, bench.config
+    generator = torch.Generator().manual_seed(0)
+    theta, z = torch.randn(2, 4, bench.model.d_model, generator=generator)
+    lengths = (8, 32) if bench.quick else (8, 16, 32, 64, 128)
+    work = {}
+    for count in (1, 2, 4):
+        slice = bench.slice(*[bench.tokens] * count)
+        work[f"{count} concepts"] = stepper(slice, config, theta[:count], z[:count])
+    for length in lengths:
+        slice = bench.slice(torch.arange(10, 10 + length))
+        work[f"{length} tokens"] = stepper(slice, config, theta[:1], z[:1])
+    median = timed(work, bench.repeats, device)
+    for case, seconds in median.items():
+        first = median["1 concepts" if "concepts" in case else f"{lengths[0]} tokens"]
+        yield Row("growth", case, seconds * 1e3, "ms", note=f"{seconds / first:.2f} times the first")
+    for d_model in (256, 576) if bench.quick else (576, 1024, 2048):
+        yield from _width(bench, d_model, generator)
+
+
+def _width(bench: Bench, d_model: int, generator: torch.Generator) -> Iterator[Row]:
+    """A step of eight blocks (two are measured) at this width, and the projection against 2000 vectors or d_model."""
+    device, measured = bench.model.device, 2
+    shape = LlamaConfig(
+        vocab_size=256, hidden_size=d_model, intermediate_size=d_model * 8 // 3, num_hidden_layers=measured + 1,
+        num_attention_heads=d_model // 64, num_key_value_heads=d_model // 64,
+    )  # fmt: skip
+    with torch.device(device):
+        network = AutoModelForCausalLM.from_config(shape, dtype=bench.model.dtype)
+    slice = Slice(LanguageModel.wrap(network, bench.model.tokenizer), [torch.arange(37)], 0, measured)
+    count = min(2000, d_model - 1)
+    taken = Subspace(d_model, count, device)
+    taken._basis.copy_(torch.linalg.qr(torch.randn(d_model, count, generator=generator))[0].T)
+    taken.size = count
+    theta, z = torch.randn(2, 1, d_model, generator=generator)
+    work = {"step": stepper(slice, bench.config, theta, z), "projection": lambda: taken.remove(theta[0])}
+    median = timed(work, bench.repeats, device)
+    step = median["step"] * _BLOCKS / measured
+    yield Row("growth", f"d_model {d_model}, {_BLOCKS} blocks, 37 tokens", step * 1e3, "ms", note="random weights")
+    share = f"{median['projection'] / step:.1%} of that step"
+    yield Row("growth", f"d_model {d_model}: projection, n = {count}", median["projection"] * 1e3, "ms", note=share)
