@@ -51,7 +51,7 @@ def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
     """
     concepts = list(concepts) or [load_concept(name) for name in config.concepts]
     if config.prompt is not None:
-        concepts = [concept.model_copy(update={"prompt": config.prompt}) for concept in concepts]
+        concepts = [_trained_on(concept, config.prompt) for concept in concepts]
     names = [concept.name for concept in concepts]
     if not names or len(set(names)) < len(names):
         raise UserError(f"--concepts is {','.join(config.concepts)!r}: expected at least one, each once")
@@ -80,6 +80,12 @@ def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
         sketch.tokenize(concept.prompt, config.system_prompt)
     weight_bytes = sum(parameter.nbytes for parameter in sketch.network.parameters())
     return Checked(config.model_copy(update={"run_id": run_id}), concepts, weight_bytes)
+
+
+def _trained_on(concept: Concept, prompt: str) -> Concept:
+    """The concept with another training prompt, which then is not held out."""
+    held_out = {name: text for name, text in concept.held_out.items() if text != prompt}
+    return concept.model_copy(update={"prompt": prompt, "held_out": held_out})
 
 
 def recheck(url: str, options: dict[str, Any]) -> Checked:
