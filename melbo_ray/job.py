@@ -5,7 +5,7 @@ import datetime
 import importlib.metadata
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -135,7 +135,7 @@ class _Job:
 
 
 @contextlib.contextmanager
-def _lease(run: Run) -> Iterator[Lease]:
+def _lease(run: Run) -> Generator[Lease]:
     lease = Lease(run.storage)
     try:
         yield lease

@@ -37,8 +37,8 @@ class Layout:
 def lay_out(config: Config, concepts: int, weight_bytes: int, cluster: Mapping[str, float], roles: bool) -> Layout:
     """The layout for `concepts` chains of a model of `weight_bytes` on a cluster's total resources.
 
-    On the CPU a chain actor has half of a machine's cores and evaluators one each. With GPUs the shares are those of the
-    configuration; where it gives none, the chain and the evaluators share one GPU, or take one each.
+    On the CPU a chain actor has half of a machine's cores and evaluators one each. With GPUs the shares are those of
+    the configuration; where it gives none, the chain and the evaluators share one GPU, or take one each.
     `roles`: the nodes carry labels `role: chain` and `role: eval`, and actors go where they belong.
 
     Raises:

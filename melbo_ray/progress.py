@@ -144,7 +144,7 @@ def _standing(done: Coverage, config: Mapping[str, Any], concept: str, manifest:
 
 def _facts(run: Run, concept: str, facts: Mapping[str, Any]) -> dict[str, str]:
     vectors = run.read("vectors", concept)
-    chain = vectors.filter(pc.equal(vectors["kind"], "chain"))
+    chain = vectors.filter(pc.field("kind") == "chain")
     norms, seconds = chain["norm"].to_pylist(), chain["seconds"].to_pylist()
     below_10, below_50, unsteered = _kl_counts(run, concept)
     return {

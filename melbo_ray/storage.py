@@ -8,7 +8,7 @@ import contextlib
 import errno
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -140,7 +140,7 @@ class Storage:
             _sync_folder(Path(self._path(name)).parent)
 
     @contextlib.contextmanager
-    def _temporary(self, name: str, data: bytes) -> Iterator[Path]:
+    def _temporary(self, name: str, data: bytes) -> Generator[Path]:
         folder = Path(self._path(name)).parent
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
@@ -154,7 +154,7 @@ class Storage:
             temporary.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _explained(self, name: str) -> Iterator[None]:
+    def _explained(self, name: str) -> Generator[None]:
         try:
             yield
         except Exception as error:

@@ -119,10 +119,10 @@ class Pool:
 
     def drop_stragglers(self) -> None:
         """A unit that takes far longer than others of its kind is taken from its worker and handed out again."""
-        for member in [m for m in self._members if m.work is not None]:
-            known = self._seconds.get(member.work.evaluation) if member.work.kind != WHOLE else None
+        for member, unit in [(m, m.work) for m in self._members if m.work is not None]:
+            known = self._seconds.get(unit.evaluation) if unit.kind != WHOLE else None
             patience = max(_LEAST_PATIENCE, _PATIENCE_FACTOR * max(known)) if known else _FIRST_PATIENCE
-            if member.age > patience * 2 ** self._attempts[member.work]:
+            if member.age > patience * 2 ** self._attempts[unit]:
                 self._dismiss(member)
 
     def hopeless(self) -> list[Unit]:

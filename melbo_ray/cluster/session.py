@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import ray
@@ -20,7 +20,7 @@ LOST = (RayActorError, ObjectLostError, OutOfMemoryError)
 
 
 @contextlib.contextmanager
-def connected() -> Iterator[tuple[dict[str, float], bool]]:
+def connected() -> Generator[tuple[dict[str, float], bool]]:
     """Be on the cluster that RAY_ADDRESS names (as `ray job submit` does), or on one that this machine is alone.
 
     Gives its total resources, with the CPUs of the largest node, and whether its nodes are labelled with roles.

@@ -194,7 +194,8 @@ def test_fits_its_window_and_follows_the_colour_scheme(open_report, path, width,
         page.emulate_media(color_scheme=now)
         page.wait_for_function(
             """dark => {
-                const brightness = (colour) => colour.match(/\\d+/g).slice(0, 3).reduce((sum, part) => sum + Number(part), 0);
+                const parts = (colour) => colour.match(/\\d+/g).slice(0, 3);
+                const brightness = (colour) => parts(colour).reduce((sum, part) => sum + Number(part), 0);
                 const tick = document.querySelector("#alien-norm .xtick text");
                 const ground = brightness(getComputedStyle(document.body).backgroundColor);
                 return tick && (ground < brightness(getComputedStyle(tick).fill)) === dark && (ground < 382) === dark;
