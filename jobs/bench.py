@@ -1,6 +1,6 @@
 """How fast everything is, against the published algorithm and against this machine's limits. Needs no Ray.
 
-python jobs/bench.py                                      # the embedded model: about twenty minutes on two cores
+python jobs/bench.py                                      # the embedded model: about ten minutes on two idle cores
 python jobs/bench.py --quick                              # everything, smaller: under two minutes
 python jobs/bench.py --only step,texts                    # some parts
 python jobs/bench.py --device cuda --dtype bfloat16 --shape qwen1.5-1.8b    # random weights of that shape
@@ -97,6 +97,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "equal-loss": bench_chain.equal_loss,
     "chain": bench_chain.throughput,
     "growth": bench_growth.growth,
+    "precision": bench_growth.precision,
     "texts": bench_text.texts,
     "logits": bench_text.logits,
     "query": queries,
@@ -159,9 +160,9 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         for row in PARTS[part](bench):
             rows.append(row)
             shown.add_row(*cells(row)[1:])
+            # After every row: what has been measured is kept if the rest is stopped.
+            write(rows, heading, options.out)
         console.print(shown)
-        # After each part: what has been measured is kept if the rest is stopped.
-        write(rows, heading, options.out)
     return rows
 
 

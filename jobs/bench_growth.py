@@ -1,5 +1,6 @@
 """How a step grows with concepts, prompt length, d_model and the chain (see jobs/bench.py)."""
 
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -7,7 +8,9 @@ from bench_chain import Bench, Row, stepper, timed
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from melbo_ray.model import LanguageModel
+from melbo_ray.ortho import chain
 from melbo_ray.residual import Slice
+from melbo_ray.steer import Prompts
 from melbo_ray.subspace import Subspace
 
 _BLOCKS = 8
@@ -55,3 +58,28 @@ def _width(bench: Bench, d_model: int, generator: torch.Generator) -> Iterator[R
     yield Row("growth", f"d_model {d_model}, {_BLOCKS} blocks, 37 tokens", step * 1e3, "ms", note="random weights")
     share = f"{median['projection'] / step:.1%} of that step"
     yield Row("growth", f"d_model {d_model}: projection, n = {count}", median["projection"] * 1e3, "ms", note=share)
+
+
+def precision(bench: Bench) -> Iterator[Row]:
+    """Vectors found with bfloat16 weights beside those found with float32 ones, both judged by float32 weights."""
+    network = copy.deepcopy(bench.model.network)
+    models = {
+        name: LanguageModel.wrap(copy.deepcopy(network).to(dtype), bench.model.tokenizer)
+        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+    }
+    config = bench.config.model_copy(update={"num_vectors": 1 if bench.quick else 4})
+    layers = config.source_layer, config.target_layer
+    judge = Slice(models["float32"], [bench.tokens], *layers)
+    prompts = Prompts(models["float32"], [bench.tokens], config.source_layer)
+    for name, model in models.items():
+        found = list(chain(Slice(model, [bench.tokens], *layers), bench.base, config))
+        thetas = torch.stack([torch.zeros_like(bench.base), bench.base, *(v.theta for v in found)]).to(model.device)
+        with torch.no_grad():
+            z = judge.z(thetas)
+            last = torch.stack([logits[-1] for logits in prompts.logits(thetas)]).log_softmax(-1)
+        losses = (z[2:] - z[1]).norm(dim=-1) / (z[0] - z[1]).norm()
+        kl = (last[2:].exp() * (last[2:] - last[1])).sum(-1)
+        said = float(sum(v.relative_loss for v in found)) / len(found)
+        norm = sum(v.norm for v in found) / len(found)
+        note = f"as it saw itself {said:.3f}, norm {norm:.1f}, KL from the base {float(kl.mean()):.3f}"
+        yield Row("precision", f"{name} weights: relative loss, mean", float(losses.mean()), "", note=note)

@@ -1,5 +1,6 @@
 """The benchmark measures what it says: the reference computes our loss, and the table is what was measured."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def test_the_plain_slice_of_the_benchmark_is_the_slice_without_engines(small):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("part", ["step", "equal-loss", "chain", "growth", "texts", "logits", "memory"])
+@pytest.mark.parametrize("part", ["step", "equal-loss", "chain", "growth", "precision", "texts", "logits", "memory"])
 def test_every_part_measures_something(small, part, monkeypatch):
     width = bench_growth._width
     monkeypatch.setattr(bench_growth, "_width", lambda bench, _d_model, generator: width(bench, 64, generator))
@@ -67,6 +68,12 @@ def test_every_part_measures_something(small, part, monkeypatch):
     assert rows
     assert all(row.value > 0 for row in rows)
     assert {"limits": "step"}.get(rows[0].part, rows[0].part) == part.replace("-", " ")
+
+
+def test_vectors_found_with_bfloat16_weights_are_as_good_judged_by_float32_ones(small):
+    config = small.config.model_copy(update={"max_evaluations": 30})
+    exact, rounded = bench_growth.precision(dataclasses.replace(small, config=config))
+    assert rounded.value == pytest.approx(exact.value, rel=0.25)
 
 
 def test_our_greedy_texts_are_transformers_token_for_token(small):
