@@ -143,8 +143,9 @@ class Driver:
         evaluators = self.pool.refs()
         short = self.pool.backlog < max(_BACKLOG, 2 * len(self.pool))
         chains = {c.ref: c for c in self._chains if c.ref is not None and (short or not c.streaming)}
-        ready, _ = ray.wait([*evaluators, *chains], num_returns=1, timeout=1.0)
-        for ref in ready:
+        waiting = [*evaluators, *chains]
+        ray.wait(waiting, num_returns=1, timeout=1.0)
+        for ref in ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]:
             if ref in chains:
                 self._hear_chain(chains[ref])
             elif (done := self.pool.hear(evaluators[ref])) is not None:

@@ -1,0 +1,119 @@
+"""The figures of the distributed job, each from a run here and now.
+
+python -m tests.cluster.figures [NAME ...]
+
+overhead     what the driver and Ray add to an evaluation batch that takes no time
+efficiency   1, 2, 4, 8, 32 evaluators against as many times one, with a simulated time on the GPU
+storage      bytes and objects per 1,000 vectors, before and after compaction
+"""
+
+import random
+import sys
+import tempfile
+import time
+
+import numpy as np
+import ray
+
+from melbo_ray import tables
+from melbo_ray.agenda import Agenda
+from melbo_ray.cluster import Driver
+from melbo_ray.config import Config
+from melbo_ray.layout import lay_out
+from melbo_ray.store import Run, Unit
+from tests.cluster.simulated import D_MODEL, Sleeper
+
+GPU_SECONDS = 4.0
+WORDS = ["def", "return", "model", "steering", "vector", "import", "print", "range", "was", "not", "they", "said"]
+
+
+def drive(evaluators: int, units: int, seconds: float) -> float:
+    """Seconds from when all evaluators are up to when all units are done."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run.open(f"{folder}/run")
+        run.storage.put("run.json", b"{}")
+        run.storage.put("seconds", str(seconds).encode())
+        run.storage.put("together", str(evaluators).encode())
+        config = Config(eval_batch=1, evals=["kl"], min_evaluators=evaluators, max_evaluators=evaluators)
+        agenda = Agenda("code", config.evals, 1, {}, stop_reason="num_vectors")
+        agenda.learn("base", 0, np.ones(D_MODEL, np.float32))
+        for index in range(1, units - 1):  # the base and the unsteered model are two more
+            agenda.learn("chain", index, np.full(D_MODEL, index, np.float32))
+        begun: list[float] = []
+
+        def tick(driver: Driver) -> None:
+            if not begun and driver.pool.ready == evaluators:
+                begun.append(time.perf_counter())
+
+        cluster = {"CPU": 64.0, "memory": 64 << 30}
+        Driver(run, "run", config, [], {"code": agenda}, lay_out(config, 1, 0, cluster, False), tick, Sleeper).drive()
+        return time.perf_counter() - begun[0]
+
+
+def overhead() -> None:
+    """Seconds a batch beyond what is computed."""
+    taken = drive(evaluators=1, units=600, seconds=0.0)
+    print(f"scheduling overhead: {1000 * taken / 600:.1f} ms a batch (one evaluator, 600 batches, local storage)")
+
+
+def efficiency() -> None:
+    """Throughput against evaluators x 1 / GPU time."""
+    for evaluators in (1, 2, 4, 8, 32):
+        taken = drive(evaluators, units=8 * evaluators, seconds=GPU_SECONDS)
+        print(
+            f"{evaluators:2} evaluators: {8 * evaluators / taken:5.2f} batches/s, {8 * GPU_SECONDS / taken:.3f} of linear"
+        )
+
+
+def storage() -> None:
+    """A study of 1,000 vectors of d_model 2048 with 32 prompts, committed and published as the driver does."""
+    dice, rows = random.Random(0), np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        run, manifest = Run.open(f"{folder}/run"), {"run_id": "run", "done": {}}
+        puts = peak = 0
+        for first in range(1, 1001, 8):
+            for index in range(first, first + 8):
+                vector = _facts("vectors", index) | {"vector": rows.standard_normal(2048).astype(np.float32)}
+                run.commit(Unit("code", "chain", "chain", index, index), {"vectors": tables.table("vectors", [vector])})
+            for name, each in {"kl": 1, "generations": 4, "generalization": 32, "dose": 12, "presence": 4}.items():
+                found = [_facts(name, i, dice, j) for i in range(first, first + 8) for j in range(each)]
+                run.commit(Unit("code", name, "chain", first, first + 7), {name: tables.table(name, found)})
+            puts += 13
+            peak = max(peak, len(run.storage.names()))
+            if first % 64 == 1:
+                run.publish(manifest, lambda: None)
+        run.publish(manifest, lambda: None)
+        names = run.storage.names()
+        size = sum(len(run.storage.get(name) or b"") for name in names)
+        print(
+            f"1,000 vectors (d_model 2048): {puts} units written, at most {peak} objects at once; after compaction "
+            f"{len(names)} objects, {size / 1e6:.1f} MB, of which vectors {_size(run, 'vectors') / 1e6:.1f} MB"
+        )
+
+
+def _size(run: Run, table: str) -> int:
+    return sum(len(run.storage.get(name) or b"") for name in run.storage.names(table))
+
+
+def _facts(table: str, index: int, dice: random.Random = random.Random(0), place: int = 0) -> dict:  # noqa: B008
+    values = {
+        "string": lambda: f"prompt_{place}", "float": dice.random, "double": dice.random, "int32": lambda: place,
+        "int64": lambda: place, "bool": lambda: True, "list<item: float>": lambda: [dice.random() for _ in range(10)],
+        "list<item: string>": lambda: dice.sample(WORDS, 10), "list<item: int32>": lambda: [1, 2],
+    }  # fmt: skip
+    row = {field.name: values[str(field.type).replace("element", "item")]() for field in tables.SCHEMAS[table]}
+    keys = {"run_id": "run", "kind": "chain", "index": index}
+    return row | keys | ({"text": " ".join(dice.choices(WORDS, k=40))} if table == "generations" else {})
+
+
+def main() -> None:
+    """Those that the command line names, or all."""
+    names = sys.argv[1:] or ["overhead", "efficiency", "storage"]
+    if {"overhead", "efficiency"} & set(names):
+        ray.init(address="local", num_cpus=64, include_dashboard=False, log_to_driver=False, _memory=64 << 30)
+    for name in names:
+        globals()[name]()
+
+
+if __name__ == "__main__":
+    main()
