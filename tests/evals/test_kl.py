@@ -46,7 +46,7 @@ def test_no_vector_is_at_no_distance_from_unsteered_and_has_no_direction_to_resc
 
 def test_kl_on_the_embedded_model():
     model = LanguageModel.load("smollm2", device="cpu")
-    concept = Concept(name="x", prompt="How are you?", continuations=["a"], words=["a"], held_out={}, neutral_texts=[])
+    concept = Concept(name="x", prompt="How are you?", continuations=["a"], words=["a"], neutral_texts=[])
     base, *others = directions(3, norm=10.0, d_model=model.d_model)
     study = Study(model, Config(), concept, "run", base)
     table = evaluate("kl", study, Vectors("chain", [1, 2], torch.stack(others)))["kl"]

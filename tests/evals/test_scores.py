@@ -35,7 +35,7 @@ def test_the_share_of_code_counts_lines_and_fences():
 
 
 def concept(name="alien", words=("UFO", "alien", "star ship", "!")):
-    return Concept(name=name, prompt="p", continuations=["c"], words=list(words), held_out={}, neutral_texts=[])
+    return Concept(name=name, prompt="p", continuations=["c"], words=list(words), neutral_texts=[])
 
 
 def test_words_are_matched_whole_and_without_case():
