@@ -1,19 +1,24 @@
-"""Faster ways to run what a slice runs: weights packed for the CPU, a recorded graph on CUDA.
+"""Faster ways to run what a slice runs: weights packed for the CPU, and steps recorded.
 
 Both are chosen by themselves, and where one cannot be had a warning says so and the plain way is taken.
 """
 
 import copy
+import functools
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from melbo_ray.model import first_line
 
 _WARM_UP = 3
+# A recording takes a few seconds on the CPU and saves some milliseconds a call.
+_OFTEN = 200
 
 
 class PackedLinear(nn.Module):
@@ -73,45 +78,50 @@ def pack(layer: nn.Module, rows: int) -> nn.Module:
 
 
 class Recorded:
-    """A function of CUDA tensors, recorded as a CUDA graph at the first call with each choice of shapes and options.
+    """A function of tensors, recorded for each choice of shapes and options and then played back.
 
-    A step is then one launch instead of several hundred. On the CPU, and where recording fails, the function is simply
-    called; it must not wait for the device.
+    On CUDA as a CUDA graph, at the first call: one launch instead of several hundred. On the CPU, at the 200th, as the
+    list of its operations: the same ones on the same numbers, so the same bits, without modules and autograd between.
+    The function must not look at values, nor wait for the device. Where recording fails it is simply called.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
         self.function = function
-        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], tuple[Tensor, ...]]] = {}
-        self._plain = not torch.cuda.is_available()
+        self._calls: Counter = Counter()
+        self._recordings: dict[Any, Callable[..., tuple[Tensor, ...]]] = {}
 
     def __call__(self, *inputs: Tensor, **options: Any) -> tuple[Tensor, ...]:
         """function(*inputs, **options); `inputs` on one device, `options` hashable."""
-        if self._plain or not inputs[0].is_cuda:
-            return self.function(*inputs, **options)
         key = (*(value.shape for value in inputs), *sorted(options.items()))
-        if key not in self._graphs:
+        self._calls[key] += 1
+        cuda = inputs[0].is_cuda
+        if key not in self._recordings and (cuda or self._calls[key] >= _OFTEN):
+            plain = functools.partial(self.function, **options)
             try:
-                self._graphs[key] = self._record(inputs, options)
-            except RuntimeError as error:
-                warnings.warn(f"no CUDA graph, steps take longer: {first_line(error)}", stacklevel=2)
-                self._plain = True
-                return self.function(*inputs, **options)
-        graph, places, outputs = self._graphs[key]
-        for place, value in zip(places, inputs, strict=True):
+                self._recordings[key] = _cuda_graph(plain, inputs) if cuda else make_fx(plain)(*inputs)
+            except (RuntimeError, TypeError, NotImplementedError) as error:
+                warnings.warn(f"steps are not recorded, which costs time only: {first_line(error)}", stacklevel=2)
+                self._recordings[key] = plain
+        return self._recordings[key](*inputs) if key in self._recordings else self.function(*inputs, **options)
+
+
+def _cuda_graph(function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> Callable:
+    places = tuple(value.detach().clone() for value in inputs)
+    # What is done once only, such as choosing kernels, must be over before the recording (PyTorch's manual).
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(_WARM_UP):
+            function(*places)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = function(*places)
+
+    def play(*values: Tensor) -> tuple[Tensor, ...]:
+        for place, value in zip(places, values, strict=True):
             place.copy_(value)
         graph.replay()
         return tuple(output.clone() for output in outputs)
 
-    def _record(self, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> tuple:
-        places = tuple(value.detach().clone() for value in inputs)
-        # What is done once only, such as choosing kernels, must be over before the recording (PyTorch's manual).
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                self.function(*places, **options)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = self.function(*places, **options)
-        return graph, places, outputs
+    return play
