@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from melbo_ray.config import Config
+from melbo_ray.engines import Recorded
 from melbo_ray.model import LanguageModel
 from melbo_ray.ortho import _Chain, chain, value_and_grad
 from melbo_ray.residual import Slice
@@ -156,10 +157,9 @@ def steps(bench: Bench) -> Iterator[Row]:
     model, config, device = bench.model, bench.config, bench.model.device
     start = normalize(torch.randn(1, model.d_model, generator=torch.Generator().manual_seed(0))) * config.radius
     reference = Reference(bench, start[0], normalize(bench.base[None]))
-    slices = {
-        "plain": _plain(bench.slice()),
-        "CUDA graph" if device.type == "cuda" else "packed weights": bench.slice(),
-    }
+    recorded = "CUDA graph" if device.type == "cuda" else "packed weights, recorded"
+    slices = {"plain": _plain(bench.slice()), recorded: bench.slice()}
+    slices[recorded].value_and_grad = Recorded(slices[recorded]._value_and_grad, after=1)
     compile_seconds = 0.0
     if not bench.quick:
         slices["torch.compile"] = _plain(bench.slice())

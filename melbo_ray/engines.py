@@ -80,13 +80,13 @@ def pack(layer: nn.Module, rows: int) -> nn.Module:
 class Recorded:
     """A function of tensors, recorded for each choice of shapes and options and then played back.
 
-    On CUDA as a CUDA graph, at the first call: one launch instead of several hundred. On the CPU, at the 200th, as the
-    list of its operations: the same ones on the same numbers, so the same bits, without modules and autograd between.
+    On CUDA as a CUDA graph, at the first call: one launch instead of several hundred. On the CPU, at call `after`, as
+    the list of its operations: the same ones on the same numbers, so the same bits, without modules and autograd.
     The function must not look at values, nor wait for the device. Where recording fails it is simply called.
     """
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], after: int = _OFTEN) -> None:
+        self.function, self.after = function, after
         self._calls: Counter = Counter()
         self._recordings: dict[Any, Callable[..., tuple[Tensor, ...]]] = {}
 
@@ -95,7 +95,7 @@ class Recorded:
         key = (*(value.shape for value in inputs), *sorted(options.items()))
         self._calls[key] += 1
         cuda = inputs[0].is_cuda
-        if key not in self._recordings and (cuda or self._calls[key] >= _OFTEN):
+        if key not in self._recordings and (cuda or self._calls[key] >= self.after):
             plain = functools.partial(self.function, **options)
             try:
                 self._recordings[key] = _cuda_graph(plain, inputs) if cuda else make_fx(plain)(*inputs)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from families import directions, every_family, tiny
 
-from melbo_ray import engines
 from melbo_ray.engines import PackedLinear, Recorded, pack
 from melbo_ray.residual import Slice
 
@@ -47,27 +46,25 @@ def test_where_weights_cannot_be_packed_a_warning_says_so_and_the_layer_is_as_it
 
 
 @every_family
-def test_a_recorded_step_is_the_step_bit_for_bit(family, monkeypatch):
-    monkeypatch.setattr(engines, "_OFTEN", 2)
+def test_a_recorded_step_is_the_step_bit_for_bit(family):
     slice = Slice(tiny(family), [torch.arange(40, 60), torch.arange(70, 83)], source=1, target=3)
-    z = directions(2, seed=9)
+    step, z = Recorded(slice._value_and_grad, after=2), directions(2, seed=9)
     for seed in range(4):
         inputs = directions(2, norm=2.0 + seed, seed=seed), z, torch.tensor([0, 1] if seed % 2 else [1, 0])
         options = {"norm_penalty": 0.1, "max_norm": 3.0}
-        recorded, plain = slice.value_and_grad(*inputs, **options), slice._value_and_grad(*inputs, **options)
+        recorded, plain = step(*inputs, **options), slice._value_and_grad(*inputs, **options)
         assert all(map(torch.equal, recorded, plain))
-    assert len(slice.value_and_grad._recordings) == 1
+    assert len(step._recordings) == 1
 
 
-def test_a_function_is_recorded_for_each_choice_of_shapes_and_options_when_it_is_called_often(monkeypatch):
-    monkeypatch.setattr(engines, "_OFTEN", 3)
+def test_a_function_is_recorded_for_each_choice_of_shapes_and_options_when_it_is_called_often():
     calls = []
 
     def function(x, *, power):
         calls.append((len(x), power))
         return (x**power,)
 
-    recorded = Recorded(function)
+    recorded = Recorded(function, after=3)
     for size, power in [(4, 2), (4, 3), (5, 2)] * 6:
         x = torch.arange(float(size))
         assert torch.equal(recorded(x, power=power)[0], x**power)
@@ -75,14 +72,12 @@ def test_a_function_is_recorded_for_each_choice_of_shapes_and_options_when_it_is
     assert Counter(calls) == {(4, 2): 3, (4, 3): 3, (5, 2): 3}
 
 
-def test_where_a_step_cannot_be_recorded_a_warning_says_so_and_it_is_called(monkeypatch):
-    monkeypatch.setattr(engines, "_OFTEN", 1)
-
+def test_where_a_step_cannot_be_recorded_a_warning_says_so_and_it_is_called():
     def looks_at_values(x):
         return (x * float(x.sum()),)
 
     with pytest.warns(UserWarning, match="steps are not recorded"):
-        assert torch.equal(Recorded(looks_at_values)(torch.ones(2))[0], torch.full((2,), 2.0))
+        assert torch.equal(Recorded(looks_at_values, after=1)(torch.ones(2))[0], torch.full((2,), 2.0))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
