@@ -2,6 +2,7 @@
 
 python jobs/ortho.py
 python jobs/ortho.py --model Qwen/Qwen1.5-1.8B-Chat --radius 7 --num-vectors 1558 --storage s3://bucket/prefix
+python jobs/ortho.py --model Qwen/Qwen1.5-1.8B-Chat --num-vectors 1558 --plan     # what would it take?
 python jobs/ortho.py --run-id RUN                 # the same command resumes what was interrupted
 RAY_ADDRESS=auto python jobs/ortho.py             # on the cluster this machine belongs to
 ray job submit --address http://127.0.0.1:8265 --working-dir . -- python jobs/ortho.py --storage s3://bucket/prefix
@@ -15,6 +16,7 @@ from melbo_ray.check import check
 from melbo_ray.command import exit_code
 from melbo_ray.config import parse
 from melbo_ray.job import run
+from melbo_ray.plan import plan
 from melbo_ray.progress import epilogue
 from melbo_ray.report import render
 
@@ -22,7 +24,11 @@ from melbo_ray.report import render
 def main() -> None:
     """Run the study that the command line asks for; its report and summary at the end."""
     console = Console()
-    done = run(check(parse(__doc__ or "")), console)
+    checked = check(parse(__doc__ or ""))
+    if checked.config.plan:
+        console.print(plan(checked))
+        return
+    done = run(checked, console)
     epilogue(console, *done)
     console.print(f"report:  {render(done[0].storage.url)}", highlight=False, soft_wrap=True)
 

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from melbo_ray.concepts import Concept, load_concept
 from melbo_ray.config import EVALUATIONS, Config, UserError
-from melbo_ray.model import LanguageModel, first_line, load_config, locate, pick_device
+from melbo_ray.model import pick_device
+from melbo_ray.partial import sketch
 from melbo_ray.residual import check_layers
 from melbo_ray.store import Run
 
@@ -69,16 +68,16 @@ def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
     _check_storage(config.storage)
     if not os.environ.get("RAY_ADDRESS"):
         pick_device(config.device)
-    sketch = sketch_model(config)
-    check_layers(config.source_layer, config.target_layer, len(sketch.layers))
-    if config.num_vectors >= sketch.d_model:
+    shape = sketch(config)
+    check_layers(config.source_layer, config.target_layer, len(shape.layers))
+    if config.num_vectors >= shape.d_model:
         raise UserError(
-            f"--num-vectors is {config.num_vectors}: the model has d_model {sketch.d_model}, so at most "
-            f"{sketch.d_model - 1} vectors are orthogonal to the base and each other"
+            f"--num-vectors is {config.num_vectors}: the model has d_model {shape.d_model}, so at most "
+            f"{shape.d_model - 1} vectors are orthogonal to the base and each other"
         )
     for concept in concepts:
-        sketch.tokenize(concept.prompt, config.system_prompt)
-    weight_bytes = sum(parameter.nbytes for parameter in sketch.network.parameters())
+        shape.tokenize(concept.prompt, config.system_prompt)
+    weight_bytes = sum(parameter.nbytes for parameter in shape.network.parameters())
     return Checked(config.model_copy(update={"run_id": run_id}), concepts, weight_bytes)
 
 
@@ -107,26 +106,6 @@ def recheck(url: str, options: dict[str, Any]) -> Checked:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"--{'-'.join(map(str, first['loc'])).replace('_', '-')}: {first['msg']}") from None
-
-
-def sketch_model(config: Config) -> LanguageModel:
-    """The model without its weights: tokenizer, and modules on the meta device.
-
-    Raises:
-        UserError: no such model, or its decoder layers cannot be found.
-    """
-    shape = load_config(config.model, config.revision, config.trust_remote_code)
-    path, options = locate(config.model)
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            path, **options, revision=config.revision or "main", trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"cannot load the model {config.model!r}: {first_line(error)}") from error
-    dtype = shape.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(shape, dtype=dtype or torch.float32)
-    return LanguageModel.wrap(network, tokenizer, name=config.model, revision=config.revision)
 
 
 def compare(manifest: Mapping[str, Any], checked: Checked) -> None:
@@ -159,7 +138,7 @@ def compare(manifest: Mapping[str, Any], checked: Checked) -> None:
 def identity(checked: Checked) -> dict[str, Any]:
     """What of a configuration the manifest keeps, and a resumed run is held to."""
     return {
-        "config": checked.config.model_dump(mode="json", exclude={"config"}),
+        "config": checked.config.model_dump(mode="json", exclude={"config", "plan"}),
         "definitions": {concept.name: concept.model_dump(mode="json") for concept in checked.concepts},
         "prompts": {c.name: {"training": c.prompt, **c.held_out} for c in checked.concepts},
     }

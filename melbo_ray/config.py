@@ -138,6 +138,9 @@ class Config(BaseSettings):
     chain_gpus: NonNegativeFloat = 0.0
     """GPUs the chain actor takes."""
 
+    plan: bool = False
+    """Only say what memory, GPUs, time and bytes the study will take; start nothing."""
+
     storage: str = "runs"
     """Where runs are kept: a directory, or any fsspec URL such as s3://bucket/prefix."""
     run_id: str | None = None

@@ -21,6 +21,7 @@ from melbo_ray.config import Config, UserError
 from melbo_ray.evals import Study, Vectors
 from melbo_ray.model import LanguageModel
 from melbo_ray.ortho import SteeringVector
+from melbo_ray.partial import lower
 from melbo_ray.residual import Slice
 from melbo_ray.store import WHOLE, Run, Unit
 
@@ -43,18 +44,29 @@ class Worker:
         config: the options of the run.
         concepts: the concepts under study.
         threads: torch threads on the CPU; fixed for a worker's life, since results may differ in the last bit.
+        whole: load the whole model; a worker that runs chains alone needs its layers up to the target.
     """
 
-    def __init__(self, url: str, run_id: str, config: Config, concepts: Sequence[Concept], threads: int) -> None:
+    def __init__(
+        self,
+        url: str,
+        run_id: str,
+        config: Config,
+        concepts: Sequence[Concept],
+        threads: int,
+        whole: bool = True,
+    ) -> None:
         self.run, self.run_id, self.config = Run.open(url), run_id, config
         self.concepts = {concept.name: concept for concept in concepts}
-        self.threads = threads
+        self.threads, self.whole = threads, whole
         self._studies: dict[str, Study] = {}
         torch.set_num_threads(threads)
 
     @cached_property
     def model(self) -> LanguageModel:
-        """The whole model."""
+        """The model, or its lower part."""
+        if not self.whole:
+            return lower(self.config)
         return LanguageModel.load(
             self.config.model,
             revision=self.config.revision,
@@ -76,7 +88,8 @@ class Worker:
             )
         device = self.model.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {self.threads} threads"
-        return {"fingerprint": self.model.fingerprint(), "host": socket.gethostname(), "device": name}
+        fingerprint = self.model.fingerprint() if self.whole else None
+        return {"fingerprint": fingerprint, "host": socket.gethostname(), "device": name}
 
     def find_base(self, concept: str) -> None:
         """The base vector, durable in `vectors`, and its candidates in `candidates`."""

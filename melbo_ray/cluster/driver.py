@@ -110,18 +110,18 @@ class Driver:
             for chain in self._chains:
                 ray.kill(chain.actor)
 
-    def _actor(self, options: dict[str, Any], threads: int) -> Any:
+    def _actor(self, options: dict[str, Any], threads: int, whole: bool) -> Any:
         worker = ray.remote(self._worker).options(max_restarts=0, max_task_retries=0, **options)
-        return worker.remote(*self._arguments, threads)
+        return worker.remote(*self._arguments, threads, whole)
 
     def _start_evaluator(self) -> Any:
-        return self._actor(self.layout.evaluator, self.layout.evaluator_threads)
+        return self._actor(self.layout.evaluator, self.layout.evaluator_threads, whole=True)
 
     def _start_chains(self, concepts: list[str]) -> None:
         """Chain actors load their model while the bases are found."""
         for i in range(self.layout.chain_actors):
             if share := concepts[i :: self.layout.chain_actors]:
-                actor = self._actor(self.layout.chain, self.layout.chain_threads)
+                actor = self._actor(self.layout.chain, self.layout.chain_threads, whole=False)
                 self._chains.append(_Chain(actor, share, actor.ready.remote()))
 
     def _enlist(self, agenda: Agenda) -> None:
@@ -200,15 +200,17 @@ class Driver:
                 agenda.learn(kind, index, vector.theta.numpy())
         self._enlist(agenda)
 
-    def _meet(self, worker: dict[str, str]) -> None:
-        """Every worker must have read the same weights."""
+    def _meet(self, worker: dict[str, Any]) -> None:
+        """Every worker that has the whole model must have read the same weights."""
+        self.hardware[worker["host"]] = worker["device"]
+        if worker["fingerprint"] is None:
+            return
         if self.fingerprint not in (None, worker["fingerprint"]):
             raise UserError(
                 f"the model {self.config.model!r} on {worker['host']} has other weights than this run was begun with: "
                 "give its revision, or start a new run"
             )
         self.fingerprint = worker["fingerprint"]
-        self.hardware[worker["host"]] = worker["device"]
 
     def _give_up(self, unit: Unit) -> None:
         """File a unit as failed that has taken too many workers with it."""

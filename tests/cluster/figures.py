@@ -60,9 +60,8 @@ def efficiency() -> None:
     """Throughput against evaluators x 1 / GPU time."""
     for evaluators in (1, 2, 4, 8, 32):
         taken = drive(evaluators, units=8 * evaluators, seconds=GPU_SECONDS)
-        print(
-            f"{evaluators:2} evaluators: {8 * evaluators / taken:5.2f} batches/s, {8 * GPU_SECONDS / taken:.3f} of linear"
-        )
+        share = 8 * GPU_SECONDS / taken
+        print(f"{evaluators:2} evaluators: {8 * evaluators / taken:5.2f} batches/s, {share:.3f} of linear")
 
 
 def storage() -> None:

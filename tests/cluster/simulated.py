@@ -19,7 +19,7 @@ class Sleeper:
     `trouble` in the run names a unit and what happens to it: `die` always, `hang` the first time, or `linger`.
     """
 
-    def __init__(self, url: str, run_id: str, config: object, concepts: Sequence[object], threads: int) -> None:
+    def __init__(self, url: str, run_id: str, config: object, concepts: Sequence[object], *_: object) -> None:
         self.run, self.run_id, self.url = Run.open(url), run_id, Path(url)
 
     def ready(self) -> dict[str, str]:

@@ -1,0 +1,46 @@
+"""Less than the whole of a model: the same figures from less."""
+
+import pytest
+import torch
+
+from melbo_ray.config import Config
+from melbo_ray.model import LanguageModel
+from melbo_ray.partial import lower, sketch
+from melbo_ray.residual import Slice
+from tests.families import D_MODEL, directions, every_family, tiny
+
+SOURCE, TARGET = 0, 1
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """(family) → a configuration whose model is that family's, on disk."""
+
+    def save(family):
+        model = tiny(family)
+        model.network.save_pretrained(tmp_path)
+        model.tokenizer.save_pretrained(tmp_path)
+        return Config(model=str(tmp_path), source_layer=SOURCE, target_layer=TARGET, device="cpu")
+
+    return save
+
+
+@every_family
+def test_a_chain_sees_the_same_slice_in_the_lower_part_as_in_the_whole(saved, family):
+    config = saved(family)
+    whole, part = LanguageModel.load(config.model, device="cpu"), lower(config)
+    assert len(part.layers) == TARGET + 1 < len(whole.layers)
+    thetas = directions(3, norm=2.0, seed=1)
+    z = [Slice(model, [model.tokenize("How are you?")], SOURCE, TARGET).z(thetas) for model in (whole, part)]
+    assert torch.equal(*z)
+
+
+@every_family
+def test_a_sketch_has_the_sizes_and_the_tokens_but_no_weights(saved, family):
+    config = saved(family)
+    whole, shape = LanguageModel.load(config.model, device="cpu"), sketch(config)
+    assert (shape.d_model, len(shape.layers)) == (D_MODEL, len(whole.layers))
+    assert torch.equal(shape.tokenize("How are you?"), whole.tokenize("How are you?"))
+    parameters = [{name: p.shape for name, p in model.network.named_parameters()} for model in (shape, whole)]
+    assert parameters[0] == parameters[1]
+    assert {p.device.type for p in shape.network.parameters()} == {"meta"}

@@ -1,0 +1,58 @@
+"""The plan of a study, against figures counted by hand."""
+
+import pytest
+from transformers import LlamaConfig
+
+from melbo_ray.check import check
+from melbo_ray.config import Config
+from melbo_ray.plan import Machine, calibrate, plan
+from tests.families import byte_tokenizer
+
+LLAMA_70B = {
+    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+    "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 4096,
+}  # fmt: skip
+LAYER = 8192 * (8192 + 2 * 1024 + 8192 + 3 * 28672) + 2 * 8192
+
+
+@pytest.fixture
+def told(tmp_path):
+    """The plan of a model of 70B's shape, of which there are no weights: what it says, by name."""
+    LlamaConfig(**LLAMA_70B).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    config = Config(
+        model=str(tmp_path), dtype="bfloat16", source_layer=20, target_layer=40, num_vectors=1000, max_evaluations=50,
+        storage=str(tmp_path / "runs"),
+    )  # fmt: skip
+    table = plan(check(config), Machine("cuda", flops=1e15, bandwidth=4e12))
+    names, values = (list(column.cells) for column in table.columns)
+    assert not (tmp_path / "runs").exists()
+    return dict(zip(names, values, strict=True))
+
+
+def test_70b_is_counted_without_its_weights(told):
+    whole = 80 * LAYER + 2 * 32000 * 8192 + 8192
+    assert whole == 68_976_648_192
+    assert told["parameters"].startswith("68.98 billion, 138.0 GB")
+    read = 41 * LAYER + 2 * 32000 * 8192 + 8192
+    assert told["the chain reads of them"].startswith(f"{read / 1e9:.2f} billion; a step runs {20 * LAYER / 1e9:.2f}")
+
+
+def test_a_chain_needs_fewer_gpus_than_an_evaluator(told):
+    assert told["memory of a chain actor"].endswith("71.6 GB: 4 x 24 GB or 2 x 48 GB or 1 x 80 GB or 1 x 141 GB")
+    assert told["memory of an evaluator"].endswith("7 x 24 GB or 4 x 48 GB or 2 x 80 GB or 2 x 141 GB")
+
+
+def test_a_step_takes_what_reading_its_weights_twice_takes(told):
+    seconds = 2 * 2 * 20 * LAYER / 4e12
+    assert f"at least {1000 * seconds:.2g} ms" in told["a step of the chain"]
+    assert told["the chain"].startswith("1000 vectors, 50000 steps at most:")
+
+
+def test_calibration_measures_this_machine():
+    import torch
+
+    machine = calibrate(Config(device="cpu"), torch.float32, seconds=0.05)
+    assert machine.device == "cpu"
+    assert machine.flops > 1e8
+    assert machine.bandwidth > 1e7
