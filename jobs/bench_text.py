@@ -14,7 +14,7 @@ from melbo_ray.steer import Prompts, steering
 def texts(bench: Bench) -> Iterator[Row]:
     """Greedy texts under a vector each: ours, against transformers' `generate` with a hook, one by one and batched."""
     model, source = bench.model, bench.config.source_layer
-    count, length = (4, 8) if bench.quick else (16, 48)
+    count, length = (4, 8) if bench.quick else (16, 32)
     thetas, found = _thetas(bench, count), {}
     tokens = bench.tokens.to(model.device)
 
@@ -41,7 +41,7 @@ def texts(bench: Bench) -> Iterator[Row]:
         f"ours, batch {count}": ours,
     }
     kept = {name: lambda name=name, run=run: found.update({name: run()}) for name, run in work.items()}
-    median = timed(kept, max(1, bench.repeats // 5), model.device)
+    median = timed(kept, 1 if bench.quick else 3, model.device)
     alone = next(iter(work))
     for name, seconds in median.items():
         same = sum(map(list.__eq__, found[name], found[alone]))
