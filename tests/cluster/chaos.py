@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import psutil
 import pytest
+from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
 from melbo_ray.store import Run
@@ -72,6 +73,7 @@ class Chaos:
             target = done + dice.randint(1, round(2 * self.every) - 1)
             while (done := self.done()) < target and driver.poll() is None:
                 assert time.monotonic() < deadline, f"only {self.tally} and {done} units in time"
+                self._heal()
                 time.sleep(0.05)
             time.sleep(dice.random())
             if driver.poll() is not None:
@@ -79,6 +81,7 @@ class Chaos:
             driver = self._strike(kind, dice, driver)
         while driver.poll() is None:
             assert time.monotonic() < deadline, f"after {self.tally} it does not end"
+            self._heal()
             time.sleep(0.2)
         assert driver.returncode == 0, driver.communicate()
 
@@ -92,10 +95,7 @@ class Chaos:
             with contextlib.suppress(psutil.NoSuchProcess):
                 dice.choice(victims).kill()
         elif kind == "node":
-            node = dice.choice(sorted(self.cluster.worker_nodes, key=lambda node: node.node_id))
-            cpus = {"num_cpus": node._ray_params.num_cpus}
-            self.cluster.remove_node(node, allow_graceful=False)
-            self.cluster.add_node(**cpus)
+            self._replace(dice.choice(sorted(self.cluster.worker_nodes, key=lambda node: node.node_id)))
         elif kind == "driver":
             driver.kill()
             driver.communicate()
@@ -106,6 +106,17 @@ class Chaos:
             self.faults.waiting += [2.0] * 4
         self.tally[kind] += 1
         return driver
+
+    def _replace(self, node: Node) -> None:
+        cpus = {"num_cpus": node._ray_params.num_cpus}
+        self.cluster.remove_node(node, allow_graceful=False)
+        self.cluster.add_node(**cpus)
+
+    def _heal(self) -> None:
+        """Put a new node in the place of one that died of itself, as an autoscaler does."""
+        for node in list(self.cluster.worker_nodes):
+            if node.all_processes["raylet"][0].process.poll() is not None:
+                self._replace(node)
 
     def start(self) -> subprocess.Popen:
         """A driver of the study."""
