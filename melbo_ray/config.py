@@ -99,7 +99,7 @@ class Config(BaseSettings):
     """Vectors the chain shall find, at most d_model - 1."""
     solver: Literal["lbfgs", "adam"] = "lbfgs"
     """`lbfgs` inside the complement, or the post's `adam` (projected after each step)."""
-    max_evaluations: PositiveInt = 80
+    max_evaluations: PositiveInt = 40
     """Value-and-gradient evaluations for one vector, at most (`adam`: exactly; the post's 1000)."""
     tolerance: NonNegativeFloat = 1e-3
     """A vector is done when its loss fell by less than this fraction in ten evaluations; 0 never stops early."""
