@@ -9,7 +9,7 @@ from collections.abc import Generator
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
 from melbo_ray.config import UserError
 from melbo_ray.model import first_line
@@ -26,7 +26,7 @@ def connected() -> Generator[tuple[dict[str, float], bool]]:
     Gives its total resources, with the CPUs of the largest node, and whether its nodes are labelled with roles.
 
     Raises:
-        UserError: the cluster cannot be reached, or refuses the token.
+        UserError: the cluster cannot be reached, refuses the token, or does not come up.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = os.environ.get("RAY_ADDRESS") or None
@@ -35,7 +35,7 @@ def connected() -> Generator[tuple[dict[str, float], bool]]:
         options |= {"include_dashboard": False, "num_cpus": max(2, cores())}
     try:
         ray.init(address=address or "local", **options)
-    except (ConnectionError, RayError) as error:
+    except Exception as error:  # Ray raises bare ones where a node does not come up in time
         raise UserError(f"cannot join the Ray cluster at {address or 'this machine'}: {first_line(error)}") from error
     if threading.current_thread() is threading.main_thread():
         # Ray's own handler aborts; `ray job stop` and a scheduler shall end a run as Ctrl-C does.
