@@ -19,7 +19,7 @@ _GPU_SIZES = (24, 48, 80, 141)
 _USABLE = 0.9
 # Kept for the backward pass by one decoder layer, in values a token, as multiples of d_model.
 _ACTIVATIONS = 40
-# Measured on a published run of 1,000 vectors: what the evaluations' rows take beside the vectors, bytes a vector.
+# From a synthetic run of 1,000 vectors (tests/cluster/figures.py storage): the rows of the evaluations, bytes a vector.
 _ROW_BYTES = 2_000
 _VECTOR_BYTES = 4.3
 
