@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
@@ -31,6 +32,8 @@ def head(s3, ray_of_our_own):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.delenv("PYTHONPATH")
+        # What activating the environment does: `ray` here and `python` on the head are those of these tests.
+        patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
         subprocess.run(["ray", "get-auth-token", "--generate"], check=True, capture_output=True)
         folder, port, dashboard = tempfile.mkdtemp(prefix="ray", dir="/tmp"), free_port(), free_port()
         command = ["ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}"]
