@@ -197,7 +197,7 @@ def equal_loss(bench: Bench) -> Iterator[Row]:
     for index in range(1, vectors + 1):
         solver = link.solver()
         theta = next(solver)
-        reference = Reference(bench, theta, link.subspace.basis.clone())
+        reference = Reference(bench, theta[0], link.subspace.basis.clone())
         begin = _now(device)
         for _ in range(steps):
             reference.step()
@@ -208,13 +208,13 @@ def equal_loss(bench: Bench) -> Iterator[Row]:
         yield Row("equal loss", f"{case}reference, {steps} Adam steps", reference_seconds, "s", 1.0, None, note)
         begin, evaluations = _now(device), 0
         while True:
-            losses, gradients = value_and_grad(slice, theta[None], link.z_base[None], torch.tensor([0]), config)
+            losses, gradients = value_and_grad(slice, theta, link.z_base[None], torch.tensor([0]), config)
             evaluations += 1
             if losses[0] <= wanted or evaluations == config.max_evaluations:
                 break
-            theta = solver.send((losses[0], gradients[0]))
+            theta = solver.send((losses, gradients))
         seconds = _now(device) - begin
-        found = link.add(Solution(theta, evaluations, "converged"))
+        (found,) = link.add(Solution(theta, evaluations, "converged"))
         note = f"{evaluations} evaluations, relative loss {found.relative_loss:.3f}, norm {found.norm:.1f}"
         yield Row("equal loss", f"{case}{config.solver}", seconds, "s", reference_seconds / seconds, None, note)
 

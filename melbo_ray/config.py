@@ -97,6 +97,8 @@ class Config(BaseSettings):
 
     num_vectors: PositiveInt = 24
     """Vectors the chain shall find, at most d_model - 1."""
+    block: PositiveInt = 1
+    """Mutually orthogonal vectors sought at once; a GPU takes hardly longer for several than for one."""
     solver: Literal["lbfgs", "adam"] = "lbfgs"
     """`lbfgs` inside the complement, or the post's `adam` (projected after each step)."""
     max_evaluations: PositiveInt = 40

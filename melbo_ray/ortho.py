@@ -17,7 +17,7 @@ from torch import Tensor
 
 from melbo_ray.config import Config, UserError
 from melbo_ray.residual import Slice
-from melbo_ray.solvers import Solution, Solver, adam, gauss_newton, lbfgs
+from melbo_ray.solvers import BlockSolver, Solution, adam, block, gauss_newton, lbfgs
 from melbo_ray.subspace import Subspace
 
 _PROBES = 128
@@ -90,7 +90,7 @@ def chains(
 
     Row i of the slice is the prompt of the i-th concept in `bases`. Why each chain stopped goes into `stopped`.
     """
-    running: dict[int, tuple[_Chain, Solver]] = {}
+    running: dict[int, tuple[_Chain, BlockSolver]] = {}
     requests: dict[int, Tensor] = {}
 
     def start_next(row: int, link: _Chain) -> None:
@@ -105,20 +105,18 @@ def chains(
     for row, (concept, base) in enumerate(bases.items()):
         start_next(row, _Chain(slice, row, base, config, concept, earlier.get(concept, ())))
     while running:
-        rows = list(running)
-        losses, gradients = value_and_grad(
-            slice,
-            torch.stack([requests[row] for row in rows]),
-            torch.stack([running[row][0].z_base for row in rows]),
-            torch.tensor(rows),
-            config,
-        )
-        for row, loss, gradient in zip(rows, losses, gradients, strict=True):
+        rows, sizes = list(running), [len(requests[row]) for row in running]
+        places = torch.repeat_interleave(torch.tensor(rows), torch.tensor(sizes))
+        z_base = torch.stack([running[row][0].z_base for row in places.tolist()])
+        theta = torch.cat([requests[row] for row in rows])
+        answers = (part.split(sizes) for part in value_and_grad(slice, theta, z_base, places, config))
+        for row, losses, gradients in zip(rows, *answers, strict=True):
             link, solver = running[row]
             try:
-                requests[row] = solver.send((loss, gradient))
+                requests[row] = solver.send((losses, gradients))
             except StopIteration as finished:
-                yield link.concept, link.add(finished.value)
+                for vector in link.add(finished.value):
+                    yield link.concept, vector
                 start_next(row, link)
 
 
@@ -128,11 +126,11 @@ def value_and_grad(
     z_base: Float[Tensor, "batch d_model"],
     rows: Int[Tensor, " batch"],
     config: Config,
-) -> tuple[list[float], Float[Tensor, "batch d_model"]]:
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch d_model"]]:
     """‖z(θ) − z(θ₀)‖ + λ‖θ‖ of each row and its gradient, on the CPU; a longer θ is first shortened to `max_norm`."""
     inputs = (value.to(slice.model.device) for value in (theta, z_base, rows))
     losses, gradient = slice.value_and_grad(*inputs, norm_penalty=config.norm_penalty, max_norm=config.max_norm)
-    return losses.tolist(), gradient.cpu()
+    return losses.cpu(), gradient.cpu()
 
 
 def curvature(slice: Slice, theta: Float[Tensor, " d_model"], seed: int, row: int = 0) -> Callable[[Tensor], Tensor]:
@@ -159,11 +157,14 @@ class _Chain:
             )
         self.slice, self.row, self.config, self.concept = slice, torch.tensor([row]), config, concept
         self.base = base
-        self.subspace = Subspace(d_model, 1 + config.num_vectors, slice.model.device)
+        self.subspace = Subspace(d_model, min(d_model, config.num_vectors + config.block), slice.model.device)
         self.subspace.add(base)
-        for vector in earlier:
+        self.stored = len(earlier)
+        # A block that was interrupted is sought anew: its vectors depend on each other.
+        whole = earlier[: self.stored // config.block * config.block]
+        for vector in whole:
             self.subspace.add(vector.theta)
-        self.last = earlier[-1] if earlier else None
+        self.last = whole[-1] if whole else None
         self.z_base = self._z(base)
         self.unsteered_loss = self._loss(torch.zeros_like(base))
         if self.unsteered_loss == 0:
@@ -191,25 +192,30 @@ class _Chain:
             return "min_norm"
         if self.last is not None and self.last.relative_loss >= self.config.max_relative_loss:
             return "max_relative_loss"
-        return "num_vectors" if self.index > self.config.num_vectors else None
+        return "num_vectors" if max(self.index - 1, self.stored) >= self.config.num_vectors else None
 
-    def solver(self) -> Solver:
-        """A solver for the next vector, at its random start: norm R, direction uniform in the complement."""
-        config, self.started = self.config, time.perf_counter()
-        self.seed = derive_seed(config.seed, self.concept, self.index, "start")
-        start = torch.randn(self.slice.model.d_model, generator=torch.Generator().manual_seed(self.seed))
-        start = self.subspace.remove(start)
-        start = start / start.norm() * config.radius
+    def solver(self) -> BlockSolver:
+        """A solver for the next vectors, each at its random start: norm R, direction uniform in the complement."""
+        config, self.started, d_model = self.config, time.perf_counter(), self.slice.model.d_model
+        size = min(config.block, d_model - self.subspace.size)
+        self.seeds = [derive_seed(config.seed, self.concept, self.index + i, "start") for i in range(size)]
+        starts = [torch.randn(d_model, generator=torch.Generator().manual_seed(seed)) for seed in self.seeds]
+        start = self._remove(torch.cat(starts)).view(size, -1)
+        start = (start / start.norm(dim=-1, keepdim=True) * config.radius).reshape(-1)
         if config.solver == "adam":
             lr = 0.01 * config.radius / 7
-            return adam(start, steps=config.max_evaluations, lr=lr, remove=self.subspace.remove)
-        return lbfgs(
+            return block(adam(start, steps=config.max_evaluations, lr=lr, remove=self._remove), size)
+        solver = lbfgs(
             start,
             budget=config.max_evaluations,
             tolerance=config.tolerance,
-            remove=self.subspace.remove,
-            inverse_hessian=self._inverse_hessian,
+            remove=self._remove,
+            inverse_hessian=lambda q: self._inverse_hessian(q.view(size, -1)).view(-1),
         )
+        return block(solver, size)
+
+    def _remove(self, rows: Tensor) -> Tensor:
+        return self.subspace.remove(rows.view(-1, self.slice.model.d_model)).view(-1)
 
     @functools.cached_property
     def _inverse_hessian(self) -> Callable[[Tensor], Tensor]:
@@ -217,15 +223,22 @@ class _Chain:
         seed = derive_seed(self.config.seed, self.concept, 0, "probes")
         return curvature(self.slice, self.base, seed, int(self.row))
 
-    def add(self, solution: Solution) -> SteeringVector:
-        """Certify a solution, made exactly orthogonal and rounded to float32, and take its direction."""
-        theta = solution.theta
+    def add(self, solution: Solution) -> list[SteeringVector]:
+        """Certify a solution's vectors and take their directions; those that were not stored already."""
+        seconds = (time.perf_counter() - self.started) / len(solution.theta)
+        first = self.index
+        found = [self._certify(theta, solution, first + i, seconds) for i, theta in enumerate(solution.theta)]
+        self.last = found[-1]
+        return [vector for vector in found if self.stored < vector.index <= self.config.num_vectors]
+
+    def _certify(self, theta: Tensor, solution: Solution, index: int, seconds: float) -> SteeringVector:
+        """The vector made exactly orthogonal and rounded to float32, with its certificate; its direction is taken."""
         if self.config.max_norm is not None:
             theta = theta * min(1.0, self.config.max_norm / float(theta.norm()))
         theta = self.subspace.remove_exact(theta).float()
         loss, norm = self._loss(theta), float(theta.norm())
-        self.last = SteeringVector(
-            index=self.index,
+        return SteeringVector(
+            index=index,
             theta=theta,
             norm=norm,
             loss=loss,
@@ -233,7 +246,6 @@ class _Chain:
             evaluations=solution.evaluations,
             stop_reason=solution.stop_reason,
             max_abs_cos=self.subspace.add(theta) if norm > 0 else 0.0,
-            seconds=time.perf_counter() - self.started,
-            seed=self.seed,
+            seconds=seconds,
+            seed=self.seeds[index - self.index],
         )
-        return self.last

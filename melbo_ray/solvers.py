@@ -1,9 +1,10 @@
-"""The two ways to minimise a vector's loss: the post's Adam, and preconditioned L-BFGS inside the complement.
+"""The ways to minimise a vector's loss: the post's Adam, and preconditioned L-BFGS inside the complement; in blocks.
 
 A solver is a coroutine: it yields the θ it wants evaluated and is sent back (loss, gradient), so that whoever drives
 several of them can evaluate all their requests in one pass through the model. Its return value is a `Solution`.
 """
 
+import dataclasses
 import math
 from collections import deque
 from collections.abc import Callable, Generator
@@ -13,21 +14,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from melbo_ray.subspace import disentangle
+
 Vector = Float[Tensor, " d_model"]
+Block = Float[Tensor, "block d_model"]
 Solver = Generator[Vector, tuple[float, Vector], "Solution"]
+BlockSolver = Generator[Block, tuple[Float[Tensor, " block"], Block], "Solution"]
 
 _HISTORY = 50
 _PATIENCE = 10
 _SUFFICIENT_DECREASE = 1e-4
 _SMALLEST_STEP = 1e-6
 _DAMPING = 3e-3
+_LEAST = 1e-30
 
 
 @dataclass(frozen=True)
 class Solution:
-    """The best θ a solver saw, how many evaluations it took, and why it stopped."""
+    """The best θ a solver saw (a row for each of a block), how many evaluations it took, and why it stopped."""
 
-    theta: Vector
+    theta: Tensor
     evaluations: int
     stop_reason: str
 
@@ -104,6 +110,26 @@ def lbfgs(
     return Solution(x.float(), len(losses), reason)
 
 
+def block(solver: Solver, size: int) -> BlockSolver:
+    """`size` mutually orthogonal vectors sought at once by a solver of one long vector, their rows end to end.
+
+    The solver's loss is the root of the sum of their squared losses; what is evaluated are its rows made orthogonal
+    (`disentangle`), and the gradient goes back through that. A block of one is the solver itself.
+    """
+    theta = next(solver)
+    while True:
+        free = theta.view(size, -1).detach().requires_grad_()
+        rows = disentangle(free).float() if size > 1 else free
+        losses, gradients = yield rows.detach()
+        loss = losses.norm()
+        (gradient,) = torch.autograd.grad(rows, free, gradients * (losses / loss.clamp(min=_LEAST))[:, None])
+        try:
+            theta = solver.send((float(loss), gradient.reshape(-1)))
+        except StopIteration as finished:
+            best = finished.value.theta.view(size, -1)
+            return dataclasses.replace(finished.value, theta=disentangle(best).float() if size > 1 else best)
+
+
 def _two_loops(pairs: deque, gradient: Vector, initial: Callable[[Vector], Vector]) -> Vector:
     """The inverse Hessian times the gradient (Nocedal and Wright 2006, algorithm 7.4), `initial` before any pair."""
     q, alphas = gradient.clone(), []
@@ -116,8 +142,8 @@ def _two_loops(pairs: deque, gradient: Vector, initial: Callable[[Vector], Vecto
     return q
 
 
-def gauss_newton(rows: Float[Tensor, "k d_model"]) -> Callable[[Vector], Vector]:
-    """The map q → (AᵀA + μI)⁻¹ q, float64, A a Jacobian or a random sketch of its rows; μ is 0.003 ‖A‖².
+def gauss_newton(rows: Float[Tensor, "k d_model"]) -> Callable[[Block], Block]:
+    """The map q → (AᵀA + μI)⁻¹ q of each row q, float64; A is a Jacobian or a random sketch of its rows, μ 0.003 ‖A‖².
 
     The smaller μ, the fewer evaluations to a given loss; below 0.001 the first steps overshoot (DEVLOG).
     """
@@ -126,8 +152,8 @@ def gauss_newton(rows: Float[Tensor, "k d_model"]) -> Callable[[Vector], Vector]
     damping = _DAMPING * max(float(torch.linalg.matrix_norm(gram, 2)), 1e-30)
     factor = torch.linalg.cholesky(gram + damping * torch.eye(len(a), dtype=a.dtype))
 
-    def inverse(q: Vector) -> Vector:
+    def inverse(q: Block) -> Block:
         # Woodbury's identity: systems of k equations, not of d_model.
-        return (q - a.T @ torch.cholesky_solve((a @ q)[:, None], factor)[:, 0]) / damping
+        return (q - torch.cholesky_solve(a @ q.T, factor).T @ a) / damping
 
     return inverse

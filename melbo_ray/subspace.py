@@ -4,6 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+# Enough for 64 rows with |cos| up to a half: small singular values grow by half a step, then converge quadratically.
+_SCHULZ_STEPS = 24
+
 
 class Subspace:
     """The span of the vectors added so far, with an orthonormal basis that keeps float32 orthogonality.
@@ -64,6 +67,21 @@ class Subspace:
         self._basis[self.size] = self._exact[self.size].to(self._basis)
         self.size += 1
         return float(cosines.abs().max()) if len(cosines) else 0.0
+
+
+def disentangle(vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
+    """Vectors of the same norms along the orthonormal directions nearest to theirs, differentiable, in float64.
+
+    Symmetric orthonormalisation (Löwdin 1950), which treats all rows alike: the orthogonal polar factor of the
+    directions, by Newton and Schulz' iteration. The rows must be linearly independent.
+    """
+    norms = vectors.double().norm(dim=-1, keepdim=True)
+    units = vectors.double() / norms
+    # The iteration converges from singular values up to √3; of n unit vectors none is above √n.
+    factor = units / len(units) ** 0.5
+    for _ in range(_SCHULZ_STEPS):
+        factor = 1.5 * factor - 0.5 * (factor @ factor.T) @ factor
+    return norms * factor
 
 
 def max_abs_cos(vectors: Float[Tensor, "n d_model"]) -> float:

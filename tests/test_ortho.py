@@ -102,6 +102,26 @@ def test_chains_in_lockstep_are_the_chains_alone():
         assert [vector.index for vector in ours] == [1, 2]
 
 
+def test_a_block_is_mutually_orthogonal_and_each_of_its_vectors_lowers_the_loss():
+    base, config = directions(1)[0], Config(num_vectors=5, block=3, **EASY)
+    vectors, reason = finish(chain(a_slice(), base, config))
+    assert ([vector.index for vector in vectors], reason) == ([1, 2, 3, 4, 5], "num_vectors")
+    assert max_abs_cos(torch.stack([base, *(vector.theta for vector in vectors)])) <= 1e-6
+    assert len({vector.seed for vector in vectors}) == 5
+    assert max(vector.relative_loss for vector in vectors) < 1
+
+
+@pytest.mark.parametrize("killed_after", [1, 3, 4])
+def test_a_chain_interrupted_in_the_middle_of_a_block_gives_the_same_vectors_bit_for_bit(killed_after):
+    base = directions(1)[0]
+    whole = list(chain(a_slice(), base, Config(num_vectors=5, block=3, **EASY)))
+    longer = Config(num_vectors=6, block=3, **EASY)
+    resumed = list(chain(a_slice(), base, longer, earlier=whole[:killed_after]))
+    assert [vector.index for vector in resumed] == list(range(killed_after + 1, 7))
+    for one, other in zip(whole[killed_after:], resumed, strict=False):
+        assert torch.equal(one.theta, other.theta)
+
+
 def test_another_seed_gives_other_vectors():
     first, second = (
         next(chain(a_slice(), directions(1)[0], Config(num_vectors=1, seed=seed, **EASY))) for seed in (0, 1)

@@ -5,7 +5,7 @@ import torch
 
 from melbo_ray.config import Config
 from melbo_ray.model import LanguageModel
-from melbo_ray.partial import lower, sketch
+from melbo_ray.partial import lower, lower_fingerprint, sketch
 from melbo_ray.residual import Slice
 from tests.families import D_MODEL, directions, every_family, tiny
 
@@ -33,6 +33,17 @@ def test_a_chain_sees_the_same_slice_in_the_lower_part_as_in_the_whole(saved, fa
     thetas = directions(3, norm=2.0, seed=1)
     z = [Slice(model, [model.tokenize("How are you?")], SOURCE, TARGET).z(thetas) for model in (whole, part)]
     assert torch.equal(*z)
+
+
+@every_family
+def test_the_lower_part_has_the_fingerprint_that_the_whole_model_has_of_it(saved, family):
+    config = saved(family)
+    whole, part = LanguageModel.load(config.model, device="cpu"), lower(config)
+    assert whole.fingerprint() != part.fingerprint() == lower_fingerprint(part, TARGET + 1)
+    assert lower_fingerprint(whole, TARGET + 1) == part.fingerprint()
+    for layer, same in ((TARGET + 1, True), (TARGET, False)):
+        next(whole.layers[layer].parameters())[0] += 1
+        assert (lower_fingerprint(whole, TARGET + 1) == part.fingerprint()) is same
 
 
 @every_family

@@ -3,7 +3,7 @@ import pytest
 import scipy.optimize
 import torch
 
-from melbo_ray.solvers import adam, gauss_newton, lbfgs
+from melbo_ray.solvers import adam, block, gauss_newton, lbfgs
 from melbo_ray.subspace import Subspace
 
 
@@ -33,6 +33,12 @@ def free(vector):
     return vector
 
 
+def curvature(rows):
+    """What `gauss_newton` makes of these rows, for one vector."""
+    inverse = gauss_newton(rows)
+    return lambda q: inverse(q[None])[0]
+
+
 def minimise(start, function, remove=free, inverse_hessian=free, budget=200, tolerance=0.0):
     return solve(
         lbfgs(start, budget=budget, tolerance=tolerance, remove=remove, inverse_hessian=inverse_hessian), function
@@ -46,9 +52,7 @@ def test_lbfgs_finds_scipys_minimum_in_as_few_evaluations():
         jac=scipy.optimize.rosen_der, options={"maxcor": 50},
     )  # fmt: skip
     jacobian = torch.autograd.functional.jacobian(residuals, start)
-    ours = minimise(
-        start, lambda x: residuals(x).norm(), inverse_hessian=gauss_newton(jacobian), budget=theirs.nfev + 10
-    )
+    ours = minimise(start, lambda x: residuals(x).norm(), inverse_hessian=curvature(jacobian), budget=theirs.nfev + 10)
     assert float(rosenbrock(ours.theta)) < 1e-5
 
 
@@ -76,15 +80,15 @@ def test_where_the_map_is_linear_gauss_newton_takes_a_few_evaluations_and_the_id
         budgets = range(2, 100)
         return next(n for n in budgets if float(loss(minimise(start, loss, free, inverse_hessian, n).theta)) <= wanted)
 
-    assert evaluations(gauss_newton(matrix)) <= 5
+    assert evaluations(curvature(matrix)) <= 5
     assert evaluations(free) > 10
 
 
 def test_gauss_newton_is_the_damped_inverse_by_numpy():
     rows = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
-    a, q = rows.double().numpy(), np.arange(7.0)
+    a, q = rows.double().numpy(), np.arange(14.0).reshape(2, 7)
     damped = a.T @ a + 0.003 * np.linalg.norm(a, 2) ** 2 * np.eye(7)
-    np.testing.assert_allclose(gauss_newton(rows)(torch.tensor(q)).numpy(), np.linalg.solve(damped, q), rtol=1e-6)
+    np.testing.assert_allclose(gauss_newton(rows)(torch.tensor(q)).numpy(), np.linalg.solve(damped, q.T).T, rtol=1e-6)
 
 
 def test_lbfgs_spends_no_more_than_its_budget_and_says_why_it_stopped():
@@ -127,3 +131,25 @@ def test_adam_is_torchs_adam_with_a_projection_after_each_step():
     np.testing.assert_allclose(ours.theta.numpy(), theta, rtol=1e-3, atol=1e-4)
     assert ours.evaluations == 25
     assert float(subspace.remove(ours.theta).norm()) == pytest.approx(float(ours.theta.norm()), rel=1e-5)
+
+
+def test_a_block_finds_the_orthogonal_vectors_nearest_to_what_each_of_its_rows_wants():
+    wanted = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    solver = block(lbfgs(torch.eye(3, 8).flatten(), budget=300, tolerance=0, remove=free, inverse_hessian=free), 3)
+    theta = next(solver)
+    while True:
+        try:
+            theta = solver.send(((theta - wanted).norm(dim=-1), torch.nn.functional.normalize(theta - wanted, dim=-1)))
+        except StopIteration as finished:
+            found = finished.value.theta.double().numpy()
+            break
+    gram = found @ found.T
+    np.testing.assert_allclose(gram, np.diag(np.diag(gram)), atol=1e-5)
+
+    def distance(x):
+        q, _ = np.linalg.qr(x.reshape(3, 8).T)
+        norms = np.einsum("ij,ji->i", wanted.numpy(), q)  # the best norm along each direction
+        return float(np.square(norms[:, None] * q.T - wanted.numpy()).sum())
+
+    theirs = min(scipy.optimize.minimize(distance, start).fun for start in (wanted.flatten(), np.eye(3, 8).flatten()))
+    assert float(np.square(found - wanted.numpy()).sum()) == pytest.approx(theirs, rel=1e-3)

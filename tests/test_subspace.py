@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from melbo_ray.subspace import Subspace, max_abs_cos
+from melbo_ray.subspace import Subspace, disentangle, max_abs_cos
 
 
 def test_what_is_removed_is_the_projection_that_numpy_computes():
@@ -58,3 +58,14 @@ def test_a_direction_that_is_none_or_taken_is_refused(bad):
     subspace.add(torch.tensor([1.0, 0, 0]))
     with pytest.raises(ValueError, match=r"direction|span"):
         subspace.add(bad)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 40])
+def test_disentangled_vectors_have_the_directions_of_the_polar_factor_and_their_own_norms(rows):
+    generator = torch.Generator().manual_seed(rows)
+    vectors = torch.randn(rows, 64, generator=generator) * torch.rand(rows, 1, generator=generator)
+    vectors = vectors + 0.5 * vectors.norm(dim=-1, keepdim=True) / 8 * torch.randn(64, generator=generator)
+    norms = np.linalg.norm(vectors.double().numpy(), axis=1, keepdims=True)
+    u, _, v = np.linalg.svd(vectors.double().numpy() / norms, full_matrices=False)
+    np.testing.assert_allclose(disentangle(vectors).numpy(), norms * (u @ v), atol=1e-9)
+    assert torch.autograd.gradcheck(disentangle, vectors.double().requires_grad_()) if rows < 5 else True

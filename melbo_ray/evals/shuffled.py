@@ -10,7 +10,7 @@ from melbo_ray.evals import generalization, kl
 from melbo_ray.evals.study import TRAINING, Rows, Study, Vectors
 from melbo_ray.ortho import curvature, derive_seed, value_and_grad
 from melbo_ray.residual import Slice
-from melbo_ray.solvers import lbfgs
+from melbo_ray.solvers import block, lbfgs
 from melbo_ray.subspace import Subspace
 
 _COUNT = 4
@@ -61,12 +61,12 @@ def _solve(
         budget=config.max_evaluations,
         tolerance=config.tolerance,
         remove=taken.remove,
-        inverse_hessian=inverse_hessian,
+        inverse_hessian=lambda q: inverse_hessian(q[None])[0],
     )
+    solver = block(solver, 1)
     theta = next(solver)
     while True:
-        (loss,), gradient = value_and_grad(part, theta[None], target[None], torch.tensor([0]), config)
         try:
-            theta = solver.send((loss, gradient[0]))
+            theta = solver.send(value_and_grad(part, theta, target[None], torch.tensor([0]), config))
         except StopIteration as finished:
-            return finished.value.theta
+            return finished.value.theta[0]

@@ -16,19 +16,26 @@ D_MODEL = 8
 
 class Sleeper:
     """A `work.Worker` to the driver. An evaluation takes as many seconds as the file `seconds` in the run says;
-    `trouble` in the run names a unit and what happens to it: `die` always, `hang` the first time, or `linger`.
+    `trouble` in the run names a unit and what happens to it: `die` always, `hang` the first time, or `linger`; or it
+    is `other weights`, which the chain has then.
     """
 
-    def __init__(self, url: str, run_id: str, config: object, concepts: Sequence[object], *_: object) -> None:
+    def __init__(
+        self, url: str, run_id: str, config: object, concepts: Sequence[object], threads: int, whole: bool
+    ) -> None:
+        self.whole = whole
         self.run, self.run_id, self.url = Run.open(url), run_id, Path(url)
 
-    def ready(self) -> dict[str, str]:
+    def ready(self) -> dict[str, object]:
         """Where the file `together` says how many, not before as many are."""
         (self.url / f"ready-{os.getpid()}").touch()
         together = self.url / "together"
         while together.exists() and len(list(self.url.glob("ready-*"))) < int(together.read_text()):
             time.sleep(0.1)
-        return {"fingerprint": "none", "host": "here", "device": "none"}
+        trouble = self.url / "trouble"
+        other = not self.whole and trouble.exists() and trouble.read_text() == "other weights"
+        fingerprints = {"lower_fingerprint": "others" if other else "ours"}
+        return {"fingerprints": fingerprints, "host": "here", "device": "none"}
 
     def evaluate(self, unit: Unit, theta: np.ndarray, base: np.ndarray) -> int:
         trouble = self.url / "trouble"

@@ -6,7 +6,7 @@ import ray
 
 from melbo_ray.agenda import Agenda
 from melbo_ray.cluster import Driver, driver, pool
-from melbo_ray.config import Config
+from melbo_ray.config import Config, UserError
 from melbo_ray.layout import lay_out
 from melbo_ray.store import Run, Unit
 from tests.cluster.simulated import D_MODEL, Sleeper
@@ -23,14 +23,14 @@ def ray_here(ray_of_our_own):
 def drive(ray_here, tmp_path):
     """(vectors, seconds an evaluation takes, trouble, options) → (run, how many evaluators there were at each turn)."""
 
-    def call(vectors, seconds, trouble="", **options):
+    def call(vectors, seconds, trouble="", stop_reason="num_vectors", **options):
         run = Run.open(str(tmp_path / "run"))
         run.storage.put("run.json", b"{}")
         run.storage.put("seconds", str(seconds).encode())
         if trouble:
             run.storage.put("trouble", trouble.encode())
         config = Config(eval_batch=1, evals=["kl"], **options)
-        agenda = Agenda("code", config.evals, 1, {}, stop_reason="num_vectors")
+        agenda = Agenda("code", config.evals, 1, {}, stop_reason=stop_reason)
         agenda.learn("base", 0, np.ones(D_MODEL, np.float32))
         for index in range(1, vectors + 1):
             agenda.learn("chain", index, np.full(D_MODEL, index, np.float32))
@@ -81,3 +81,8 @@ def test_a_unit_that_kills_every_worker_is_filed_as_failed_and_the_rest_goes_on(
     (failure,) = run.read("failures", "code").to_pylist()
     assert (failure["kind"], failure["index"], failure["evaluation"], failure["attempts"]) == ("chain", 5, "kl", 3)
     assert driven.failures == 1
+
+
+def test_a_chain_actor_that_has_read_other_weights_is_refused(drive):
+    with pytest.raises(UserError, match="on here has other weights than this run was begun with"):
+        drive(2, 0.05, "other weights", stop_reason=None)
