@@ -13,10 +13,11 @@ from melbo_ray.check import recheck
 from melbo_ray.command import exit_code
 from melbo_ray.job import run
 from melbo_ray.progress import epilogue
+from melbo_ray.report import render
 
 
 def main() -> None:
-    """Run the evaluations that the command line asks for on an existing run."""
+    """Run the evaluations that the command line asks for on an existing run; its report anew and summary at the end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, help="the run's folder: a directory or fsspec URL")
     parser.add_argument("--evals", help="evaluations to add, comma-separated (default: those the run was begun with)")
@@ -27,7 +28,9 @@ def main() -> None:
     parser.add_argument("--device", help="auto, cpu, or cuda")
     options = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     console = Console()
-    epilogue(console, *run(recheck(options.pop("run"), options), console, chains=False))
+    done = run(recheck(options.pop("run"), options), console, chains=False)
+    epilogue(console, *done)
+    console.print(f"report:  {render(done[0].storage.url)}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

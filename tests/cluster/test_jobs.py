@@ -140,6 +140,7 @@ def test_evaluations_are_added_to_two_concepts_without_doing_any_again(tiny, tmp
     ortho = run_job(tiny.command("ortho", str(tmp_path), "run", **options), **cluster)
     assert ortho.returncode == 0, ortho.stderr
     before = rows(f"{tmp_path}/run", ("code", "alien"))
+    report = Path(f"{tmp_path}/run/report.html").read_text()
     written = Path(f"{tmp_path}/run/kl/concept=code/part-kl-00000.parquet").stat().st_mtime_ns
     later = run_job([sys.executable, "jobs/evaluate.py", f"--run={tmp_path}/run", "--evals=dose,geometry"], **cluster)
     assert later.returncode == 0, later.stderr
@@ -150,6 +151,7 @@ def test_evaluations_are_added_to_two_concepts_without_doing_any_again(tiny, tmp
         assert before[concept, "dose"] == []
         assert after[concept, "geometry"]
     assert Path(f"{tmp_path}/run/kl/concept=code/part-kl-00000.parquet").stat().st_mtime_ns == written
+    assert Path(f"{tmp_path}/run/report.html").read_text() != report
     status = run_job([sys.executable, "jobs/status.py", f"{tmp_path}/run"])
     assert "finished" in status.stdout
     assert "3 of 3" in status.stdout
