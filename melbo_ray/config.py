@@ -121,7 +121,7 @@ class Config(BaseSettings):
     eval_batch: PositiveInt = 8
     """Vectors in one evaluation batch."""
     samples: PositiveInt = 1
-    """Continuations sampled for each vector, prompt and scale."""
+    """Continuations sampled for each vector, prompt and scale, beside the greedy one."""
     held_out_generations: NonNegativeInt = 3
     """Held-out prompts that continuations are sampled on, beside the training prompt."""
     max_new_tokens: PositiveInt = 48

@@ -153,6 +153,7 @@ def _facts(run: Run, concept: str, facts: Mapping[str, Any]) -> dict[str, str]:
         "KL below 10 % of unsteered": below_10,
         "KL below 50 % of unsteered": below_50,
         "KL unsteered, nats": unsteered,
+        "greedy texts with the concept": _greedy_texts(run, concept),
         "norms": f"{min(norms):.2f} to {max(norms):.2f}" if norms else "–",
         "largest |cos|": f"{facts['max_abs_cos']:.1e}",
         "seconds per vector, median": f"{statistics.median(seconds):.2f}" if seconds else "–",
@@ -168,6 +169,14 @@ def _kl_counts(run: Run, concept: str) -> tuple[str, str, str]:
         return "–", "–", "–"
     below = [sum(value < share * unsteered[0] for value in values) for share in (0.1, 0.5)]
     return str(below[0]), str(below[1]), f"{unsteered[0]:.3f}"
+
+
+def _greedy_texts(run: Run, concept: str) -> str:
+    """On the training prompt at the vectors' own norms, by the heuristic that `detected` is."""
+    wanted = {"kind": "chain", "prompt_id": "training", "scale": "own", "temperature": 0}
+    rows = run.read("generations", concept).to_pylist()
+    found = [row["detected"] for row in rows if all(row[name] == value for name, value in wanted.items())]
+    return f"{sum(found)} of {len(found)}" if found else "–"
 
 
 def epilogue(console: Console, run: Run, manifest: Mapping[str, Any]) -> None:

@@ -155,8 +155,9 @@ _SUMMARY = """
            (SELECT max(norm) FILTER (isfinite(norm)) FROM v) AS high,
            (SELECT max(max_abs_cos) FILTER (isfinite(max_abs_cos)) FROM v) AS cos,
            (SELECT avg((log_likelihood_ratio > 0)::INT) FROM g) AS general,
-           (SELECT avg(detected::INT) FROM t WHERE kind = 'chain') AS shown,
-           (SELECT avg(detected::INT) FROM t WHERE kind = 'unsteered') AS shown_unsteered,
+           (SELECT avg(detected::INT) FROM t WHERE kind = 'chain' AND temperature = 0) AS greedy,
+           (SELECT avg(detected::INT) FROM t WHERE kind = 'unsteered' AND temperature = 0) AS greedy_unsteered,
+           (SELECT avg(detected::INT) FROM t WHERE kind = 'chain' AND temperature > 0) AS sampled,
            (SELECT max(value) FROM s WHERE figure = 'change_point') AS change,
            (SELECT max(value) FROM s WHERE figure = 'bessel_rms_component') AS bessel,
            (SELECT max(value) FROM s WHERE figure = 'contrast_norm_for_half_score') AS half
@@ -171,17 +172,18 @@ def summary(db: duckdb.DuckDBPyConnection, concept: str, facts: dict[str, Any]) 
         "vectors": f"{n['vectors']:.0f}",
         "the chain ended": str(facts.get("stop_reason") or "–"),
         "KL from base, median": _number(n["chain"], " nats"),
-        "the same, unsteered": _number(n["unsteered"], " nats"),
-        "the same, random directions": _number(n["random"], " nats"),
-        "the same, shuffled target": _number(n["shuffled"], " nats"),
+        "KL, unsteered": _number(n["unsteered"], " nats"),
+        "KL, random directions": _number(n["random"], " nats"),
+        "KL, shuffled target": _number(n["shuffled"], " nats"),
         "vectors below 10 % of unsteered KL": _share(n["below_10"]),
         "vectors below 50 % of unsteered KL": _share(n["below_50"]),
         "KL changes most at n": _number(n["change"]),
         "norms": f"{_number(n['low'])} – {_number(n['high'])}",
         "largest |cos| of any two": _number(n["cos"] if audit is None else audit),
         "base's held-out answers made likelier": _share(n["general"]),
-        "texts detected": _share(n["shown"]),
-        "texts detected, unsteered": _share(n["shown_unsteered"]),
+        "greedy texts detected": _share(n["greedy"]),
+        "greedy texts detected, unsteered": _share(n["greedy_unsteered"]),
+        "sampled texts detected": _share(n["sampled"]),
         "Bessel: rms part on any direction ≤": _number(n["bessel"]),
         "mean difference: dose for half the effect": _number(n["half"]),
         "failed evaluations": str(facts.get("failures", "–")),
@@ -218,7 +220,7 @@ def _explorer(db: duckdb.DuckDBPyConnection, concept: str, prompts: dict[str, st
     )
     texts = select(
         db,
-        f"""SELECT kind, index AS n, prompt_id, scale, sample, text, concept_score, detected FROM (
+        f"""SELECT kind, index AS n, prompt_id, scale, sample, temperature, text, concept_score, detected FROM (
                 SELECT *, sum(strlen(text)) OVER (ORDER BY sample, index, kind, prompt_id, scale) AS bytes
                 FROM generations WHERE concept = ?) WHERE bytes < {limit}
             ORDER BY kind, n, prompt_id, scale, sample""",

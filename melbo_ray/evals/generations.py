@@ -1,4 +1,4 @@
-"""What the model writes under each vector: sampled continuations, with how much of the concept is in them."""
+"""What the model writes under each vector, greedily and by sampling, with how much of the concept is in it."""
 
 from collections.abc import Sequence
 
@@ -8,15 +8,15 @@ from torch import Tensor
 from melbo_ray.evals.kl import at_norm
 from melbo_ray.evals.scores import score_text
 from melbo_ray.evals.study import TRAINING, Row, Rows, Study, Vectors
-from melbo_ray.generate import Job, generate
+from melbo_ray.generate import Continuation, Job, generate
 from melbo_ray.ortho import derive_seed
 
 
 def run(study: Study, vectors: Vectors) -> Rows:
-    """`samples` continuations of the training prompt and of the first held-out prompts, each vector at its own norm.
+    """Continuations of the training prompt and of the first held-out prompts, each vector at its own norm.
 
-    On the training prompt at the radius too. A row's seed derives from its own keys, so that it can be written again
-    alone.
+    On the training prompt at the radius too. Sample 0 is greedy (temperature 0), samples 1 … `samples` are drawn. A
+    row's seed derives from its own keys, so that it can be written again alone.
     """
     held_out = list(study.concept.held_out)[: study.config.held_out_generations]
     wanted = [("own", prompt_id, vectors.theta) for prompt_id in (TRAINING, *held_out)]
@@ -25,7 +25,7 @@ def run(study: Study, vectors: Vectors) -> Rows:
     keys, thetas = [], []
     for scale, prompt_id, scaled in wanted:
         for index, theta in zip(vectors.index, scaled, strict=True):
-            for sample in range(study.config.samples):
+            for sample in range(1 + (study.config.samples if study.config.temperature else 0)):
                 keys.append({"index": index, "prompt_id": prompt_id, "scale": scale, "sample": sample})
                 thetas.append(theta)
     texts = write(study, vectors.kind, keys, thetas)
@@ -33,31 +33,38 @@ def run(study: Study, vectors: Vectors) -> Rows:
 
 
 def write(study: Study, kind: str, keys: Sequence[Row], thetas: Sequence[Float[Tensor, " d_model"]]) -> list[Row]:
-    """A sampled continuation of the prompt keys[i]["prompt_id"] under thetas[i], seeded by what keys[i] says."""
+    """A continuation of the prompt keys[i]["prompt_id"] under thetas[i], seeded by what keys[i] says.
+
+    Where keys[i] has a `sample` of 0 it is greedy, otherwise drawn.
+    """
     config, concept = study.config, study.concept
     jobs = []
     for key, theta in zip(keys, thetas, strict=True):
         purpose = "/".join(["generations", kind, *(str(value) for name, value in key.items() if name != "index")])
         seed = derive_seed(config.seed, concept.name, key["index"], purpose)
         jobs.append(Job(study.tokens(key["prompt_id"]), theta, seed))
-    continuations = generate(
-        study.model,
-        jobs,
-        config.source_layer,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-    )
-    rows = []
-    for continuation in continuations:
-        text = str(study.model.tokenizer.decode(continuation.tokens, skip_special_tokens=True))
-        rows.append(
-            {
-                "temperature": config.temperature,
-                "text": text,
-                "num_tokens": len(continuation.tokens),
-                "finish_reason": continuation.finish_reason,
-                **score_text(concept, text),
-            }
+    temperatures = [0.0 if key.get("sample") == 0 else config.temperature for key in keys]
+    rows: dict[int, Row] = {}
+    for temperature in set(temperatures):
+        places = [place for place, value in enumerate(temperatures) if value == temperature]
+        continuations = generate(
+            study.model,
+            [jobs[place] for place in places],
+            config.source_layer,
+            max_new_tokens=config.max_new_tokens,
+            temperature=temperature,
+            top_p=config.top_p,
         )
-    return rows
+        rows |= {place: _row(study, temperature, text) for place, text in zip(places, continuations, strict=True)}
+    return [rows[place] for place in range(len(keys))]
+
+
+def _row(study: Study, temperature: float, continuation: Continuation) -> Row:
+    text = str(study.model.tokenizer.decode(continuation.tokens, skip_special_tokens=True))
+    return {
+        "temperature": temperature,
+        "text": text,
+        "num_tokens": len(continuation.tokens),
+        "finish_reason": continuation.finish_reason,
+        **score_text(study.concept, text),
+    }

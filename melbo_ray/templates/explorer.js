@@ -92,7 +92,7 @@ function textNode(row) {
 }
 
 function judged(row, ...before) {
-  const t = state.data.texts, line = node("div", "judged", ...before, `sample ${t.sample[row]} · score ${number(t.concept_score[row])}`);
+  const t = state.data.texts, line = node("div", "judged", ...before, `${t.temperature[row] ? `sample ${t.sample[row]}` : "greedy"} · score ${number(t.concept_score[row])}`);
   if (t.detected[row]) line.append(" · ", node("span", "yes", "detected"));
   return line;
 }

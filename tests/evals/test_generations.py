@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import torch
 
@@ -8,20 +10,21 @@ from tests.evals import reference
 from tests.evals.reference import rows_of
 
 
-def sampled(study, prompt, theta, seed):
-    """Inverse-CDF sampling from plain forward passes, the whole text read again at every token."""
+def written_by_hand(study, prompt, theta, seed, greedy):
+    """The likeliest token, or inverse-CDF sampling, from plain forward passes, the whole text read again each time."""
     tokens, written = reference.prompt_tokens(study, prompt), []
     draws = torch.rand(8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).tolist()
     for draw in draws:
-        cumulative = np.exp(reference.log_probs(study, torch.cat([tokens, torch.tensor(written).long()]), theta)[-1])
-        token = int(np.searchsorted(np.cumsum(cumulative), draw, side="right"))
+        probabilities = np.exp(reference.log_probs(study, torch.cat([tokens, torch.tensor(written).long()]), theta)[-1])
+        drawn = np.searchsorted(np.cumsum(probabilities), draw, side="right")
+        token = int(probabilities.argmax() if greedy else drawn)
         if token in study.model.end_tokens:
             break
         written.append(token)
     return study.model.tokenizer.decode(written, skip_special_tokens=True), len(written)
 
 
-def test_texts_are_those_of_sampling_from_plain_forward_passes(study, chain):
+def test_texts_are_those_of_plain_forward_passes_greedy_first(study, chain):
     table = evaluate("generations", study, chain)["generations"]
     prompts = {"training": study.concept.prompt, "river": study.concept.held_out["river"]}
     for row in table.to_pylist():
@@ -29,7 +32,9 @@ def test_texts_are_those_of_sampling_from_plain_forward_passes(study, chain):
         theta = theta / theta.norm() * 5 if row["scale"] == "radius" else theta
         purpose = f"generations/chain/{row['prompt_id']}/{row['scale']}/{row['sample']}"
         seed = derive_seed(study.config.seed, "code", row["index"], purpose)
-        text, count = sampled(study, prompts[row["prompt_id"]], theta, seed)
+        greedy = row["sample"] == 0
+        text, count = written_by_hand(study, prompts[row["prompt_id"]], theta, seed, greedy)
+        assert row["temperature"] == (0 if greedy else 1)
         assert (row["text"], row["num_tokens"]) == (text, count)
         assert row["finish_reason"] == ("length" if count == 8 else "stop")
         assert {name: row[name] for name in ("detected", "language")} == {
@@ -37,13 +42,19 @@ def test_texts_are_those_of_sampling_from_plain_forward_passes(study, chain):
         }
 
 
-def test_every_vector_writes_every_sample_on_the_training_prompt_and_on_the_held_out_ones_asked_for(study, chain):
+def test_every_vector_writes_greedily_and_every_sample_on_the_training_prompt_and_on_the_held_out_ones_asked_for(study, chain):
     table = evaluate("generations", study, chain)["generations"]
     keys = [(row["index"], row["prompt_id"], row["scale"], row["sample"]) for row in table.to_pylist()]
     places = [("training", "own"), ("training", "radius"), ("river", "own")]
-    assert sorted(keys) == sorted((i, *place, sample) for i in chain.index for place in places for sample in (0, 1))
+    assert sorted(keys) == sorted((i, *place, sample) for i in chain.index for place in places for sample in (0, 1, 2))
 
 
 def test_unsteered_texts_have_one_scale(study):
     table = evaluate("generations", study, Vectors("unsteered", [0], torch.zeros_like(study.base)[None]))["generations"]
-    assert len(rows_of(table, scale="own")) == table.num_rows == 4
+    assert len(rows_of(table, scale="own")) == table.num_rows == 6
+
+
+def test_at_temperature_0_there_is_one_text_and_it_is_greedy(study, chain):
+    cold = dataclasses.replace(study, config=study.config.model_copy(update={"temperature": 0.0}))
+    table = evaluate("generations", cold, chain)["generations"]
+    assert table.to_pylist() == rows_of(evaluate("generations", study, chain)["generations"], sample=0)
