@@ -52,9 +52,11 @@ def language(text: str) -> str | None:
         named = _known(fence[1])
         if named:
             return named
-    code = fence[2] if fence else text
-    if _is_python(code):
+    # A fence that nothing has opened closes what stands before it.
+    parts = [fence[2], text[: fence.start()]] if fence else [text]
+    if any(map(_is_python, parts)):
         return "python"
+    code = parts[0]
     if code_lines(code) < 0.5 or len(code.strip().splitlines()) < 2:
         return None
     best = max(_LANGUAGES, key=lambda name: _meaning(name, code))

@@ -23,6 +23,11 @@ def test_code_is_told_from_prose_and_named(name):
     assert code_lines(CODE[name]) >= 0.6
 
 
+def test_a_fence_that_only_closes_belongs_to_what_stands_before_it():
+    assert language("def five():\n    print('5')\n\nfive()\n```\n\nIn the end,") == "python"
+    assert language("Here it is.\n```\n\nIn the end,") is None
+
+
 @pytest.mark.parametrize("text", ["", "Hello", PROSE, "a", "```markdown\nSome words\n```", "42", "Yes, I can (maybe)."])
 def test_prose_is_no_language(text):
     assert language(text) is None
