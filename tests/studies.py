@@ -116,7 +116,8 @@ def _rows(
             })  # fmt: skip
             rows["generations"] += [
                 row | {
-                    "prompt_id": prompt, "sample": s, "temperature": float(s > 0), "num_tokens": 8, "finish_reason": "length",
+                    "prompt_id": prompt, "sample": s, "temperature": float(s > 0), "num_tokens": 8,
+                    "finish_reason": "length",
                     "text": text(concept, row["index"], prompt, s), "detected": score > 1,
                 }
                 for s in range(0 if row["kind"] == "shuffled" else samples)

@@ -42,7 +42,7 @@ def test_texts_are_those_of_plain_forward_passes_greedy_first(study, chain):
         }
 
 
-def test_every_vector_writes_greedily_and_every_sample_on_the_training_prompt_and_on_the_held_out_ones_asked_for(study, chain):
+def test_every_vector_writes_greedily_and_by_sampling_on_the_training_and_the_held_out_prompts(study, chain):
     table = evaluate("generations", study, chain)["generations"]
     keys = [(row["index"], row["prompt_id"], row["scale"], row["sample"]) for row in table.to_pylist()]
     places = [("training", "own"), ("training", "radius"), ("river", "own")]
