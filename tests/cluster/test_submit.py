@@ -38,6 +38,8 @@ def head(s3, ray_of_our_own):
         folder, port, dashboard = tempfile.mkdtemp(prefix="ray", dir="/tmp"), free_port(), free_port()
         command = ["ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}"]
         command += ["--num-cpus=2", f"--temp-dir={folder}", f"--ray-client-server-port={free_port()}"]
+        # The agent that starts jobs has one fixed port by default, which another Ray on this machine may have.
+        command += [f"--dashboard-agent-listen-port={free_port()}"]
         node = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         try:
             _wait_for(f"http://127.0.0.1:{dashboard}/api/version", node)
