@@ -26,6 +26,7 @@ from melbo_ray.work import stored_vectors
 
 _PUBLISH_EVERY = 20.0
 _UNFINISHED = "unfinished"
+_FINGERPRINTS = ("fingerprint", "lower_fingerprint")
 _PACKAGES = ("melbo_ray", "torch", "transformers", "ray", "pyarrow", "numpy", "s3fs")
 
 
@@ -70,7 +71,7 @@ class _Job:
         driver = cluster.Driver(
             self.run, str(config.run_id), config, self.checked.concepts, agendas, layout, self._tick
         )
-        driver.fingerprint = self.manifest["fingerprint"]
+        driver.fingerprints = {name: self.manifest[name] for name in _FINGERPRINTS if self.manifest[name]}
         status = "interrupted"
         try:
             driver.drive()
@@ -110,7 +111,7 @@ class _Job:
 
     def _note(self, driver: cluster.Driver) -> None:
         """What the driver has learnt, into the manifest; only while nobody publishes."""
-        self.manifest["fingerprint"] = driver.fingerprint
+        self.manifest |= driver.fingerprints
         self.manifest["hardware"] |= driver.hardware
         for name, agenda in driver.agendas.items():
             facts = self.manifest["concepts"].setdefault(name, {})
@@ -155,7 +156,7 @@ def _begin(run: Run, checked: Checked) -> dict[str, Any]:
         "created": now,
         "model": config.model,
         "revision": config.revision,
-        "fingerprint": None,
+        **dict.fromkeys(_FINGERPRINTS),
         "seed": config.seed,
         "hardware": {},
         "seconds": 0.0,

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers.utils import logging
 from melbo_ray.config import UserError
 
 EMBEDDED = "smollm2"
+BALANCED = "balanced"
 _SAMPLED_PER_TENSOR = 4096
 
 
@@ -48,19 +50,23 @@ class LanguageModel:
         revision: str | None = None,
         dtype: str = "float32",
         device: str = "auto",
+        device_map: str | dict[str, str] | None = None,
         trust_remote_code: bool = False,
     ) -> "LanguageModel":
         """Load a hub id, a local directory, a GGUF file, or `smollm2` (SmolLM2-135M-Instruct from the package index).
 
-        Weights come from safetensors or GGUF only, neither of which can execute code.
+        Weights come from safetensors or GGUF only, neither of which can execute code. With `device_map` accelerate
+        places the layers, instead of `device`: `balanced` spreads them over all the GPUs that this process sees.
 
         Raises:
-            UserError: no such model, or CUDA asked for and absent.
+            UserError: no such model, CUDA asked for and absent, or GPUs that do not hold the model.
         """
-        place = pick_device(device)
+        place = pick_device("cuda" if device_map == BALANCED else device)
         path, options = locate(name)
         options |= {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-        weights = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+        weights: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+        if device_map is not None:
+            weights["device_map"] = device_map
         if "gguf_file" not in options:
             weights["use_safetensors"] = True
         logging.set_verbosity_error()
@@ -70,7 +76,15 @@ class LanguageModel:
             network = AutoModelForCausalLM.from_pretrained(path, **options, **weights)
         except (OSError, ValueError, ImportError) as error:
             raise UserError(f"cannot load the model {name!r}: {first_line(error)}") from error
-        return cls.wrap(network.to(place), tokenizer, name=name, revision=revision)
+        if device_map is None:
+            network = network.to(place)
+        elif device_map == BALANCED and {"cpu", "disk"} & {
+            str(place) for place in vars(network)["hf_device_map"].values()
+        }:
+            raise UserError(
+                f"the model {name!r} does not fit on {torch.cuda.device_count()} GPUs: give --eval-gpus more"
+            )
+        return cls.wrap(network, tokenizer, name=name, revision=revision)
 
     @classmethod
     def wrap(
@@ -157,21 +171,26 @@ class LanguageModel:
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next))
 
     def fingerprint(self) -> str:
-        """A hash of the configuration and of the weights: their names, shapes, dtypes and evenly sampled values.
+        """The `fingerprint` of its configuration and weights."""
+        return fingerprint(self.network.config, self.network.state_dict())
 
-        At most 4,096 values of each tensor enter, so that 70B parameters take seconds; it tells models apart, and is
-        no proof against tampering. The device does not enter.
-        """
-        config = self.network.config.to_dict()
-        for moving in ("_name_or_path", "transformers_version"):
-            config.pop(moving, None)
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        for name, value in sorted(self.network.state_dict().items()):
-            flat = value.reshape(-1)
-            sample = flat[:: max(1, len(flat) // _SAMPLED_PER_TENSOR)].to("cpu", torch.float32).contiguous()
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(sample.numpy().tobytes())
-        return digest.hexdigest()
+
+def fingerprint(config: Any, weights: Mapping[str, Tensor]) -> str:
+    """A hash of a transformers configuration and of weights: their names, shapes, dtypes and evenly sampled values.
+
+    At most 4,096 values of each tensor enter, so that 70B parameters take seconds; it tells models apart, and is no
+    proof against tampering. The device does not enter.
+    """
+    facts = config.to_dict()
+    for moving in ("_name_or_path", "transformers_version"):
+        facts.pop(moving, None)
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    for name, value in sorted(weights.items()):
+        flat = value.reshape(-1)
+        sample = flat[:: max(1, len(flat) // _SAMPLED_PER_TENSOR)].to("cpu", torch.float32).contiguous()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def decoder_layers(network: PreTrainedModel) -> nn.ModuleList:

@@ -1,12 +1,13 @@
 """Less than the whole of a model: its shape without weights, or its layers up to the target alone."""
 
+import copy
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from melbo_ray.config import Config, UserError
-from melbo_ray.model import LanguageModel, first_line, load_config, locate, pick_device
+from melbo_ray.model import LanguageModel, fingerprint, first_line, load_config, locate, pick_device
 
 
 def sketch(config: Config) -> LanguageModel:
@@ -48,6 +49,17 @@ def lower(config: Config) -> LanguageModel:
         raise UserError(f"cannot load the model {config.model!r}: {first_line(error)}") from error
     network = network.to(pick_device(config.device))
     return LanguageModel.wrap(network, _tokenizer(config), name=config.model, revision=config.revision)
+
+
+def lower_fingerprint(model: LanguageModel, layers: int) -> str:
+    """The fingerprint of a model's first `layers` decoder layers and of all that is no layer.
+
+    The same of the whole model and of what `lower` has of it, so that workers with either can be compared.
+    """
+    (place,) = (name for name, module in model.network.named_modules() if module is model.layers)
+    above = tuple(f"{place}.{number}." for number in range(layers, len(model.layers)))
+    weights = {name: value for name, value in model.network.state_dict().items() if not name.startswith(above)}
+    return fingerprint(truncate(copy.deepcopy(model.network.config), layers), weights)
 
 
 def truncate(shape: Any, layers: int) -> Any:

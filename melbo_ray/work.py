@@ -19,9 +19,9 @@ from melbo_ray import evals, melbo, ortho, tables
 from melbo_ray.concepts import Concept
 from melbo_ray.config import Config, UserError
 from melbo_ray.evals import Study, Vectors
-from melbo_ray.model import LanguageModel
+from melbo_ray.model import BALANCED, LanguageModel
 from melbo_ray.ortho import SteeringVector
-from melbo_ray.partial import lower
+from melbo_ray.partial import lower, lower_fingerprint
 from melbo_ray.residual import Slice
 from melbo_ray.store import WHOLE, Run, Unit
 
@@ -64,7 +64,7 @@ class Worker:
 
     @cached_property
     def model(self) -> LanguageModel:
-        """The model, or its lower part."""
+        """The model, spread over the worker's GPUs where it has several; or its lower part."""
         if not self.whole:
             return lower(self.config)
         return LanguageModel.load(
@@ -72,6 +72,7 @@ class Worker:
             revision=self.config.revision,
             dtype=self.config.dtype,
             device=self.config.device,
+            device_map=BALANCED if self.config.eval_gpus > 1 else None,
             trust_remote_code=self.config.trust_remote_code,
         )
 
@@ -88,8 +89,10 @@ class Worker:
             )
         device = self.model.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {self.threads} threads"
-        fingerprint = self.model.fingerprint() if self.whole else None
-        return {"fingerprint": fingerprint, "host": socket.gethostname(), "device": name}
+        fingerprints = {"lower_fingerprint": lower_fingerprint(self.model, self.config.target_layer + 1)}
+        if self.whole:
+            fingerprints["fingerprint"] = self.model.fingerprint()
+        return {"fingerprints": fingerprints, "host": socket.gethostname(), "device": name}
 
     def find_base(self, concept: str) -> None:
         """The base vector, durable in `vectors`, and its candidates in `candidates`."""

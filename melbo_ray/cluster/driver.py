@@ -57,7 +57,7 @@ class Driver:
         pool: the evaluators.
         last: the newest vector of each concept.
         hardware: device by host.
-        fingerprint: of the model; every worker must have the same.
+        fingerprints: of the model and of its layers up to the target; every worker must have the same.
         failures: vectors that could not be evaluated.
     """
 
@@ -75,7 +75,7 @@ class Driver:
         self.run, self.run_id, self.config, self.agendas, self.layout = run, run_id, config, agendas, layout
         self.last: dict[str, SteeringVector] = {}
         self.hardware: dict[str, str] = {}
-        self.fingerprint: str | None = None
+        self.fingerprints: dict[str, str] = {}
         self.failures = 0
         self._tick, self._worker = tick, worker
         self._arguments = (run.storage.url, run_id, config, list(concepts))
@@ -201,16 +201,14 @@ class Driver:
         self._enlist(agenda)
 
     def _meet(self, worker: dict[str, Any]) -> None:
-        """Every worker that has the whole model must have read the same weights."""
+        """Every worker must have read the same weights, those that hold a part of the model the same part."""
         self.hardware[worker["host"]] = worker["device"]
-        if worker["fingerprint"] is None:
-            return
-        if self.fingerprint not in (None, worker["fingerprint"]):
-            raise UserError(
-                f"the model {self.config.model!r} on {worker['host']} has other weights than this run was begun with: "
-                "give its revision, or start a new run"
-            )
-        self.fingerprint = worker["fingerprint"]
+        for name, value in worker["fingerprints"].items():
+            if self.fingerprints.setdefault(name, value) != value:
+                raise UserError(
+                    f"the model {self.config.model!r} on {worker['host']} has other weights than this run was begun "
+                    "with: give its revision, or start a new run"
+                )
 
     def _give_up(self, unit: Unit) -> None:
         """File a unit as failed that has taken too many workers with it."""
