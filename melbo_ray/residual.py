@@ -47,11 +47,14 @@ class Slice:
         padded = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True).to(model.device)
         captures = [capture(model, row[None], source, target) for row in padded]
         self._calls = [(pack(layer, padded.numel()), arguments) for layer, arguments in captures[0][1]]
-        self.h_source: Float[Tensor, "prompts seq d_model"] = torch.cat([hidden for hidden, _ in captures]).float()
+        h_source = torch.cat([hidden for hidden, _ in captures])
+        self.h_source: Float[Tensor, "prompts seq d_model"] = h_source.to(model.device, torch.float32)
         positions = torch.arange(padded.shape[1], device=model.device)
         weights = (positions < self.lengths[:, None]).float()
         self._weights = weights / weights.sum(1, keepdim=True)
-        self.value_and_grad = Recorded(self._value_and_grad)
+        # A recording on CUDA is of one device.
+        together = {parameter.device for layer, _ in self._calls for parameter in layer.parameters()} <= {model.device}
+        self.value_and_grad = Recorded(self._value_and_grad) if together else self._value_and_grad
 
     @property
     def num_prompts(self) -> int:
@@ -68,7 +71,7 @@ class Slice:
         h = (self._of(self.h_source, theta, rows) + theta[:, None, :]).to(self.model.dtype)
         for layer, arguments in self._calls:
             h = call(layer, h, arguments)
-        return h
+        return h.to(theta.device)
 
     def z(
         self, theta: Float[Tensor, "batch d_model"], rows: Int[Tensor, " batch"] | None = None

@@ -26,6 +26,8 @@ BAD = {
     "no base file": ({"base": "nowhere.npy"}, "expected melbo, contrast, or a file of vectors"),
     "bad run id": ({"run_id": "../elsewhere"}, "--run-id is '../elsewhere'"),
     "fewer than least evaluators": ({"min_evaluators": 3, "max_evaluators": 2}, "--max-evaluators 2 is below"),
+    "a chain on two GPUs": ({"chain_gpus": 2}, "--chain-gpus is 2: a chain runs on one GPU"),
+    "an evaluator on a GPU and a half": ({"eval_gpus": 1.5}, "--eval-gpus is 1.5: above 1 whole GPUs"),
     "storage of one process": ({"storage": "memory://runs"}, "lives in one process"),
     "unknown protocol": ({"storage": "nosuch://runs"}, "nosuch"),
     "credential in the url": ({"storage": "s3://key:hunter2@bucket/runs"}, "holds a credential"),
