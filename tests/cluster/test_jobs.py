@@ -39,7 +39,14 @@ def test_a_study_ends_with_tables_a_manifest_and_a_summary(undisturbed):
     assert {("base", 0), ("unsteered", 0), *(("chain", i) for i in range(1, 41))} <= set(own)
     assert len(own) == len(set(own))
     assert not Run.open(url).fresh()
-    for line in ("vectors found", "KL below 10 % of unsteered", "largest |cos|", "results:", "report:"):
+    for line in (
+        "vectors found",
+        "KL below 10 % of unsteered",
+        "greedy texts with the concept",
+        "largest |cos|",
+        "results:",
+        "report:",
+    ):
         assert line in done.stdout
 
 
