@@ -11,7 +11,9 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from melbo_ray.config import parse
 from tests.cluster.conftest import REPOSITORY
 
-# What KubeRay 1.6 documents of a RayJob, as far as ours goes: every object is closed, so a misspelt field is refused.
+# KubeRay's RayJob as far as ours goes, in words of our own: every object is closed, so a misspelt field is refused. Each
+# field, enumeration and requirement was looked up in ray-project/kuberay: ray-operator/apis/ray/v1/rayjob_types.go
+# (commit 0057210) and raycluster_types.go as of KubeRay 1.6.2, from which the CRD is generated.
 STRING, COUNT = {"type": "string"}, {"type": "integer", "minimum": 0}
 STRINGS = {"type": "object", "additionalProperties": STRING}
 
@@ -49,13 +51,16 @@ RAY_JOB = closed(
         backoffLimit=COUNT,
         shutdownAfterJobFinishes={"type": "boolean"},
         rayClusterSpec=closed(
-            "rayVersion headGroupSpec workerGroupSpecs",
+            "headGroupSpec",
             rayVersion=STRING,
             authOptions=closed("mode", mode={"enum": ["disabled", "token"]}),
             enableInTreeAutoscaling={"type": "boolean"},
             autoscalerOptions=closed(version={"enum": ["v1", "v2"]}, idleTimeoutSeconds=COUNT),
-            headGroupSpec=closed("template rayStartParams", **GROUP),
-            workerGroupSpecs={"type": "array", "items": closed("groupName template", **GROUP, **WORKERS)},
+            headGroupSpec=closed("template", **GROUP),
+            workerGroupSpecs={
+                "type": "array",
+                "items": closed("groupName minReplicas maxReplicas template", **GROUP, **WORKERS),
+            },
         ),
     ),
 )
