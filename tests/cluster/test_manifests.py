@@ -11,9 +11,9 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from melbo_ray.config import parse
 from tests.cluster.conftest import REPOSITORY
 
-# KubeRay's RayJob as far as ours goes, in words of our own: every object is closed, so a misspelt field is refused. Each
-# field, enumeration and requirement was looked up in ray-project/kuberay: ray-operator/apis/ray/v1/rayjob_types.go
-# (commit 0057210) and raycluster_types.go as of KubeRay 1.6.2, from which the CRD is generated.
+# KubeRay's RayJob as far as ours goes, in words of our own: every object is closed, so a misspelt field is refused.
+# Fields, enumerations and requirements were looked up in what the CRD is generated from, in ray-project/kuberay
+# ray-operator/apis/ray/v1: rayjob_types.go (commit 0057210) and raycluster_types.go as of KubeRay 1.6.2.
 STRING, COUNT = {"type": "string"}, {"type": "integer", "minimum": 0}
 STRINGS = {"type": "object", "additionalProperties": STRING}
 
