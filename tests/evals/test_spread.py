@@ -1,0 +1,34 @@
+"""On a model spread over several devices the base and every evaluation are what they are on one."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from melbo_ray.evals import EVALUATIONS, Study, evaluate
+from melbo_ray.melbo import base_vector
+from tests.families import tiny
+from tests.pretended import pretending, spread
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_an_evaluation_measures_the_same(study, chain, name):
+    expected = evaluate(name, study, chain)
+    with pretending():
+        found = evaluate(name, Study(spread(tiny()), study.config, study.concept, "run", study.base), chain)
+    assert found.keys() == expected.keys()
+    for table, rows in expected.items():
+        for column in rows.column_names:
+            mine, theirs = found[table][column], rows[column]
+            if pa.types.is_floating(theirs.type):
+                np.testing.assert_allclose(mine.to_numpy(), theirs.to_numpy(), rtol=1e-2, atol=1e-3, err_msg=column)
+            elif not pa.types.is_list(theirs.type):
+                assert mine.to_pylist() == theirs.to_pylist(), column
+
+
+def test_the_base_is_the_same(concept, config):
+    expected, candidates = base_vector(tiny(), concept, config)
+    with pretending():
+        found, others = base_vector(spread(tiny()), concept, config)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    assert [other.text for other in others] == [candidate.text for candidate in candidates]
