@@ -1,12 +1,9 @@
 """A language model: load it, turn a prompt into its tokens, find its decoder layers, fingerprint it."""
 
 import contextlib
-import hashlib
 import importlib.metadata
-import json
 import os
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 from melbo_ray.config import UserError
+from melbo_ray.fingerprint import fingerprint
 
 EMBEDDED = "smollm2"
 BALANCED = "balanced"
-_SAMPLED_PER_TENSOR = 4096
 
 
 @dataclass(frozen=True)
@@ -173,24 +170,6 @@ class LanguageModel:
     def fingerprint(self) -> str:
         """The `fingerprint` of its configuration and weights."""
         return fingerprint(self.network.config, self.network.state_dict())
-
-
-def fingerprint(config: Any, weights: Mapping[str, Tensor]) -> str:
-    """A hash of a transformers configuration and of weights: their names, shapes, dtypes and evenly sampled values.
-
-    At most 4,096 values of each tensor enter, so that 70B parameters take seconds; it tells models apart, and is no
-    proof against tampering. The device does not enter.
-    """
-    facts = config.to_dict()
-    for moving in ("_name_or_path", "transformers_version"):
-        facts.pop(moving, None)
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    for name, value in sorted(weights.items()):
-        flat = value.reshape(-1)
-        sample = flat[:: max(1, len(flat) // _SAMPLED_PER_TENSOR)].to("cpu", torch.float32).contiguous()
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def decoder_layers(network: PreTrainedModel) -> nn.ModuleList:

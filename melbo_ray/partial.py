@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from melbo_ray.config import Config, UserError
-from melbo_ray.model import LanguageModel, fingerprint, first_line, load_config, locate, pick_device
+from melbo_ray.fingerprint import fingerprint
+from melbo_ray.model import LanguageModel, first_line, load_config, locate, pick_device
 
 
 def sketch(config: Config) -> LanguageModel:

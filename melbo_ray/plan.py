@@ -1,19 +1,23 @@
 """What a study will take before anything of it starts: memory, GPUs, time, bytes."""
 
 import math
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
 
 import torch
 from rich.table import Table
 from torch import nn
 
+from melbo_ray.agenda import CONTROLS
+from melbo_ray.calibration import Machine, calibrate
 from melbo_ray.check import Checked
 from melbo_ray.config import Config
-from melbo_ray.model import LanguageModel, pick_device
+from melbo_ray.evals import EVALUATIONS
+from melbo_ray.evals.control import COUNT
+from melbo_ray.model import LanguageModel
 from melbo_ray.partial import sketch
 from melbo_ray.progress import duration
+from melbo_ray.work import cores
 
 _GPU_SIZES = (24, 48, 80, 141)
 _USABLE = 0.9
@@ -24,39 +28,13 @@ _ROW_BYTES = 2_000
 _VECTOR_BYTES = 4.3
 
 
-@dataclass(frozen=True)
-class Machine:
-    """How fast this machine is, measured.
-
-    Attributes:
-        device: where.
-        flops: floating-point operations a second of a large matrix product in the model's dtype.
-        bandwidth: bytes a second that a large copy reads and writes.
-    """
-
-    device: str
-    flops: float
-    bandwidth: float
-
-
-def calibrate(config: Config, dtype: torch.dtype, seconds: float = 0.3) -> Machine:
-    """Measure this machine for about a second."""
-    device = pick_device(config.device)
-    size = 4096 if device.type == "cuda" else 1024
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    block = torch.empty(1 << 26, dtype=torch.uint8, device=device)
-    products = _rate(lambda: left @ right, device, seconds)
-    copies = _rate(block.clone, device, seconds)
-    return Machine(str(device), 2 * size**3 * products, 2 * block.numel() * copies)
-
-
 def plan(checked: Checked, machine: Machine | None = None) -> Table:
     """A table of what the study needs and takes; times are for machines like this one.
 
-    Time counts every vector at its most evaluations, so it is an upper bound of the chain's.
+    The chain's time counts every vector at its most evaluations, so it is an upper bound.
     """
     config, model = checked.config, sketch(checked.config)
-    machine = machine or calibrate(config, model.dtype)
+    machine = machine or calibrate(checked)
     lengths = [len(model.tokenize(concept.prompt, config.system_prompt)) for concept in checked.concepts]
     upper = _count(model.layers[config.target_layer + 1 :])
     slice_values = _count(model.layers[config.source_layer + 1 : config.target_layer + 1])
@@ -73,10 +51,11 @@ def plan(checked: Checked, machine: Machine | None = None) -> Table:
     for name, value in {
         "parameters": f"{whole / 1e9:.2f} billion, {each * whole / 1e9:.1f} GB as {model.dtype}",
         "the chain reads of them": f"{(whole - upper) / 1e9:.2f} billion; a step runs {slice_values / 1e9:.2f} billion",
-        "memory of a chain actor": f"{chain / 1e9:.1f} GB: {_gpus(chain)}",
-        "memory of an evaluator": f"{evaluator / 1e9:.1f} GB: {_gpus(evaluator)}",
+        "memory of a chain actor": f"{chain / 1e9:.1f} GB: {_gpus(chain, most=1)}",
+        "memory of an evaluator": f"{evaluator / 1e9:.1f} GB: {_gpus(evaluator)} ({_span(config)})",
         "a step of the chain": f"at least {1000 * step:.2g} ms on {machine.device} (concepts in it: {len(lengths)})",
         "the chain": f"{vectors} vectors, {steps} steps at most: {duration(steps * step)}",
+        "the evaluations": _evaluations(config, machine, vectors, len(lengths)),
         "storage": f"{size / 1e6:.0f} MB",
         "this machine": f"{machine.flops / 1e12:.2f} TFLOP/s, {machine.bandwidth / 1e9:.0f} GB/s on {machine.device}",
     }.items():
@@ -105,24 +84,44 @@ def _evaluator_work(config: Config, model: LanguageModel, length: int) -> int:
     return cache + config.eval_batch * length * text.vocab_size * 4
 
 
-def _gpus(needed: float) -> str:
-    """On how many GPUs of each size it fits, for the sizes where it needs no more than eight."""
+def _gpus(needed: float, most: int = 8) -> str:
+    """On how many GPUs of each size it fits, for the sizes where it needs no more than `most`."""
     counts = {size: math.ceil(needed / (_USABLE * size * 1e9)) for size in _GPU_SIZES}
-    return " or ".join(f"{count} x {size} GB" for size, count in counts.items() if count <= 8) or "more than 8 GPUs"
+    fitting = " or ".join(f"{count} x {size} GB" for size, count in counts.items() if count <= most)
+    return fitting or f"more than {most} x {_GPU_SIZES[-1]} GB"
 
 
-def _rate(work: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """How many times a second `work` runs."""
+def _span(config: Config) -> str:
+    spanned = max(1, math.ceil(config.eval_gpus))
+    return f"--eval-gpus {config.eval_gpus:g}: each spans {spanned}" if config.eval_gpus else "--eval-gpus: how many"
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
 
-    work()
-    wait()
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        work()
-        wait()
-        count += 1
-    return count / (time.perf_counter() - start)
+def _evaluations(config: Config, machine: Machine, vectors: int, concepts: int) -> str:
+    """Their time on one evaluator and on those that this machine has room for, and what is not in it."""
+    if not machine.evaluations:
+        return machine.measured
+    runs = runs_of_evaluations(config.evals, vectors // concepts)
+    total = concepts * sum(machine.evaluations[name] * count for name, count in runs.items())
+    room = cores() if machine.device == "cpu" else int(torch.cuda.device_count() // max(1.0, config.eval_gpus))
+    evaluators = config.max_evaluators or max(1, room)
+    left_out = [name for name in config.evals if name in ("shuffled", "composition", "geometry")]
+    return (
+        f"{duration(total)} on one evaluator like this machine, {duration(total / evaluators)} on {evaluators}; "
+        f"from {machine.measured}; not counted: {', '.join(left_out) or 'none'}"
+    )
+
+
+def runs_of_evaluations(names: Iterable[str], vectors: int) -> Counter[str]:
+    """How many vectors go through each evaluation of single vectors, those of `control` and `rescaled` included."""
+    runs: Counter[str] = Counter()
+    for name in names:
+        if EVALUATIONS[name].scope == "vector":
+            runs[name] += vectors + len(CONTROLS)
+        elif name == "rescaled":  # at one norm, where kl has two
+            runs["kl"] += math.ceil(vectors / 2)
+        elif name == "control":
+            for other in ("kl", "presence"):
+                runs[other] += vectors + 1
+            for other in ("generalization", "generations", "dose"):
+                runs[other] += min(vectors, COUNT) + 1
+    return runs

@@ -11,15 +11,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"config"},
-    {"command", "concepts", "layout", "solvers", "storage", "subspace", "tables"},
-    {"lease", "model", "query", "store"},
+    {"command", "concepts", "fingerprint", "layout", "storage", "subspace", "tables"},
+    {"lease", "model", "query", "solvers", "store"},
     {"engines"},
     {"figures", "partial", "residual", "steer"},
     {"generate", "ortho", "report"},
     {"melbo"},
     {"evals"},
     {"agenda", "check", "work"},
-    {"progress"},
+    {"calibration", "progress"},
     {"plan"},
     {"cluster"},
     {"job"},

@@ -3,15 +3,18 @@
 import pytest
 from transformers import LlamaConfig
 
+from melbo_ray.calibration import Machine
 from melbo_ray.check import check
-from melbo_ray.config import Config
-from melbo_ray.plan import Machine, calibrate, plan
+from melbo_ray.config import EVALUATIONS, Config
+from melbo_ray.plan import plan, runs_of_evaluations
 from tests.families import byte_tokenizer
 
 LLAMA_70B = {
     "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
     "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 4096,
 }  # fmt: skip
+SECONDS = {"kl": 0.1, "generations": 4.0, "generalization": 2.0, "dose": 1.0, "presence": 0.01}
+MACHINE = Machine("cpu", 1e15, 4e12, SECONDS, "two layers and ten")
 LAYER = 8192 * (8192 + 2 * 1024 + 8192 + 3 * 28672) + 2 * 8192
 
 
@@ -22,9 +25,10 @@ def told(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path)
     config = Config(
         model=str(tmp_path), dtype="bfloat16", source_layer=20, target_layer=40, num_vectors=1000, max_evaluations=50,
+        eval_gpus=2, max_evaluators=4,
         storage=str(tmp_path / "runs"),
     )  # fmt: skip
-    table = plan(check(config), Machine("cuda", flops=1e15, bandwidth=4e12))
+    table = plan(check(config), MACHINE)
     names, values = (list(column.cells) for column in table.columns)
     assert not (tmp_path / "runs").exists()
     return dict(zip(names, values, strict=True))
@@ -38,9 +42,11 @@ def test_70b_is_counted_without_its_weights(told):
     assert told["the chain reads of them"].startswith(f"{read / 1e9:.2f} billion; a step runs {20 * LAYER / 1e9:.2f}")
 
 
-def test_a_chain_needs_fewer_gpus_than_an_evaluator(told):
-    assert told["memory of a chain actor"].endswith("71.6 GB: 4 x 24 GB or 2 x 48 GB or 1 x 80 GB or 1 x 141 GB")
-    assert told["memory of an evaluator"].endswith("7 x 24 GB or 4 x 48 GB or 2 x 80 GB or 2 x 141 GB")
+def test_a_chain_needs_one_gpu_and_an_evaluator_spans_several(told):
+    assert told["memory of a chain actor"].endswith("71.6 GB: 1 x 80 GB or 1 x 141 GB")
+    assert told["memory of an evaluator"].endswith(
+        "7 x 24 GB or 4 x 48 GB or 2 x 80 GB or 2 x 141 GB (--eval-gpus 2: each spans 2)"
+    )
 
 
 def test_a_step_takes_what_reading_its_weights_twice_takes(told):
@@ -49,10 +55,15 @@ def test_a_step_takes_what_reading_its_weights_twice_takes(told):
     assert told["the chain"].startswith("1000 vectors, 50000 steps at most:")
 
 
-def test_calibration_measures_this_machine():
-    import torch
+def test_the_evaluations_take_their_seconds_a_vector_on_as_many_evaluators(told):
+    single = 1002 * sum(SECONDS.values())
+    control = 1001 * (0.1 + 0.01) + 9 * (2 + 4 + 1)
+    total = single + control + 500 * 0.1
+    one, four = f"{total / 3600:.1f} h on one evaluator like this machine", f"{total / 4 / 60:.0f} min on 4"
+    assert told["the evaluations"].startswith(f"{one}, {four}; from two layers and ten")
+    assert told["the evaluations"].endswith("not counted: shuffled, composition, geometry")
 
-    machine = calibrate(Config(device="cpu"), torch.float32, seconds=0.05)
-    assert machine.device == "cpu"
-    assert machine.flops > 1e8
-    assert machine.bandwidth > 1e7
+
+def test_every_evaluation_is_counted_or_named_as_not_counted():
+    for name in set(EVALUATIONS) - {"shuffled", "composition", "geometry"}:
+        assert runs_of_evaluations([name], 5)

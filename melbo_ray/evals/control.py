@@ -7,7 +7,7 @@ from melbo_ray.evals.kl import at_norm
 from melbo_ray.evals.study import Rows, Study, Vectors, evenly
 from melbo_ray.ortho import derive_seed
 
-_COUNT = 8
+COUNT = 8
 
 
 def run(study: Study, chain: Vectors) -> Rows:
@@ -18,7 +18,7 @@ def run(study: Study, chain: Vectors) -> Rows:
     `contrast`, index 0: the mean-difference direction (`presence.contrast`) at the radius, through all of them.
     """
     drawn = random_directions(study, chain)
-    few = drawn.take(evenly(len(drawn), _COUNT))
+    few = drawn.take(evenly(len(drawn), COUNT))
     contrast = Vectors("contrast", [0], at_norm(study.once(presence.contrast)[None], study.config.radius))
     rows: Rows = {}
     for evaluation in (kl, presence, generalization, generations, dose):
