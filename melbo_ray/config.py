@@ -136,9 +136,9 @@ class Config(BaseSettings):
     max_evaluators: PositiveInt | None = None
     """Evaluation actors at most; without it as many as the cluster has room for."""
     eval_gpus: NonNegativeFloat = 0.0
-    """GPUs an evaluation actor takes, 0.25 for four on one."""
+    """GPUs an evaluation actor takes: 0.25 for four on one; above 1 the model's layers are spread over them."""
     chain_gpus: NonNegativeFloat = 0.0
-    """GPUs the chain actor takes."""
+    """GPUs the chain actor takes, at most 1."""
 
     plan: bool = False
     """Only say what memory, GPUs, time and bytes the study will take; start nothing."""

@@ -53,7 +53,8 @@ class LanguageModel:
         """Load a hub id, a local directory, a GGUF file, or `smollm2` (SmolLM2-135M-Instruct from the package index).
 
         Weights come from safetensors or GGUF only, neither of which can execute code. With `device_map` accelerate
-        places the layers, instead of `device`: `balanced` spreads them over all the GPUs that this process sees.
+        places the layers, instead of `device`: `balanced` spreads them over all the GPUs that this process sees (tested
+        with pretended devices and with layers on disk, not yet on several real GPUs).
 
         Raises:
             UserError: no such model, CUDA asked for and absent, or GPUs that do not hold the model.
