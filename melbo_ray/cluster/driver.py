@@ -141,7 +141,8 @@ class Driver:
             if chain.ref is None and all(self.agendas[name].base is not None for name in chain.concepts):
                 chain.ref, chain.streaming = chain.actor.chains.options(**_STREAM).remote(chain.concepts), True
         evaluators = self.pool.refs()
-        short = self.pool.backlog < max(_BACKLOG, 2 * len(self.pool))
+        # With nobody to evaluate there is no waiting: the chain may hold what the evaluators need.
+        short = self.pool.backlog < max(_BACKLOG, 2 * len(self.pool)) or not self.pool.ready
         chains = {c.ref: c for c in self._chains if c.ref is not None and (short or not c.streaming)}
         waiting = [*evaluators, *chains]
         ray.wait(waiting, num_returns=1, timeout=1.0)

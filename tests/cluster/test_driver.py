@@ -1,5 +1,7 @@
 """The driver's pool of evaluators: it grows and shrinks with the backlog, and no unit is lost on a bad worker."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import ray
@@ -23,7 +25,7 @@ def ray_here(ray_of_our_own):
 def drive(ray_here, tmp_path):
     """(vectors, seconds an evaluation takes, trouble, options) → (run, how many evaluators there were at each turn)."""
 
-    def call(vectors, seconds, trouble="", stop_reason="num_vectors", **options):
+    def call(vectors, seconds, trouble="", stop_reason="num_vectors", chain_cpus=1, **options):
         run = Run.open(str(tmp_path / "run"))
         run.storage.put("run.json", b"{}")
         run.storage.put("seconds", str(seconds).encode())
@@ -35,6 +37,7 @@ def drive(ray_here, tmp_path):
         for index in range(1, vectors + 1):
             agenda.learn("chain", index, np.full(D_MODEL, index, np.float32))
         layout = lay_out(config, 1, 0, {"CPU": 8.0, "memory": 64 << 30}, roles=False)
+        layout = dataclasses.replace(layout, chain={"num_cpus": chain_cpus})
         sizes = []
         driving = Driver(
             run, "run", config, [], {"code": agenda}, layout, lambda d: sizes.append(d.pool.ready), Sleeper
@@ -86,3 +89,9 @@ def test_a_unit_that_kills_every_worker_is_filed_as_failed_and_the_rest_goes_on(
 def test_a_chain_actor_that_has_read_other_weights_is_refused(drive):
     with pytest.raises(UserError, match="on here has other weights than this run was begun with"):
         drive(2, 0.05, "other weights", stop_reason=None)
+
+
+def test_a_chain_that_has_the_last_of_the_cluster_ends_and_makes_room_for_its_evaluations(drive):
+    run, sizes, _ = drive(70, 0.0, stop_reason=None, chain_cpus=8)
+    assert sizes[0] == 0
+    assert evaluated(run) == everything(70)
