@@ -5,14 +5,19 @@ python -m tests.cluster.figures [NAME ...]
 overhead     what the driver and Ray add to an evaluation batch that takes no time
 efficiency   1, 2, 4, 8, 32 evaluators against as many times one, with a simulated time on the GPU
 storage      bytes and objects per 1,000 vectors, before and after compaction
+startup      from `ray job submit` to the base and to the first vector in storage, on the embedded model
 """
 
+import os
 import random
+import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
+import pytest
 import ray
 
 from melbo_ray import tables
@@ -20,7 +25,10 @@ from melbo_ray.agenda import Agenda
 from melbo_ray.cluster import Driver
 from melbo_ray.config import Config
 from melbo_ray.layout import lay_out
+from melbo_ray.model import LanguageModel
 from melbo_ray.store import Run, Unit
+from tests.cluster.conftest import REPOSITORY
+from tests.cluster.head import head, submission
 from tests.cluster.simulated import D_MODEL, Sleeper
 
 GPU_SECONDS = 4.0
@@ -105,9 +113,34 @@ def _facts(table: str, index: int, dice: random.Random = random.Random(0), place
     return row | keys | ({"text": " ".join(dice.choices(WORDS, k=40))} if table == "generations" else {})
 
 
+def startup() -> None:
+    """Seconds on a head that is up, with the embedded model converted before; the job is otherwise a plain one."""
+    LanguageModel.load()
+    cache = os.environ.get("XDG_CACHE_HOME") or f"{Path.home()}/.cache"
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", cache)
+        patch.setenv("HOME", folder)
+        with head() as address:
+            url, begun, reached = f"{folder}/runs/run", time.perf_counter(), {}
+            command = ["python", "jobs/ortho.py", f"--storage={folder}/runs", "--run-id=run", "--num-vectors=1"]
+            job = subprocess.Popen(
+                submission(address, [*command, "--evals=kl"]), cwd=REPOSITORY, stdout=subprocess.DEVNULL
+            )
+            while job.poll() is None and "chain" not in reached:
+                found = {unit.evaluation for unit in Run.open(url).fresh()}
+                found |= {"manifest"} if Run.open(url).manifest() else set()
+                reached |= {name: time.perf_counter() - begun for name in found - reached.keys()}
+                time.sleep(0.1)
+            job.wait()
+    print(
+        f"from submission to the driver's manifest {reached['manifest']:.1f} s, to the base (20 candidates) "
+        f"{reached['base']:.1f} s, to the first vector of the chain {reached['chain']:.1f} s"
+    )
+
+
 def main() -> None:
     """Those that the command line names, or all."""
-    names = sys.argv[1:] or ["overhead", "efficiency", "storage"]
+    names = sys.argv[1:] or ["overhead", "efficiency", "storage", "startup"]
     if {"overhead", "efficiency"} & set(names):
         ray.init(address="local", num_cpus=64, include_dashboard=False, log_to_driver=False, _memory=64 << 30)
     for name in names:
