@@ -3,11 +3,12 @@
 Both are chosen by themselves, and where one cannot be had a warning says so and the plain way is taken.
 """
 
+import contextlib
 import copy
 import functools
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -105,18 +106,31 @@ class Recorded:
         return self._recordings[key](*inputs) if key in self._recordings else self.function(*inputs, **options)
 
 
+@contextlib.contextmanager
+def _no_waiting() -> Generator[None]:
+    """While it lasts, whatever waits for the GPU raises RuntimeError: it cannot be recorded, and trying would hurt."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 def _cuda_graph(function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> Callable:
     places = tuple(value.detach().clone() for value in inputs)
-    # What is done once only, such as choosing kernels, must be over before the recording (PyTorch's manual).
-    side = torch.cuda.Stream()
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
+    # A recording that fails leaves its stream behind as the current one; this block does not.
     with torch.cuda.stream(side):
+        # What is done once only, such as choosing kernels, must be over before the recording (PyTorch's manual).
         for _ in range(_WARM_UP):
             function(*places)
+        with _no_waiting():
+            function(*places)
+        with torch.cuda.graph(graph, stream=side):
+            outputs = function(*places)
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = function(*places)
 
     def play(*values: Tensor) -> tuple[Tensor, ...]:
         for place, value in zip(places, values, strict=True):

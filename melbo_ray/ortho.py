@@ -159,12 +159,12 @@ class _Chain:
         self.base = base
         self.subspace = Subspace(d_model, min(d_model, config.num_vectors + config.block), slice.model.device)
         self.subspace.add(base)
-        self.stored = len(earlier)
         # A block that was interrupted is sought anew: its vectors depend on each other.
-        whole = earlier[: self.stored // config.block * config.block]
-        for vector in whole:
+        whole = len(earlier) // config.block * config.block
+        self.stored = list(earlier)
+        for vector in self.stored[:whole]:
             self.subspace.add(vector.theta)
-        self.last = whole[-1] if whole else None
+        self.last = self.stored[whole - 1] if whole else None
         self.z_base = self._z(base)
         self.unsteered_loss = self._loss(torch.zeros_like(base))
         if self.unsteered_loss == 0:
@@ -192,17 +192,18 @@ class _Chain:
             return "min_norm"
         if self.last is not None and self.last.relative_loss >= self.config.max_relative_loss:
             return "max_relative_loss"
-        return "num_vectors" if max(self.index - 1, self.stored) >= self.config.num_vectors else None
+        return "num_vectors" if max(self.index - 1, len(self.stored)) >= self.config.num_vectors else None
 
     def solver(self) -> BlockSolver:
         """A solver for the next vectors, each at its random start: norm R, direction uniform in the complement."""
+        inverse_hessian = self._inverse_hessian if self.config.solver == "lbfgs" else None
         config, self.started, d_model = self.config, time.perf_counter(), self.slice.model.d_model
         size = min(config.block, d_model - self.subspace.size)
         self.seeds = [derive_seed(config.seed, self.concept, self.index + i, "start") for i in range(size)]
         starts = [torch.randn(d_model, generator=torch.Generator().manual_seed(seed)) for seed in self.seeds]
         start = self._remove(torch.cat(starts)).view(size, -1)
         start = (start / start.norm(dim=-1, keepdim=True) * config.radius).reshape(-1)
-        if config.solver == "adam":
+        if inverse_hessian is None:
             lr = 0.01 * config.radius / 7
             return block(adam(start, steps=config.max_evaluations, lr=lr, remove=self._remove), size)
         solver = lbfgs(
@@ -210,7 +211,7 @@ class _Chain:
             budget=config.max_evaluations,
             tolerance=config.tolerance,
             remove=self._remove,
-            inverse_hessian=lambda q: self._inverse_hessian(q.view(size, -1)).view(-1),
+            inverse_hessian=lambda q: inverse_hessian(q.view(size, -1)).view(-1),
         )
         return block(solver, size)
 
@@ -229,10 +230,16 @@ class _Chain:
         first = self.index
         found = [self._certify(theta, solution, first + i, seconds) for i, theta in enumerate(solution.theta)]
         self.last = found[-1]
-        return [vector for vector in found if self.stored < vector.index <= self.config.num_vectors]
+        return [vector for vector in found if len(self.stored) < vector.index <= self.config.num_vectors]
 
     def _certify(self, theta: Tensor, solution: Solution, index: int, seconds: float) -> SteeringVector:
-        """The vector made exactly orthogonal and rounded to float32, with its certificate; its direction is taken."""
+        """The vector made exactly orthogonal and rounded to float32, with its certificate; its direction is taken.
+
+        One that is stored stands as it is, whatever another machine's last bits are.
+        """
+        if index <= len(self.stored):
+            self.subspace.add(self.stored[index - 1].theta)
+            return self.stored[index - 1]
         if self.config.max_norm is not None:
             theta = theta * min(1.0, self.config.max_norm / float(theta.norm()))
         theta = self.subspace.remove_exact(theta).float()

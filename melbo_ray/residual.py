@@ -4,6 +4,8 @@ Layer ℓ is the output of decoder block ℓ counted from 0: the post's and Tran
 transformers' `hidden_states[ℓ + 1]`. θ is added after block `source`; blocks source + 1 … target run on the sum.
 """
 
+import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,7 +56,9 @@ class Slice:
         self._weights = weights / weights.sum(1, keepdim=True)
         # A recording on CUDA is of one device.
         together = {parameter.device for layer, _ in self._calls for parameter in layer.parameters()} <= {model.device}
-        self.value_and_grad = Recorded(self._value_and_grad) if together else self._value_and_grad
+        # Held weakly: in a cycle with it, a recording's memory would stay on the GPU until some later collection.
+        step = functools.partial(Slice._value_and_grad, weakref.proxy(self))
+        self.value_and_grad = Recorded(step) if together else step
 
     @property
     def num_prompts(self) -> int:

@@ -8,7 +8,7 @@ from families import D_MODEL, directions, tiny
 from melbo_ray.config import Config, UserError
 from melbo_ray.ortho import chain, chains, derive_seed
 from melbo_ray.residual import Slice
-from melbo_ray.subspace import max_abs_cos
+from melbo_ray.subspace import Subspace, max_abs_cos
 
 PROMPT, OTHER = torch.arange(40, 60), torch.arange(70, 83)
 EASY = {"radius": 3.0, "source_layer": 1, "target_layer": 3, "max_evaluations": 30, "max_relative_loss": 1e6}
@@ -120,6 +120,16 @@ def test_a_chain_interrupted_in_the_middle_of_a_block_gives_the_same_vectors_bit
     assert [vector.index for vector in resumed] == list(range(killed_after + 1, 7))
     for one, other in zip(whole[killed_after:], resumed, strict=False):
         assert torch.equal(one.theta, other.theta)
+
+
+def test_what_is_stored_of_an_interrupted_block_stands_and_the_rest_is_orthogonal_to_it():
+    base, config = directions(1)[0], Config(num_vectors=3, block=3, **EASY)
+    first, *_ = chain(a_slice(), base, config)
+    # As another machine might have written it.
+    other = dataclasses.replace(first, theta=first.theta + 0.01 * Subspace(D_MODEL, 1).remove(directions(9)[8]))
+    resumed = list(chain(a_slice(), base, config, earlier=[other]))
+    assert [vector.index for vector in resumed] == [2, 3]
+    assert max(abs(float(torch.cosine_similarity(v.theta, other.theta, dim=0))) for v in resumed) < 1e-6
 
 
 def test_another_seed_gives_other_vectors():

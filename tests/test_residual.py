@@ -1,8 +1,14 @@
+import copy
+import gc
+import warnings
+import weakref
+
 import pytest
 import torch
 from families import D_MODEL, directions, every_family, tiny
 
 from melbo_ray.config import UserError
+from melbo_ray.model import LanguageModel
 from melbo_ray.residual import Slice
 
 PROMPT, OTHER = torch.arange(40, 60), torch.arange(70, 83)
@@ -46,6 +52,26 @@ def test_layer_l_is_the_output_of_block_l_counted_from_0():
     torch.testing.assert_close(slice.h_source[0], unsteered[2][0])
     _, steered = plain_hidden_states(model, PROMPT, 1, theta[0])
     torch.testing.assert_close(slice.h_target(theta)[0], steered[3][0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_a_recorded_step_on_cuda_is_the_plain_one_of_the_cpu(dtype, near):
+    on_cpu, network = tiny(), copy.deepcopy(tiny().network).to("cuda", dtype)
+    places = (
+        Slice(on_cpu, [PROMPT, OTHER], 1, 3),
+        Slice(LanguageModel.wrap(network, on_cpu.tokenizer), [PROMPT, OTHER], 1, 3),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # "steps are not recorded"
+        for taken in ([0, 1], [1], [0, 1]):
+            theta, z, rows = directions(len(taken)), directions(2 + len(taken))[2:], torch.tensor(taken)
+            (loss, gradient), (other, theirs) = (
+                [part.cpu() for part in place.value_and_grad(*(v.to(place.model.device) for v in (theta, z, rows)))]
+                for place in places
+            )
+            torch.testing.assert_close(other, loss, rtol=near, atol=near)
+            assert float(torch.cosine_similarity(gradient, theirs).min()) > 1 - near
 
 
 def test_z_is_the_mean_over_every_position_and_steering_by_0_changes_nothing():
@@ -107,3 +133,12 @@ def test_no_hook_stays_behind():
 def test_layers_that_cannot_be_are_refused(source, target, said):
     with pytest.raises(UserError, match=said):
         Slice(tiny(), [PROMPT], source, target)
+
+
+def test_a_slice_goes_with_its_last_reference():
+    gc.disable()
+    try:
+        gone = weakref.ref(Slice(tiny(), [PROMPT], 1, 2))
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -59,7 +59,7 @@ class Tiny:
         return {
             "model": str(self.folder / "model"), "concepts": files, "source_layer": 1, "target_layer": 3, "radius": 3.0,
             "candidates": 3, "melbo_steps": 5, "num_vectors": 40, "max_evaluations": 10, "max_new_tokens": 6,
-            "max_relative_loss": 1e6, "min_norm": 0,
+            "max_relative_loss": 1e6, "min_norm": 0, "device": "cpu",
             "storage": storage, "run_id": run_id, **options,
         }  # fmt: skip
 

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 
 import numpy as np
@@ -8,6 +9,7 @@ from sklearn.metrics import roc_auc_score
 from melbo_ray import melbo
 from melbo_ray.evals import evaluate
 from melbo_ray.evals.presence import auroc, contrast, effect_size, text_sets
+from melbo_ray.model import LanguageModel
 from tests.evals.reference import rows_of
 
 
@@ -71,10 +73,16 @@ def test_without_contrast_prompts_it_is_the_mean_difference_of_the_texts(study):
     np.testing.assert_allclose(direction, concept.mean(0) - neutral.mean(0), atol=1e-4)
 
 
-def test_a_massive_activation_is_a_sink(study):
-    (concept, _) = text_sets(study)[""]
-    assert int(concept.sink.sum()) == len(concept.h) - len(concept.activations("dropped"))
-    assert concept.activations("kept").shape == concept.h.shape
+def test_massive_activations_and_no_others_are_sinks(study):
+    network, (massive,) = copy.deepcopy(study.model.network), study.model.tokenizer("x")["input_ids"]
+    with torch.no_grad():
+        network.get_input_embeddings().weight[massive] *= 100
+    other = dataclasses.replace(study, model=LanguageModel.wrap(network, study.model.tokenizer))
+    concept, _ = text_sets(other)[""]
+    read = [token for text in study.concept.texts for token in study.model.tokenizer(text)["input_ids"]]
+    assert concept.sink.tolist() == [token == massive for token in read]
+    assert len(concept.activations("kept")) == len(read)
+    assert len(concept.activations("dropped")) == len(read) - read.count(massive) < len(read)
 
 
 def test_the_model_writes_as_many_texts_of_each_and_the_prompt_is_not_counted(study):
