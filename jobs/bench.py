@@ -10,6 +10,7 @@ Prints a table and writes it as bench.parquet and bench.md. Every ratio is of me
 
 import argparse
 import dataclasses
+import math
 import os
 import platform
 import resource
@@ -36,7 +37,7 @@ from melbo_ray.command import exit_code
 from melbo_ray.concepts import load_concept
 from melbo_ray.config import Config, UserError
 from melbo_ray.melbo import contrast
-from melbo_ray.model import LanguageModel, pick_device
+from melbo_ray.model import LanguageModel, first_line, pick_device
 
 SHAPES = {
     "qwen1.5-1.8b": Qwen2Config(
@@ -105,6 +106,14 @@ PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
 }
 
 
+def measured(part: str, bench: Bench) -> Iterator[Row]:
+    """The part's rows; what stops it is its last one, and the other parts go on."""
+    try:
+        yield from PARTS[part](bench)
+    except Exception as error:
+        yield Row(part, "stopped", math.nan, "", note=f"{type(error).__name__}: {first_line(error)}")
+
+
 def title(bench: Bench) -> str:
     """What was measured, and on what machine, in a line."""
     device = bench.model.device
@@ -157,7 +166,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     console.print(heading, highlight=False)
     for part in chosen:
         shown = Table("case", "value", "unit", "× reference", "× limit", "note", title=part, title_justify="left")
-        for row in PARTS[part](bench):
+        for row in measured(part, bench):
             rows.append(row)
             shown.add_row(*cells(row)[1:])
             # After every row: what has been measured is kept if the rest is stopped.

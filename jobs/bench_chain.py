@@ -1,5 +1,6 @@
 """The chain's benchmarks: a step, time to equal loss, vectors per hour (see jobs/bench.py)."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -12,10 +13,10 @@ from torch.nn.functional import normalize
 
 from melbo_ray.config import Config
 from melbo_ray.engines import Recorded
-from melbo_ray.model import LanguageModel
-from melbo_ray.ortho import _Chain, chain, value_and_grad
+from melbo_ray.model import LanguageModel, first_line
+from melbo_ray.ortho import _Chain, chains, value_and_grad
 from melbo_ray.residual import Slice
-from melbo_ray.solvers import Solution
+from melbo_ray.solvers import BlockSolver, Solution
 
 
 @dataclass(frozen=True)
@@ -161,17 +162,20 @@ def steps(bench: Bench) -> Iterator[Row]:
     slices = {"plain": _plain(bench.slice()), recorded: bench.slice()}
     slices[recorded].value_and_grad = Recorded(slices[recorded]._value_and_grad, after=1)
     compile_seconds = 0.0
-    if not bench.quick:
-        slices["torch.compile"] = _plain(bench.slice())
-        slices["torch.compile"].h_target = torch.compile(slices["torch.compile"].h_target)
     work, operations, moved = _limit_work(device, model.dtype)
     work["reference"] = reference.step
     for name, slice in slices.items():
         work[name] = stepper(slice, config, start, reference.z_base[None])
-        if name == "torch.compile":
-            begin = _now(device)
-            work[name]()
-            compile_seconds = _now(device) - begin
+    if not bench.quick:
+        compiled = _plain(bench.slice())
+        compiled.h_target = torch.compile(compiled.h_target)
+        step, begin = stepper(compiled, config, start, reference.z_base[None]), _now(device)
+        try:
+            step()
+        except Exception as error:  # what a compiler that is missing or fails raises is its own
+            yield Row("step", "torch.compile", math.nan, "ms", note=f"cannot compile: {first_line(error)}")
+        else:
+            compile_seconds, work["torch.compile"] = _now(device) - begin, step
     median = timed(work, bench.repeats, device)
     rates = operations / median["matrix product"], moved / median["copy"]
     yield Row("limits", "large matrix product", rates[0] / 1e9, "GFLOP/s")
@@ -179,7 +183,7 @@ def steps(bench: Bench) -> Iterator[Row]:
     limits = [cost / rate for cost, rate in zip(_cost(slices["plain"], 1), rates, strict=True)]
     which = "products" if limits[0] > limits[1] else "memory"
     yield Row("step", f"limit ({which})", max(limits) * 1e3, "ms", note=f"{len(bench.tokens)} tokens, {model.dtype}")
-    for name in ["reference", *slices]:
+    for name in [name for name in work if name not in ("matrix product", "copy")]:
         note = f"compiled in {compile_seconds:.0f} s" if name == "torch.compile" else ""
         ratio = median["reference"] / median[name]
         yield Row("step", name, median[name] * 1e3, "ms", ratio, median[name] / max(limits), note)
@@ -192,7 +196,9 @@ def equal_loss(bench: Bench) -> Iterator[Row]:
     slice, device = bench.slice(), bench.model.device
     begin = _now(device)
     link = _Chain(slice, 0, bench.base, config, "code", ())
-    link.solver()
+    theta = next(link.solver())
+    # The first call records the step on CUDA.
+    value_and_grad(slice, theta, link.z_base[None], torch.tensor([0]), config)
     yield Row("equal loss", "set up the chain, once", _now(device) - begin, "s")
     for index in range(1, vectors + 1):
         solver = link.solver()
@@ -206,24 +212,45 @@ def equal_loss(bench: Bench) -> Iterator[Row]:
         case, share = f"vector {index}: ", wanted / link.unsteered_loss
         note = f"relative loss {share:.3f}, norm {float(reference.theta.detach().norm()):.1f}"
         yield Row("equal loss", f"{case}reference, {steps} Adam steps", reference_seconds, "s", 1.0, None, note)
-        begin, evaluations = _now(device), 0
-        while True:
-            losses, gradients = value_and_grad(slice, theta, link.z_base[None], torch.tensor([0]), config)
-            evaluations += 1
-            if losses[0] <= wanted or evaluations == config.max_evaluations:
-                break
-            theta = solver.send((losses, gradients))
+        begin = _now(device)
+        solution = _until(wanted, solver, theta, link)
         seconds = _now(device) - begin
-        (found,) = link.add(Solution(theta, evaluations, "converged"))
-        note = f"{evaluations} evaluations, relative loss {found.relative_loss:.3f}, norm {found.norm:.1f}"
-        yield Row("equal loss", f"{case}{config.solver}", seconds, "s", reference_seconds / seconds, None, note)
+        (found,) = link.add(solution)
+        note = f"{solution.evaluations} evaluations, relative loss {found.relative_loss:.3f}, norm {found.norm:.1f}"
+        # In bfloat16 a line search may end above it: then there is no ratio.
+        ratio = reference_seconds / seconds if solution.stop_reason == "reached" else None
+        case, note = f"{case}{config.solver}", note if ratio else f"NOT REACHED ({solution.stop_reason}): {note}"
+        yield Row("equal loss", case, seconds, "s", ratio, None, note)
+
+
+def _until(wanted: float, solver: BlockSolver, theta: Tensor, link: _Chain) -> Solution:
+    """Drive a solver from its first request until the loss is `wanted` or it ends."""
+    evaluations = 0
+    while True:
+        losses, gradients = value_and_grad(link.slice, theta, link.z_base[None], link.row, link.config)
+        evaluations += 1
+        if losses[0] <= wanted:
+            return Solution(theta, evaluations, "reached")
+        try:
+            theta = solver.send((losses, gradients))
+        except StopIteration as finished:
+            return finished.value
 
 
 def throughput(bench: Bench) -> Iterator[Row]:
-    """Vectors per hour of the chain as it is run by default."""
+    """Vectors per hour as chains are run by default, solver and all: one concept, several in one pass, and blocks.
+
+    The concepts are one prompt and base under several names: what they cost each other is the same.
+    """
     count = 1 if bench.quick else 4
-    config = bench.config.model_copy(update={"num_vectors": count})
-    found = list(chain(bench.slice(), bench.base, config))
-    seconds, evaluations = (sum(getattr(v, name) for v in found) for name in ("seconds", "evaluations"))
-    note = f"{evaluations / len(found):.0f} evaluations each, relative loss {found[-1].relative_loss:.3f} at the last"
-    yield Row("chain", f"{config.solver}, first {count} vectors", 3600 * len(found) / seconds, "vectors/h", note=note)
+    for concepts, size in (1, 1), (4, 1), (1, 4):
+        config = bench.config.model_copy(update={"num_vectors": count * size, "block": size})
+        bases = {f"concept {number}": bench.base for number in range(concepts)}
+        slice = bench.slice(*[bench.tokens] * concepts)
+        begin, stopped = _now(bench.model.device), {}
+        found = [vector for _, vector in chains(slice, bases, config, {}, stopped)]
+        hour = 3600 * len(found) / (_now(bench.model.device) - begin)
+        losses = statistics.median(vector.relative_loss for vector in found)
+        evaluations = statistics.mean(vector.evaluations for vector in found)
+        note = f"{len(found)} vectors with all set-up, {evaluations:.0f} evaluations each, relative loss {losses:.3f}"
+        yield Row("chain", f"{concepts} concepts at once, blocks of {size}", hour, "vectors/h", note=note)

@@ -93,6 +93,24 @@ def test_the_table_is_written_as_parquet_and_markdown(tmp_path):
     assert columns == {8}
 
 
+def test_a_part_that_fails_is_a_row_that_says_so_and_the_others_go_on(tmp_path, monkeypatch):
+    def fails(_bench):
+        yield bench.Row("logits", "first", 1.0, "s")
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setitem(bench.PARTS, "logits", fails)
+    rows = bench.main(["--shape", "tiny", "--quick", "--only", "logits,memory", "--out", str(tmp_path)])
+    assert [row.case for row in rows] == ["first", "stopped", "process"]
+    assert rows[1].note == "RuntimeError: out of memory"
+
+
+def test_a_solver_that_ends_above_the_wanted_loss_has_no_ratio(small):
+    config = small.config.model_copy(update={"num_vectors": 1})
+    link = bench_chain._Chain(small.slice(), 0, small.base, config, "code", ())
+    solver = link.solver()
+    assert bench_chain._until(-1.0, solver, next(solver), link).stop_reason == "max_evaluations"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"), [(["--only", "stpe"], "no part 'stpe'"), (["--shape", "gpt9"], "no shape 'gpt9'")]
 )
