@@ -30,12 +30,15 @@ class LeaseLostError(UserError):
 class Lease:
     """Hold the lease of the run at `storage`, renewed by a thread until `release`.
 
+    Args:
+        storage: the run's folder; a brisk one, since a renewal that is tried for long writes an expiry that has passed.
+
     Raises:
         UserError: another driver holds it.
     """
 
     def __init__(self, storage: Storage) -> None:
-        self._storage = storage
+        self._storage, self._patient = storage, Storage(storage.url)
         self._owner = uuid.uuid4().hex
         self._lock = threading.Lock()
         self._lost: LeaseLostError | None = None
@@ -45,12 +48,12 @@ class Lease:
             raise _refusal(storage, before)
         self._number = (highest or 0) + 1
         self._expires = time.time() + TIME_TO_LIVE
-        if not storage.create(_name(self._number), self._content()):
+        if not storage.create(_name(self._number), self._content(self._expires)):
             raise _refusal(storage, _read(storage, self._number))
         # Its holder may have renewed between our look and our creation; it will see ours, and we must see it.
         again = None if highest is None else _read(storage, highest)
         if again is not None and _alive(again):
-            self._write(0.0)
+            storage.put(_name(self._number), self._content(0.0))
             raise _refusal(storage, again)
         storage.delete([_name(highest)] if highest else [])
         self._stop = threading.Event()
@@ -62,10 +65,12 @@ class Lease:
 
         Raises:
             LeaseLostError: another driver has taken over.
+            StorageError: the lease cannot be renewed, however patiently.
         """
         with self._lock:
-            if self._lost is None and time.time() > self._expires - TIME_TO_LIVE / 2:
-                self._renew()
+            # A renewal that had to wait for storage has written an expiry that is near, or over: then another one.
+            while self._lost is None and time.time() > self._expires - TIME_TO_LIVE / 2:
+                self._renew(self._patient)
             if self._lost is not None:
                 raise self._lost
 
@@ -75,36 +80,36 @@ class Lease:
         self._thread.join()
         if self._lost is None:
             with contextlib.suppress(StorageError):
-                self._write(0.0)
+                self._storage.put(_name(self._number), self._content(0.0))
 
     def _keep(self) -> None:
         while not self._stop.wait(_RENEW_EVERY):
             with self._lock:
                 try:
-                    self._renew()
+                    self._renew(self._storage)
                 except StorageError:
-                    continue  # storage is away for everybody; `check` tries again before anything is published
+                    continue  # the expiry stays what it was; `check` tries again before anything is published
             if self._lost is not None:
                 return
 
-    def _renew(self) -> None:
-        self._write(time.time() + TIME_TO_LIVE)
-        highest = _highest(self._storage)
+    def _renew(self, storage: Storage) -> None:
+        """Later expiry, once it is written and nobody is seen to have taken over."""
+        expires = time.time() + TIME_TO_LIVE
+        storage.put(_name(self._number), self._content(expires))
+        highest = _highest(storage)
         if highest is not None and highest > self._number:
-            self._lost = LeaseLostError(f"{self._storage.url}: another driver has taken this run over; this one stops")
+            self._lost = LeaseLostError(f"{storage.url}: another driver has taken this run over; this one stops")
+        else:
+            self._expires = expires
 
-    def _write(self, expires: float) -> None:
-        self._expires = expires
-        self._storage.put(_name(self._number), self._content())
-
-    def _content(self) -> bytes:
+    def _content(self, expires: float) -> bytes:
         place = {
             "host": socket.gethostname(),
             "namespace": _namespace(),
             "pid": os.getpid(),
             "born": _born(os.getpid()),
         }
-        return json.dumps({"owner": self._owner, "expires": self._expires, **place}).encode()
+        return json.dumps({"owner": self._owner, "expires": expires, **place}).encode()
 
 
 def holder(storage: Storage) -> dict | None:

@@ -13,6 +13,7 @@ import uuid
 import duckdb
 import pytest
 
+import melbo_ray.lease
 import melbo_ray.storage
 from melbo_ray.config import UserError
 from melbo_ray.lease import TIME_TO_LIVE, Lease, LeaseLostError, holder
@@ -267,6 +268,56 @@ def test_a_driver_whose_lease_ran_out_untaken_goes_on(url):
     lease.check()
     assert holder(storage) is not None
     lease.release()
+
+
+def test_a_driver_that_is_cut_off_from_storage_does_not_believe_that_it_renews(tmp_path, monkeypatch):
+    monkeypatch.setattr(melbo_ray.lease, "_RENEW_EVERY", 0.01)
+    storage, tries = Storage(str(tmp_path)), []
+    cut_off = Storage(str(tmp_path))
+    first = Lease(cut_off)
+
+    def away(name, data):
+        tries.append(name)
+        raise StorageError("away")
+
+    cut_off.put = away
+    while len(tries) < 5:
+        time.sleep(0.01)
+    _age(storage, "lease/000001.json", TIME_TO_LIVE + 1)
+    first._expires -= TIME_TO_LIVE + 1  # so much later it is
+    Lease(storage).release()
+    with pytest.raises(LeaseLostError):
+        first.check()
+
+
+def test_a_renewal_that_took_as_long_as_the_lease_lasts_is_renewed_again(tmp_path, monkeypatch):
+    clock = [time.time()]
+    lease = Lease(Storage(str(tmp_path)))
+    lease._stop.set()
+    lease._thread.join()
+    waits, put = [2 * TIME_TO_LIVE], lease._patient.put
+
+    def slow(name, data):
+        clock[0] += waits.pop() if waits else 0
+        put(name, data)
+
+    monkeypatch.setattr(lease._patient, "put", slow)
+    monkeypatch.setattr(melbo_ray.lease.time, "time", lambda: clock[0])
+    clock[0] += TIME_TO_LIVE
+    lease.check()
+    assert json.loads(lease._storage.get("lease/000001.json"))["expires"] == clock[0] + TIME_TO_LIVE
+    lease.release()
+
+
+def test_a_lease_outlives_a_storage_that_is_away_for_seconds(s3):
+    with faulty(s3) as (through, faults), environment(through):
+        lease = Lease(Storage(f"s3://bucket/{uuid.uuid4().hex}", patient=False))
+        lease._stop.set()
+        lease._thread.join()
+        lease._expires -= TIME_TO_LIVE
+        faults.waiting += [(503, "SlowDown")] * 4  # more than the brisk storage tries
+        lease.check()
+        lease.release()
 
 
 def _age(storage, name, seconds):
