@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from melbo_ray.config import UserError
@@ -176,7 +177,7 @@ class Run:
             for table, additions in parts.items():
                 name = additions[0][0].part(table)
                 merged = self._merged(table, name, additions)
-                if len(merged):
+                if len(merged) or self.storage.get(name) is not None:  # a part that has lost its rows is replaced too
                     guard()
                     self.storage.put(name, _parquet(merged))
         if groups:
@@ -188,14 +189,20 @@ class Run:
             self.storage.delete(unit.name for unit in units)
 
     def _merged(self, table: str, name: str, additions: list[tuple[Unit, pa.Table]]) -> pa.Table:
-        """The published part `name` with the units' rows added, those it has already left out."""
+        """The published part `name` with the units' rows added, those of indices that it has already left out."""
         old = self.storage.get(name)
         rows = [] if old is None else [pq.read_table(io.BytesIO(old))]
         covered: Coverage = json.loads((rows[0].schema.metadata or {}).get(b"units", b"{}")) if rows else {}
         for unit, new in sorted(additions, key=lambda pair: pair[0]):
-            if not covers(covered, unit):
-                rows = [new] if unit.kind == WHOLE else [*rows, new]
-                cover(covered, unit)
+            if covers(covered, unit):
+                continue
+            if unit.kind == WHOLE:
+                rows = [new]
+            else:
+                for first, last in _spans(covered, unit):
+                    new = new.filter((pc.field("index") < first) | (pc.field("index") > last))
+                rows.append(new)
+            cover(covered, unit)
         schema = _schema(table)
         merged = pa.concat_tables([part.cast(schema) for part in rows]).sort_by(
             [("index", "ascending"), ("kind", "ascending")]
@@ -218,8 +225,12 @@ def cover(coverage: Coverage, unit: Unit) -> None:
 
 def covers(coverage: Coverage, unit: Unit) -> bool:
     """Whether every index of the unit is noted as done."""
-    spans = coverage.get(unit.concept, {}).get(unit.evaluation, {}).get(unit.kind, [])
-    return any(first <= unit.first and unit.last <= last for first, last in spans)
+    return any(first <= unit.first and unit.last <= last for first, last in _spans(coverage, unit))
+
+
+def _spans(coverage: Coverage, unit: Unit) -> list[list[int]]:
+    """The indices of the unit's kind that are noted as done."""
+    return coverage.get(unit.concept, {}).get(unit.evaluation, {}).get(unit.kind, [])
 
 
 def progress(manifest: Mapping[str, Any], fresh: Iterable[Unit]) -> Coverage:

@@ -382,6 +382,30 @@ def test_an_evaluation_of_the_whole_chain_replaces_that_of_a_shorter_one(run):
     assert not covers(state["done"], unit(1, 17, kind=WHOLE))
 
 
+@pytest.mark.parametrize(("before", "after"), [((), (2,)), ((2,), ())])
+def test_an_evaluation_of_the_whole_chain_that_has_no_rows_now_takes_its_old_ones_away(run, before, after):
+    state = manifest()
+    for last, failures in ((8, before), (16, after)):
+        run.commit(unit(1, last, kind=WHOLE), rows(1, 0 if failures else 3, failures=failures))
+        run.publish(state, lambda: None)
+    assert (indices(run), indices(run, "failures")) == ([] if after else [1, 2, 3], list(after))
+
+
+@pytest.mark.parametrize("spans", [[(1, 4), (1, 8)], [(1, 8), (5, 12)], [(3, 4), (7, 7), (1, 12)]])
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_units_that_overlap_are_not_doubled(run, spans, one_by_one):
+    """A lingering evaluator and a resume with another --eval-batch, or with a longer chain."""
+    state = manifest()
+    for first, last in spans:
+        run.commit(unit(first, last), rows(first, last, failures=[4]))
+        if one_by_one:
+            run.publish(state, lambda: None)
+    everything = list(range(1, max(last for _, last in spans) + 1))
+    assert (indices(run), indices(run, "failures")) == (everything, [4])
+    run.publish(state, lambda: None)
+    assert (indices(run), indices(run, "failures")) == (everything, [4])
+
+
 def test_killed_anywhere_publishing_loses_and_doubles_nothing(url, monkeypatch):
     """Every write and deletion in turn is the last one that happens; then another driver finishes."""
     for deaths in range(12):
