@@ -194,15 +194,9 @@ class Run:
         rows = [] if old is None else [pq.read_table(io.BytesIO(old))]
         covered: Coverage = json.loads((rows[0].schema.metadata or {}).get(b"units", b"{}")) if rows else {}
         for unit, new in sorted(additions, key=lambda pair: pair[0]):
-            if covers(covered, unit):
-                continue
-            if unit.kind == WHOLE:
-                rows = [new]
-            else:
-                for first, last in _spans(covered, unit):
-                    new = new.filter((pc.field("index") < first) | (pc.field("index") > last))
-                rows.append(new)
-            cover(covered, unit)
+            if not covers(covered, unit):
+                rows = [new] if unit.kind == WHOLE else [*rows, _outside(_spans(covered, unit), new)]
+                cover(covered, unit)
         schema = _schema(table)
         merged = pa.concat_tables([part.cast(schema) for part in rows]).sort_by(
             [("index", "ascending"), ("kind", "ascending")]
@@ -244,6 +238,12 @@ def progress(manifest: Mapping[str, Any], fresh: Iterable[Unit]) -> Coverage:
 def count(coverage: Coverage, concept: str, evaluation: str, kind: str) -> int:
     """How many indices are done."""
     return sum(last - first + 1 for first, last in coverage.get(concept, {}).get(evaluation, {}).get(kind, []))
+
+
+def _outside(spans: list[list[int]], rows: pa.Table) -> pa.Table:
+    for first, last in spans:
+        rows = rows.filter((pc.field("index") < first) | (pc.field("index") > last))
+    return rows
 
 
 def _schema(table: str) -> pa.Schema:
