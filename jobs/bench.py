@@ -35,9 +35,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from melbo_ray.command import exit_code
 from melbo_ray.concepts import load_concept
-from melbo_ray.config import Config, UserError
+from melbo_ray.config import Config, UserError, first_line
 from melbo_ray.melbo import contrast
-from melbo_ray.model import LanguageModel, first_line, pick_device
+from melbo_ray.model import LanguageModel, pick_device
 
 SHAPES = {
     "qwen1.5-1.8b": Qwen2Config(

@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from melbo_ray.config import Config
+from melbo_ray.config import Config, first_line
 from melbo_ray.engines import Recorded
-from melbo_ray.model import LanguageModel, first_line
+from melbo_ray.model import LanguageModel
 from melbo_ray.ortho import _Chain, chains, value_and_grad
 from melbo_ray.residual import Slice
 from melbo_ray.solvers import BlockSolver, Solution

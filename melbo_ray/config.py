@@ -24,6 +24,11 @@ class UserError(Exception):
     """Bad input: one line that says what is wrong, what was expected, and what to do. Jobs print it and exit with 2."""
 
 
+def first_line(error: BaseException) -> str:
+    """An error's message cut to its first line: what a person reads, without the traceback."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _split(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 

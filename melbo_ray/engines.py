@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from melbo_ray.model import first_line
+from melbo_ray.config import first_line
 
 _WARM_UP = 3
 # A recording takes a few seconds on the CPU and saves some milliseconds a call.

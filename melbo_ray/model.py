@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from melbo_ray.config import UserError
+from melbo_ray.config import UserError, first_line
 from melbo_ray.fingerprint import fingerprint
 
 EMBEDDED = "smollm2"
@@ -196,11 +196,6 @@ def pick_device(device: str) -> torch.device:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("CUDA was asked for and this machine has no usable CUDA device: use --device cpu or auto")
     return torch.device(device)
-
-
-def first_line(error: BaseException) -> str:
-    """An error's message cut to its first line: what a person reads, without the traceback."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def locate(name: str) -> tuple[str, dict[str, Any]]:

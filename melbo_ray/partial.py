@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from melbo_ray.config import Config, UserError
+from melbo_ray.config import Config, UserError, first_line
 from melbo_ray.fingerprint import fingerprint
-from melbo_ray.model import LanguageModel, first_line, load_config, locate, pick_device
+from melbo_ray.model import LanguageModel, load_config, locate, pick_device
 
 
 def sketch(config: Config) -> LanguageModel:

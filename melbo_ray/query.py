@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from melbo_ray.config import UserError
+from melbo_ray.config import UserError, first_line
 from melbo_ray.storage import Storage
 from melbo_ray.tables import SCHEMA_VERSION, SCHEMAS
 
@@ -141,7 +141,7 @@ def reading(url: str) -> Generator[None]:
     try:
         yield
     except (OSError, ValueError, duckdb.Error) as error:
-        raise UserError(f"cannot read {url}: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"cannot read {url}: {first_line(error)}") from None
 
 
 def _parts(storage: Storage) -> dict[str, list[str]]:

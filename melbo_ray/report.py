@@ -21,7 +21,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from melbo_ray import figures, query
-from melbo_ray.config import UserError
+from melbo_ray.config import UserError, first_line
 from melbo_ray.query import select
 from melbo_ray.storage import Storage
 from melbo_ray.store import Run
@@ -68,9 +68,7 @@ def export(run_url: str, folder: str) -> list[str]:
         raise UserError(f"cannot write figures into {folder}: {error}") from None
     except (ImportError, ValueError, RuntimeError) as error:
         remedy = "pip install kaleido; apt-get install chromium; export BROWSER_PATH=/usr/bin/chromium"
-        raise UserError(
-            f"figures as files need kaleido and a Chrome ({remedy}): {str(error).strip().splitlines()[0]}"
-        ) from None
+        raise UserError(f"figures as files need kaleido and a Chrome ({remedy}): {first_line(error)}") from None
     return [str(path) for path in paths]
 
 

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from melbo_ray.config import UserError
+from melbo_ray.config import UserError, first_line
 
 _PATIENT, _BRISK = 10, 3
 _READ_SECONDS = 20
@@ -175,7 +175,7 @@ def _has_secret(url: str) -> bool:
 
 def _explain(error: Exception) -> str:
     code = getattr(error, "errno", None)
-    kind, text = type(error).__name__, (str(error).strip() or type(error).__name__).splitlines()[0]
+    kind, text = type(error).__name__, first_line(error)
     if code in _FINAL:
         return _FINAL[code]
     if isinstance(error, PermissionError):

@@ -11,8 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
-from melbo_ray.config import UserError
-from melbo_ray.model import first_line
+from melbo_ray.config import UserError, first_line
 from melbo_ray.work import cores
 
 LOST = (RayActorError, ObjectLostError, OutOfMemoryError)

@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 
 from melbo_ray import tables
+from melbo_ray.config import first_line
 from melbo_ray.evals import (
     composition,
     control,
@@ -22,7 +23,6 @@ from melbo_ray.evals import (
     shuffled,
 )  # fmt: skip
 from melbo_ray.evals.study import Row, Rows, Study, Vectors
-from melbo_ray.model import first_line
 
 __all__ = ["EVALUATIONS", "Evaluation", "Study", "Vectors", "evaluate"]
 
