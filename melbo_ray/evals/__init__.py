@@ -68,6 +68,10 @@ def evaluate(name: str, study: Study, vectors: Vectors) -> dict[str, pa.Table]:
     What fails on one vector (a vector that is not finite, logits that are not, any error) becomes its row of
     `failures`, and the rest goes on. A chain-scoped evaluation that fails as a whole is filed under index 0 of its
     kind. `attempts` is 1.
+
+    Raises:
+        torch.AcceleratorError: the GPU is of no use to this process any more; another one shall try.
+        torch.OutOfMemoryError: it has no room for a single vector now; as much.
     """
     evaluation = EVALUATIONS[name]
     finite = torch.isfinite(vectors.theta).all(-1).tolist()
@@ -86,19 +90,23 @@ def _attempt(evaluation: Evaluation, study: Study, vectors: Vectors, failures: d
     """Rows of those vectors for which it works; the others go into `failures`."""
     if not len(vectors):
         return {}
+    several = evaluation.scope == "vector" and len(vectors) > 1
     try:
         rows = evaluation.run(study, vectors)
         for row in (row for part in rows.values() for row in part):
             _check_finite(row)
+        return rows
+    except torch.AcceleratorError:
+        raise
     except Exception as error:
-        if evaluation.scope == "vector" and len(vectors) > 1:
-            parts = [_attempt(evaluation, study, vectors.take([i]), failures) for i in range(len(vectors))]
-            return {table: [row for part in parts for row in part.get(table, [])] for table in evaluation.tables}
-        failures[0 if evaluation.scope == "chain" else vectors.index[0]] = (
-            f"{type(error).__name__}: {first_line(error)}"
-        )
-        return {}
-    return rows
+        if isinstance(error, torch.OutOfMemoryError) and not several:
+            raise
+        message = f"{type(error).__name__}: {first_line(error)}"
+    if several:  # out of the handler: its error keeps the tensors of the whole batch
+        parts = [_attempt(evaluation, study, vectors.take([i]), failures) for i in range(len(vectors))]
+        return {table: [row for part in parts for row in part.get(table, [])] for table in evaluation.tables}
+    failures[0 if evaluation.scope == "chain" else vectors.index[0]] = message
+    return {}
 
 
 def _check_finite(row: Row) -> None:

@@ -114,3 +114,35 @@ def test_what_depends_on_the_study_alone_is_made_once(study, chain):
 
     assert [fresh.once(make), fresh.once(make)] == [1, 1]
     assert made == [fresh]
+
+
+def raising(error, most):
+    """An evaluation that takes no more than so many vectors."""
+
+    def run(study, vectors):
+        if len(vectors) > most:
+            raise error
+        return {"presence": []}
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "scope", "most"),
+    [
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "vector", 1),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "chain", 1),
+        (torch.OutOfMemoryError("CUDA out of memory"), "vector", 0),
+        (torch.OutOfMemoryError("CUDA out of memory"), "chain", 1),
+    ],
+)
+def test_a_gpu_that_is_broken_or_full_is_no_failure_of_the_vectors(study, chain, monkeypatch, error, scope, most):
+    monkeypatch.setitem(evals.EVALUATIONS, "kl", Evaluation("kl", ("presence",), scope, raising(error, most)))
+    with pytest.raises(type(error)):
+        evaluate("kl", study, chain)
+
+
+def test_a_batch_that_the_gpu_has_no_room_for_is_taken_one_by_one(study, chain, monkeypatch):
+    run = raising(torch.OutOfMemoryError("CUDA out of memory"), 1)
+    monkeypatch.setitem(evals.EVALUATIONS, "kl", Evaluation("kl", ("presence",), "vector", run))
+    assert evaluate("kl", study, chain)["failures"].num_rows == 0
