@@ -37,7 +37,7 @@ class Storage:
 
     Args:
         url: local path or fsspec URL. Credentials come from the environment or the instance role, never from the URL.
-        patient: retry transient faults for some minutes (a job at work) or for a few seconds (a first look).
+        patient: retry transient faults for a minute or two (a job at work) or for a few seconds (a first look).
 
     Raises:
         UserError: the URL holds a password or names a protocol that is not installed.
