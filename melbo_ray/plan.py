@@ -52,7 +52,7 @@ def plan(checked: Checked, machine: Machine | None = None) -> Table:
         "parameters": f"{whole / 1e9:.2f} billion, {each * whole / 1e9:.1f} GB as {model.dtype}",
         "the chain reads of them": f"{(whole - upper) / 1e9:.2f} billion; a step runs {slice_values / 1e9:.2f} billion",
         "memory of a chain actor": f"{chain / 1e9:.1f} GB: {_gpus(chain, most=1)}",
-        "memory of an evaluator": f"{evaluator / 1e9:.1f} GB: {_gpus(evaluator)} ({_span(config)})",
+        "memory of an evaluator": f"{evaluator / 1e9:.1f} GB: {_gpus(evaluator)}{_span(config, evaluator)}",
         "a step of the chain": f"at least {1000 * step:.2g} ms on {machine.device} (concepts in it: {len(lengths)})",
         "the chain": f"{vectors} vectors, {steps} steps at most: {duration(steps * step)}",
         "the evaluations": _evaluations(config, machine, vectors, len(lengths)),
@@ -91,9 +91,10 @@ def _gpus(needed: float, most: int = 8) -> str:
     return fitting or f"more than {most} x {_GPU_SIZES[-1]} GB"
 
 
-def _span(config: Config) -> str:
-    spanned = max(1, math.ceil(config.eval_gpus))
-    return f"--eval-gpus {config.eval_gpus:g}: each spans {spanned}" if config.eval_gpus else "--eval-gpus: how many"
+def _span(config: Config, needed: float) -> str:
+    if config.eval_gpus > 1:
+        return f"; spread over {config.eval_gpus:g} (--eval-gpus)"
+    return "; --eval-gpus spreads it over several" if needed > _USABLE * _GPU_SIZES[-1] * 1e9 else ""
 
 
 def _evaluations(config: Config, machine: Machine, vectors: int, concepts: int) -> str:
@@ -102,7 +103,7 @@ def _evaluations(config: Config, machine: Machine, vectors: int, concepts: int) 
         return machine.measured
     runs = runs_of_evaluations(config.evals, vectors // concepts)
     total = concepts * sum(machine.evaluations[name] * count for name, count in runs.items())
-    room = cores() if machine.device == "cpu" else int(torch.cuda.device_count() // max(1.0, config.eval_gpus))
+    room = cores() if machine.device == "cpu" else int(torch.cuda.device_count() // max(1.0, config.eval_gpus or 0.0))
     evaluators = config.max_evaluators or max(1, room)
     left_out = [name for name in config.evals if name in ("shuffled", "composition", "geometry")]
     return (

@@ -45,7 +45,7 @@ def test_70b_is_counted_without_its_weights(told):
 def test_a_chain_needs_one_gpu_and_an_evaluator_spans_several(told):
     assert told["memory of a chain actor"].endswith("71.6 GB: 1 x 80 GB or 1 x 141 GB")
     assert told["memory of an evaluator"].endswith(
-        "7 x 24 GB or 4 x 48 GB or 2 x 80 GB or 2 x 141 GB (--eval-gpus 2: each spans 2)"
+        "7 x 24 GB or 4 x 48 GB or 2 x 80 GB or 2 x 141 GB; spread over 2 (--eval-gpus)"
     )
 
 
