@@ -93,6 +93,34 @@ class Storage:
                 raise error from None
             return found == data
 
+    def version(self, name: str) -> str | None:
+        """What tells an object from its successors, "" where the store has no such thing; None where there is none."""
+        with self._explained(name):
+            self._fs.invalidate_cache()
+            try:
+                return self._fs.info(self._path(name)).get("ETag", "")
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def swap(self, name: str, data: bytes, version: str | None) -> None:
+        """Replace an object that is still of this version, or create it: what arrives too late changes nothing.
+
+        Raises:
+            StorageError: as every method; or another writer has come between.
+        """
+        if version == "":
+            self.put(name, data)
+            return
+        try:
+            with self._explained(name):
+                if version is None:
+                    self._create(name, data)
+                else:
+                    self._fs.pipe_file(self._path(name), data, IfMatch=version)
+        except StorageError:
+            if self.get(name) != data:  # else an earlier try had arrived, and its answer was lost
+                raise
+
     def get(self, name: str) -> bytes | None:
         """The object's bytes; None where there is none."""
         with self._explained(name):

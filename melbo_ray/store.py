@@ -163,8 +163,8 @@ class Run:
     def publish(self, manifest: dict[str, Any], guard: Callable[[], None]) -> None:
         """Merge the fresh units into the tables' parts, record them in `manifest["done"]`, and delete them.
 
-        `guard` is called before each write and raises where the run is no longer ours. Killed anywhere, the next
-        call finishes the work.
+        `guard` is called before each write and raises where the run is no longer ours; a write that is held up until
+        another driver has replaced the part is refused by storage. Killed anywhere, the next call finishes the work.
         """
         groups: dict[tuple, list[Unit]] = defaultdict(list)
         for unit in self.fresh():
@@ -176,10 +176,11 @@ class Run:
                     parts[table].append((unit, rows))
             for table, additions in parts.items():
                 name = additions[0][0].part(table)
+                version = self.storage.version(name)
                 merged = self._merged(table, name, additions)
-                if len(merged) or self.storage.get(name) is not None:  # a part that has lost its rows is replaced too
+                if len(merged) or version is not None:  # a part that has lost its rows is replaced too
                     guard()
-                    self.storage.put(name, _parquet(merged))
+                    self.storage.swap(name, _parquet(merged), version)
         if groups:
             units = [unit for group in groups.values() for unit in group]
             for unit in units:

@@ -423,7 +423,8 @@ def test_killed_anywhere_publishing_loses_and_doubles_nothing(url, monkeypatch):
             return call
 
         with monkeypatch.context() as patch:
-            patch.setattr(run.storage, "put", dying(run.storage.put))
+            for write in ("put", "swap"):
+                patch.setattr(run.storage, write, dying(getattr(run.storage, write)))
             patch.setattr(run.storage, "delete", dying(run.storage.delete))
             with contextlib.suppress(KeyboardInterrupt):
                 run.publish(manifest(), lambda: None)
@@ -468,6 +469,41 @@ def test_a_driver_that_has_lost_its_lease_publishes_nothing(run):
     with pytest.raises(LeaseLostError):
         run.publish(manifest(), lost)
     assert run.storage.names() == before
+
+
+@pytest.mark.parametrize("published", [0, 1])
+def test_a_write_that_arrives_after_another_driver_has_published_changes_nothing(s3, published):
+    url = f"s3://bucket/{uuid.uuid4().hex}/one"
+    late, other = Run.open(url), Run.open(url)
+    for first in range(1, 9 * published, 8):
+        late.commit(unit(first, first + 7), rows(first, first + 7))
+        late.publish(manifest(), lambda: None)
+    late.commit(unit(17, 24), rows(17, 24))
+    holdups = [True]
+
+    def held_up():
+        if holdups and holdups.pop():
+            other.commit(unit(25, 32), rows(25, 32))
+            other.publish(manifest(), lambda: None)
+
+    before = late.storage.names()
+    with pytest.raises(StorageError, match="pre-conditions"):
+        late.publish(manifest(), held_up)
+    assert before != late.storage.names()
+    assert indices(other) == [*range(1, 1 + 8 * published), *range(17, 33)]
+
+
+def test_a_swap_whose_answer_was_lost_is_known_as_ours(s3):
+    with faulty(s3) as (through, faults), environment(through):
+        storage = Storage("s3://bucket/swapped")
+        storage.put("x", b"old")
+        version = storage.version("x")
+        storage.put("x", b"new")  # it arrived
+        faults.waiting += [(500, "InternalError")]  # and the answer was an error
+        storage.swap("x", b"new", version)
+        with pytest.raises(StorageError):
+            storage.swap("x", b"newer", version)
+        assert storage.get("x") == b"new"
 
 
 def test_an_exclusive_unit_belongs_to_its_first_writer(run):
