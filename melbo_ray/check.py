@@ -63,9 +63,9 @@ def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
         raise UserError(f"no evaluation {name!r}: {hint}")
     if config.max_evaluators is not None and config.max_evaluators < config.min_evaluators:
         raise UserError(f"--max-evaluators {config.max_evaluators} is below --min-evaluators {config.min_evaluators}")
-    if config.chain_gpus > 1:
+    if config.chain_gpus is not None and config.chain_gpus > 1:
         raise UserError(f"--chain-gpus is {config.chain_gpus:g}: a chain runs on one GPU, expected at most 1")
-    if config.eval_gpus > 1 and (config.device == "cpu" or config.eval_gpus % 1):
+    if config.eval_gpus is not None and config.eval_gpus > 1 and (config.device == "cpu" or config.eval_gpus % 1):
         raise UserError(f"--eval-gpus is {config.eval_gpus:g}: above 1 whole GPUs are expected, and no --device cpu")
     if config.base not in ("melbo", "contrast") and not Path(config.base).is_file():
         raise UserError(f"--base is {config.base!r}: expected melbo, contrast, or a file of vectors, and there is none")

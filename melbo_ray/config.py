@@ -140,10 +140,11 @@ class Config(BaseSettings):
     """Evaluation actors kept at least."""
     max_evaluators: PositiveInt | None = None
     """Evaluation actors at most; without it as many as the cluster has room for."""
-    eval_gpus: NonNegativeFloat = 0.0
-    """GPUs an evaluation actor takes: 0.25 for four on one; above 1 the model's layers are spread over them."""
-    chain_gpus: NonNegativeFloat = 0.0
-    """GPUs the chain actor takes, at most 1."""
+    eval_gpus: NonNegativeFloat | None = None
+    """GPUs an evaluation actor takes: 0.25 for four on one; above 1 the model's layers are spread over them; 0 is the
+    CPU. Without it half of a cluster's one GPU, or a GPU of several."""
+    chain_gpus: NonNegativeFloat | None = None
+    """GPUs the chain actor takes, at most 1; 0 is the CPU. Without it as an evaluation actor."""
 
     plan: bool = False
     """Only say what memory, GPUs, time and bytes the study will take; start nothing."""

@@ -47,7 +47,7 @@ def run(checked: Checked, console: Console, chains: bool = True) -> tuple[Run, d
         console.print(f"run {config.run_id} in {first_look.storage.url}", highlight=False, soft_wrap=True)
         stored = Run.open(url)
         with cluster.connected() as resources:
-            layout = lay_out(config, len(checked.concepts), checked.weight_bytes, *resources)
+            layout = lay_out(config, len(checked.concepts) if chains else 0, checked.weight_bytes, *resources)
             job = _Job(stored, checked, _begin(stored, checked), lease, console)
             with Display(console, config.num_vectors) as job.display:
                 job.drive(layout, chains)
@@ -113,6 +113,8 @@ class _Job:
         """What the driver has learnt, into the manifest; only while nobody publishes."""
         self.manifest |= driver.fingerprints
         self.manifest["hardware"] |= driver.hardware
+        peaks = self.manifest["peak_memory"]
+        peaks |= {role: max(peak, peaks.get(role, 0)) for role, peak in driver.peak_memory.items()}
         for name, agenda in driver.agendas.items():
             facts = self.manifest["concepts"].setdefault(name, {})
             facts |= {"vectors": agenda.found, "stop_reason": agenda.stop_reason}
@@ -159,6 +161,7 @@ def _begin(run: Run, checked: Checked) -> dict[str, Any]:
         **dict.fromkeys(_FINGERPRINTS),
         "seed": config.seed,
         "hardware": {},
+        "peak_memory": {},
         "seconds": 0.0,
         "concepts": {},
         "done": {},

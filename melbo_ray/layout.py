@@ -1,5 +1,6 @@
 """How a run is laid out on what the cluster has: how many actors of which size."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,26 +35,26 @@ class Layout:
     most_evaluators: int
 
 
-def lay_out(config: Config, concepts: int, weight_bytes: int, cluster: Mapping[str, float], roles: bool) -> Layout:
+def lay_out(
+    config: Config,
+    concepts: int,
+    weight_bytes: int,
+    cluster: Mapping[str, float],
+    roles: bool,
+    fixed: bool = False,
+) -> Layout:
     """The layout for `concepts` chains of a model of `weight_bytes` on a cluster's total resources.
 
     On the CPU a chain actor has half of a machine's cores and evaluators one each. With GPUs the shares are those of
-    the configuration; where it gives none, the chain and the evaluators share one GPU, or take one each.
+    the configuration; where it gives none, an actor takes half of the one GPU, or one of several.
     `roles`: the nodes carry labels `role: chain` and `role: eval`, and actors go where they belong.
+    `fixed`: the cluster cannot grow.
 
     Raises:
-        UserError: CUDA is asked for, and the cluster has no GPU.
+        UserError: CUDA is asked for, and the cluster has no GPU; or it is fixed and too small to begin.
     """
     cpus, gpus = cluster.get("CPU", 1.0), cluster.get("GPU", 0.0)
-    asked = config.chain_gpus or config.eval_gpus
-    if config.device.startswith("cuda") and not gpus and not asked:
-        raise UserError("CUDA was asked for and the cluster has no GPU: use --device cpu or auto")
-    if asked or (gpus and config.device != "cpu"):
-        share = 0.5 if gpus == 1 else 1.0
-        chain_gpus = config.chain_gpus if asked else share
-        eval_gpus = config.eval_gpus if asked else share
-    else:
-        chain_gpus = eval_gpus = 0.0
+    chain_gpus, eval_gpus = _shares(config, gpus)
     if chain_gpus:
         free = gpus - config.min_evaluators * eval_gpus
         actors = min(concepts, max(1, int(free // chain_gpus)))
@@ -67,6 +68,8 @@ def lay_out(config: Config, concepts: int, weight_bytes: int, cluster: Mapping[s
     memory = 0 if eval_gpus else int(weight_bytes * _WEIGHTS_FACTOR) + _PROCESS_BYTES
     chain = _options(chain_cpus, chain_gpus, 0 if chain_gpus else memory, roles, "chain")
     evaluator = _options(evaluator_cpus, eval_gpus, memory, roles, "eval")
+    if fixed:
+        _check_room(chain if actors else {}, evaluator, cluster)
 
     def room(taken: int) -> int:
         rooms = [
@@ -78,6 +81,35 @@ def lay_out(config: Config, concepts: int, weight_bytes: int, cluster: Mapping[s
         return max(most, config.min_evaluators)
 
     return Layout(actors, chain, evaluator, threads, 1, room(actors), room(0))
+
+
+def _shares(config: Config, gpus: float) -> tuple[float, float]:
+    """The GPUs of a chain actor and of an evaluator."""
+    asked = config.chain_gpus or config.eval_gpus
+    if config.device.startswith("cuda") and not gpus and not asked:
+        raise UserError("CUDA was asked for and the cluster has no GPU: use --device cpu or auto")
+    share = 0.0 if config.device == "cpu" or not (gpus or asked) else 0.5 if gpus == 1 else 1.0
+    chain, evaluator = (share if given is None else given for given in (config.chain_gpus, config.eval_gpus))
+    return chain, evaluator
+
+
+def _check_room(chain: Mapping[str, Any], evaluator: Mapping[str, Any], cluster: Mapping[str, float]) -> None:
+    """Refuse what would wait for ever: a chain actor holds its place while an evaluator finds its base."""
+    largest = cluster.get("largest_node_GPU", cluster.get("GPU", 0.0))
+    for name, actor in (("chain", chain), ("eval", evaluator)):
+        if actor.get("num_gpus", 0) > largest:
+            raise UserError(f"--{name}-gpus is {actor['num_gpus']:g}, and there are {largest:g} GPUs: 0 is the CPU")
+    gpus, bytes_ = (chain.get(what, 0) + evaluator.get(what, 0) for what in ("num_gpus", "memory"))
+    if gpus > cluster.get("GPU", 0.0):
+        raise UserError(
+            f"a chain actor and an evaluator take {gpus:g} GPUs together, and there are {cluster['GPU']:g}: "
+            "give smaller --chain-gpus and --eval-gpus, or 0 for the CPU"
+        )
+    if bytes_ > cluster.get("memory", math.inf):
+        raise UserError(
+            f"a chain actor and an evaluator need {bytes_ / 1e9:.1f} GB of memory together, and Ray found "
+            f"{cluster['memory'] / 1e9:.1f} GB to be free: free some, or take a machine with more"
+        )
 
 
 def _options(cpus: float, gpus: float, memory: int, roles: bool, role: str) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def _gpus(needed: float, most: int = 8) -> str:
 
 
 def _span(config: Config, needed: float) -> str:
-    if config.eval_gpus > 1:
+    if config.eval_gpus is not None and config.eval_gpus > 1:
         return f"; spread over {config.eval_gpus:g} (--eval-gpus)"
     return "; --eval-gpus spreads it over several" if needed > _USABLE * _GPU_SIZES[-1] * 1e9 else ""
 

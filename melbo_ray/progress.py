@@ -74,7 +74,7 @@ class Display:
 
     def _describe(self, agenda: "Agenda", vector: "SteeringVector | None", evaluators: int) -> str:
         if agenda.base is None:
-            return "finding the base vector"
+            return "finding the base vector" + ("" if evaluators else " as soon as an evaluator is there")
         parts = [f"vector {agenda.found} of {self._num_vectors}"]
         if vector is not None:
             parts.append(f"loss {vector.loss:.3g} ({vector.relative_loss:.1%} of unsteered), norm {vector.norm:.3g}")
@@ -180,8 +180,11 @@ def _greedy_texts(run: Run, concept: str) -> str:
 
 
 def epilogue(console: Console, run: Run, manifest: Mapping[str, Any]) -> None:
-    """The summary, where the results lie, and a query to paste."""
+    """The summary, what memory it took, where the results lie, and a query to paste."""
     console.print(summary(run, manifest))
+    if peaks := manifest["peak_memory"]:
+        told = ", ".join(f"{role} {peak / 1e9:.1f} GB" for role, peak in sorted(peaks.items()))
+        console.print(f"memory at most: {told}", highlight=False)
     url = run.storage.url
     console.print(f"results: {url}", highlight=False, soft_wrap=True)
     sql = "SELECT concept, index, kl_from_base FROM kl WHERE kind = 'chain' AND scale = 'own' ORDER BY ALL"

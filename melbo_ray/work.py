@@ -6,7 +6,9 @@ that depends on the work alone, so any worker can be lost, repeated, or outrun b
 
 import contextlib
 import os
+import resource
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,11 +30,20 @@ from melbo_ray.store import WHOLE, Run, Unit
 
 @dataclass(frozen=True)
 class Found:
-    """What a chain reports: a vector, or that it stopped and why."""
+    """What a chain reports: a vector, or that it stopped and why; and the most memory its worker has taken, bytes."""
 
     concept: str
     vector: SteeringVector | None
     stop_reason: str | None = None
+    peak_memory: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation reports: how many failures it filed; and the most memory its worker has taken, bytes."""
+
+    failures: int
+    peak_memory: int
 
 
 class Worker:
@@ -72,7 +83,7 @@ class Worker:
             revision=self.config.revision,
             dtype=self.config.dtype,
             device=self.config.device,
-            device_map=BALANCED if self.config.eval_gpus > 1 else None,
+            device_map=BALANCED if (self.config.eval_gpus or 0) > 1 else None,
             trust_remote_code=self.config.trust_remote_code,
         )
 
@@ -147,15 +158,15 @@ class Worker:
             }
             unit = Unit(concept, "chain", "chain", vector.index, vector.index)
             self.run.commit(unit, {"vectors": tables.table("vectors", [row])}, exclusive=True)
-            yield Found(concept, vector)
+            yield Found(concept, vector, peak_memory=self._peak_memory())
             for name in stopped.keys() - told:
                 told.add(name)
                 yield Found(name, None, stopped[name])
         for name in stopped.keys() - told:
             yield Found(name, None, stopped[name])
 
-    def evaluate(self, unit: Unit, theta: np.ndarray, base: np.ndarray) -> int:
-        """Run a unit's evaluation and make its rows durable; the number of failures among them.
+    def evaluate(self, unit: Unit, theta: np.ndarray, base: np.ndarray) -> Evaluated:
+        """Run a unit's evaluation and make its rows durable.
 
         Args:
             unit: what to evaluate.
@@ -171,7 +182,14 @@ class Worker:
         vectors = Vectors(kind, range(unit.first, unit.last + 1), torch.from_numpy(theta.copy()))
         written = evals.evaluate(unit.evaluation, study, vectors)
         self.run.commit(unit, written)
-        return len(written["failures"])
+        return Evaluated(len(written["failures"]), self._peak_memory())
+
+    def _peak_memory(self) -> int:
+        """The most this process has taken until now: of its GPUs where it has some, else resident."""
+        if self.model.device.type == "cuda":
+            return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def _row(self, kind: str, index: int, theta: torch.Tensor) -> dict[str, Any]:
         empty = dict.fromkeys(tables.SCHEMAS["vectors"].names)

@@ -10,8 +10,11 @@ LAPTOP = {"CPU": 2.0, "memory": 16.0 * GIB}
 BIG = {"CPU": 64.0, "GPU": 8.0, "memory": 500.0 * GIB, "largest_node_CPU": 32.0}
 
 
-def layout(cluster, concepts=1, weights=GIB // 2, roles=False, **options):
-    return lay_out(Config(**options), concepts, weights, cluster, roles)
+ONE_GPU = {"CPU": 8.0, "GPU": 1.0, "memory": 64.0 * GIB}
+
+
+def layout(cluster, concepts=1, weights=GIB // 2, roles=False, fixed=False, **options):
+    return lay_out(Config(**options), concepts, weights, cluster, roles, fixed)
 
 
 def test_a_laptop_has_one_chain_and_one_evaluator_and_two_when_the_chain_is_done():
@@ -32,7 +35,7 @@ def test_four_concepts_share_one_chain_actor_on_a_laptop_and_have_their_own_on_f
 
 
 def test_gpus_are_used_where_there_are_any_unless_the_cpu_is_asked_for():
-    one = layout({"CPU": 8.0, "GPU": 1.0, "memory": 64.0 * GIB})
+    one = layout(ONE_GPU)
     assert (one.chain["num_gpus"], one.evaluator["num_gpus"], one.most_beside_chains) == (0.5, 0.5, 1)
     several = layout(BIG)
     assert (several.chain["num_gpus"], several.evaluator["num_gpus"], several.most_beside_chains) == (1.0, 1.0, 7)
@@ -58,3 +61,43 @@ def test_roles_pin_the_actors():
 def test_cuda_on_a_cluster_without_gpus():
     with pytest.raises(UserError, match="no GPU"):
         layout(LAPTOP, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("cluster", "options", "shares"),
+    [
+        (ONE_GPU, {"chain_gpus": 0.25}, (0.25, 0.5)),
+        (ONE_GPU, {"eval_gpus": 0.25}, (0.5, 0.25)),
+        (ONE_GPU, {"chain_gpus": 0}, (0, 0.5)),
+        (ONE_GPU, {"chain_gpus": 0, "eval_gpus": 0}, (0, 0)),
+        (BIG, {"eval_gpus": 0.25}, (1, 0.25)),
+        (BIG, {"eval_gpus": 0}, (1, 0)),
+        (LAPTOP, {"eval_gpus": 0.25}, (1, 0.25)),  # of an autoscaler, as long as it has no GPU
+        (LAPTOP, {"eval_gpus": 0}, (0, 0)),
+    ],
+)
+def test_a_share_that_is_not_given_is_the_usual_one(cluster, options, shares):
+    found = layout(cluster, **options)
+    assert (found.chain["num_gpus"], found.evaluator["num_gpus"]) == shares
+
+
+@pytest.mark.parametrize(
+    ("cluster", "options", "message"),
+    [
+        (ONE_GPU, {"chain_gpus": 1, "eval_gpus": 0.25}, r"1\.25 GPUs together, and there are 1"),
+        (ONE_GPU, {"chain_gpus": 1}, r"1\.5 GPUs together"),
+        (LAPTOP, {"eval_gpus": 1, "chain_gpus": 0}, "--eval-gpus is 1, and there are 0 GPUs"),
+        (BIG | {"largest_node_GPU": 1.0}, {"eval_gpus": 2}, "--eval-gpus is 2, and there are 1 GPUs"),
+        ({"CPU": 2.0, "memory": 2.5 * GIB}, {}, r"need 3\.\d GB of memory together"),
+    ],
+)
+def test_what_can_never_begin_is_refused_unless_the_cluster_may_grow(cluster, options, message):
+    layout(cluster, **options)
+    with pytest.raises(UserError, match=message) as caught:
+        layout(cluster, fixed=True, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_evaluations_alone_need_no_room_for_a_chain():
+    found = layout(ONE_GPU, concepts=0, fixed=True, chain_gpus=1, eval_gpus=0.5)
+    assert (found.chain_actors, found.most_evaluators) == (0, 2)

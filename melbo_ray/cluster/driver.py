@@ -14,6 +14,7 @@ from melbo_ray.cluster.pool import ATTEMPTS, Pool
 from melbo_ray.cluster.session import LOST, Deaths, answer
 from melbo_ray.concepts import Concept
 from melbo_ray.config import Config, UserError
+from melbo_ray.evals import EVALUATIONS
 from melbo_ray.layout import Layout
 from melbo_ray.ortho import SteeringVector
 from melbo_ray.store import WHOLE, Run, Unit, cover
@@ -59,6 +60,7 @@ class Driver:
         hardware: device by host.
         fingerprints: of the model and of its layers up to the target; every worker must have the same.
         failures: vectors that could not be evaluated.
+        peak_memory: the most that a `chain` actor and an `evaluator` have taken, bytes.
     """
 
     def __init__(
@@ -77,8 +79,9 @@ class Driver:
         self.hardware: dict[str, str] = {}
         self.fingerprints: dict[str, str] = {}
         self.failures = 0
+        self.peak_memory: dict[str, int] = {}
         self._tick, self._worker = tick, worker
-        self._arguments = (run.storage.url, run_id, config, list(concepts))
+        self._concepts = list(concepts)
         self._deaths = Deaths()
         self.pool = Pool(self._start_evaluator, self._evaluate, config.min_evaluators, self._deaths)
         self._chains: list[_Chain] = []
@@ -93,7 +96,9 @@ class Driver:
             UserError: what no other worker would do better: bad input, storage that refuses, workers that always die.
         """
         try:
-            self._start_chains([name for name, agenda in self.agendas.items() if agenda.stop_reason is None])
+            running = [name for name, agenda in self.agendas.items() if agenda.stop_reason is None]
+            for i in range(self.layout.chain_actors):
+                self._start_chain(running[i :: self.layout.chain_actors])
             for agenda in self.agendas.values():
                 self._enlist(agenda)
             while self.pool.backlog or self._chains:
@@ -111,18 +116,19 @@ class Driver:
                 ray.kill(chain.actor)
 
     def _actor(self, options: dict[str, Any], threads: int, whole: bool) -> Any:
+        # Ray hides no GPU from an actor that takes none.
+        config = self.config if options.get("num_gpus") else self.config.model_copy(update={"device": "cpu"})
         worker = ray.remote(self._worker).options(max_restarts=0, max_task_retries=0, **options)
-        return worker.remote(*self._arguments, threads, whole)
+        return worker.remote(self.run.storage.url, self.run_id, config, self._concepts, threads, whole)
 
     def _start_evaluator(self) -> Any:
         return self._actor(self.layout.evaluator, self.layout.evaluator_threads, whole=True)
 
-    def _start_chains(self, concepts: list[str]) -> None:
-        """Chain actors load their model while the bases are found."""
-        for i in range(self.layout.chain_actors):
-            if share := concepts[i :: self.layout.chain_actors]:
-                actor = self._actor(self.layout.chain, self.layout.chain_threads, whole=False)
-                self._chains.append(_Chain(actor, share, actor.ready.remote()))
+    def _start_chain(self, concepts: list[str]) -> None:
+        """A chain actor for some concepts, where there are any; it loads its model while the bases are found."""
+        if concepts:
+            actor = self._actor(self.layout.chain, self.layout.chain_threads, whole=False)
+            self._chains.append(_Chain(actor, concepts, actor.ready.remote()))
 
     def _enlist(self, agenda: Agenda) -> None:
         due = [Unit(agenda.concept, "base", "base", 0, 0)] if agenda.base is None else agenda.due()
@@ -131,9 +137,9 @@ class Driver:
         self.pool.add(new)
 
     def _evaluate(self, actor: Any, unit: Unit) -> Any:
-        agenda = self.agendas[unit.concept]
-        if agenda.base is None:
+        if unit.evaluation == "base":
             return actor.find_base.remote(unit.concept)
+        agenda = self.agendas[unit.concept]
         return actor.evaluate.remote(unit, agenda.vectors(unit), agenda.base)
 
     def _wait(self) -> None:
@@ -158,11 +164,12 @@ class Driver:
             return
         agenda = self.agendas[unit.concept]
         cover(agenda.done, unit)
-        if agenda.base is None:
+        if unit.evaluation == "base":
             self._learn_stored(agenda)
         else:
             self._evaluations += unit.last - unit.first + 1
-            self.failures += result
+            self.failures += result.failures
+            self._grew("evaluator", result.peak_memory)
 
     def _hear_chain(self, chain: _Chain) -> None:
         try:
@@ -179,13 +186,14 @@ class Driver:
             self._end(chain)
             for name in chain.concepts:
                 self._learn_stored(self.agendas[name])
-            self._start_chains([name for name in chain.concepts if self.agendas[name].stop_reason is None])
+            self._start_chain([name for name in chain.concepts if self.agendas[name].stop_reason is None])
 
     def _end(self, chain: _Chain) -> None:
         self._chains.remove(chain)
         ray.kill(chain.actor)
 
     def _note(self, found: Found, chain: _Chain) -> None:
+        self._grew("chain", found.peak_memory)
         agenda = self.agendas[found.concept]
         if found.vector is None:
             agenda.stop_reason = found.stop_reason
@@ -214,14 +222,19 @@ class Driver:
     def _give_up(self, unit: Unit) -> None:
         """File a unit as failed that has taken too many workers with it."""
         agenda = self.agendas[unit.concept]
-        if agenda.base is None:
+        if unit.evaluation == "base":
             raise UserError(f"finding the base of {unit.concept!r} ended its worker {ATTEMPTS} times")
         keys = {"run_id": self.run_id, "kind": "chain" if unit.kind == WHOLE else unit.kind}
         facts = {"evaluation": unit.evaluation, "error": "its worker died or hung", "attempts": ATTEMPTS}
         rows = [keys | {"index": index} | facts for index in range(unit.first, unit.last + 1)]
-        self.run.commit(unit, {"failures": tables.table("failures", rows)})
+        # Of the whole chain, the rows of a shorter one go.
+        empty = {name: tables.table(name, []) for name in EVALUATIONS[unit.evaluation].tables}
+        self.run.commit(unit, empty | {"failures": tables.table("failures", rows)})
         cover(agenda.done, unit)
         self.failures += len(rows)
+
+    def _grew(self, role: str, peak: int) -> None:
+        self.peak_memory[role] = max(peak, self.peak_memory.get(role, 0))
 
     def _measure(self) -> None:
         """Ray's dashboard metrics."""

@@ -9,20 +9,23 @@ from collections.abc import Generator
 from typing import Any
 
 import ray
+import torch
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
 from melbo_ray.config import UserError, first_line
 from melbo_ray.work import cores
 
-LOST = (RayActorError, ObjectLostError, OutOfMemoryError)
-"""An actor is gone or out of reach: its work must be handed out again."""
+_USELESS = (torch.AcceleratorError, torch.OutOfMemoryError)
+LOST = (RayActorError, ObjectLostError, OutOfMemoryError, *_USELESS)
+"""An actor is gone or out of reach, or its GPU fails it: it must end, and its work be handed out again."""
 
 
 @contextlib.contextmanager
-def connected() -> Generator[tuple[dict[str, float], bool]]:
+def connected() -> Generator[tuple[dict[str, float], bool, bool]]:
     """Be on the cluster that RAY_ADDRESS names (as `ray job submit` does), or on one that this machine is alone.
 
-    Gives its total resources, with the CPUs of the largest node, and whether its nodes are labelled with roles.
+    Gives its total resources, with the CPUs and the GPUs of the largest node; whether its nodes are labelled with
+    roles; and whether it can never grow: of one that others have started nobody knows.
 
     Raises:
         UserError: the cluster cannot be reached, refuses the token, or does not come up.
@@ -41,18 +44,21 @@ def connected() -> Generator[tuple[dict[str, float], bool]]:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        largest = max(node["Resources"].get("CPU", 0.0) for node in nodes)
-        yield ray.cluster_resources() | {"largest_node_CPU": largest}, any("role" in node["Labels"] for node in nodes)
+        largest = {
+            f"largest_node_{what}": max(node["Resources"].get(what, 0.0) for node in nodes) for what in ("CPU", "GPU")
+        }
+        roles = any("role" in node["Labels"] for node in nodes)
+        yield ray.cluster_resources() | largest, roles, address is None
     finally:
         ray.shutdown()
 
 
 def answer(ref: Any) -> Any:
-    """What an actor answers; its UserError as itself, without Ray's traceback around it."""
+    """What an actor answers; an error that the driver can deal with as itself, without Ray's traceback around it."""
     try:
         return ray.get(ref)
     except RayTaskError as error:
-        if isinstance(error.cause, UserError | FileExistsError):
+        if isinstance(error.cause, (UserError, FileExistsError, *_USELESS)):
             raise error.cause from None
         raise
 

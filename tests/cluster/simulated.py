@@ -1,5 +1,6 @@
 """Workers that sleep where real ones compute, for what is asked of the driver alone. Everything else is real."""
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -7,24 +8,29 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from melbo_ray import tables
+from melbo_ray.config import Config
 from melbo_ray.store import Run, Unit
-from melbo_ray.work import Found
+from melbo_ray.work import Evaluated, Found
 
 D_MODEL = 8
+BASE = Unit("code", "base", "base", 0, 0)
+ROW = dict.fromkeys(tables.SCHEMAS["vectors"].names) | {"run_id": "run", "vector": [1.0] * D_MODEL, "norm": 1.0}
 
 
 class Sleeper:
     """A `work.Worker` to the driver. An evaluation takes as many seconds as the file `seconds` in the run says;
-    `trouble` in the run names a unit and what happens to it: `die` always, `hang` the first time, or `linger`; or it
-    is `other weights`, which the chain has then.
+    `trouble` in the run names a unit and what happens to it: `die` always, `hang` or `break` (its GPU) the first time,
+    or `linger`; or it is `other weights`, which the chain has then; or it says what happens the first time: `base dies`
+    (a finder of the base, once it has written it), `chain dies early` (before its base is answered) or `chain dies`.
     """
 
     def __init__(
-        self, url: str, run_id: str, config: object, concepts: Sequence[object], threads: int, whole: bool
+        self, url: str, run_id: str, config: Config, concepts: Sequence[object], threads: int, whole: bool
     ) -> None:
-        self.whole = whole
+        self.device, self.whole, self.broken = config.device, whole, False
         self.run, self.run_id, self.url = Run.open(url), run_id, Path(url)
 
     def ready(self) -> dict[str, object]:
@@ -33,29 +39,53 @@ class Sleeper:
         together = self.url / "together"
         while together.exists() and len(list(self.url.glob("ready-*"))) < int(together.read_text()):
             time.sleep(0.1)
-        trouble = self.url / "trouble"
-        other = not self.whole and trouble.exists() and trouble.read_text() == "other weights"
+        if not self.whole and "chain dies early" in self.trouble and self._first("death"):
+            while self.run.storage.get(BASE.name) is None:
+                time.sleep(0.1)
+            os._exit(1)
+        other = not self.whole and self.trouble == "other weights"
         fingerprints = {"lower_fingerprint": "others" if other else "ours"}
-        return {"fingerprints": fingerprints, "host": "here", "device": "none"}
+        return {"fingerprints": fingerprints, "host": "here", "device": self.device}
 
-    def evaluate(self, unit: Unit, theta: np.ndarray, base: np.ndarray) -> int:
-        trouble = self.url / "trouble"
-        if trouble.exists():
-            name, what = trouble.read_text().split()
-            if name == unit.name and what == "die":
-                os._exit(1)
-            if name == unit.name and what == "hang" and not (self.url / "hung").exists():
-                (self.url / "hung").touch()
-                time.sleep(600)
-            if name == unit.name and what == "linger":
-                time.sleep(5)
+    def find_base(self, concept: str) -> None:
+        self.run.commit(BASE, {"vectors": tables.table("vectors", [ROW | {"kind": "base", "index": 0}])})
+        time.sleep(3)  # the death of a chain actor is heard first
+        if "base dies" in self.trouble and self._first("base"):
+            os._exit(1)
+
+    def evaluate(self, unit: Unit, theta: np.ndarray, base: np.ndarray) -> Evaluated:
+        if self.trouble == f"{unit.name} die":
+            os._exit(1)
+        if self.trouble == f"{unit.name} hang" and self._first("hung"):
+            time.sleep(600)
+        if self.trouble == f"{unit.name} break" and self._first("break"):
+            self.broken = True
+        if self.broken:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        if self.trouble == f"{unit.name} linger":
+            time.sleep(5)
         time.sleep(float((self.url / "seconds").read_text()))
         self.run.commit(unit, {unit.evaluation: self._rows(unit)})
-        return 0
+        return Evaluated(0, 1000 + unit.first)
 
     def chains(self, concepts: Sequence[str]) -> Iterator[Found]:
+        (self.url / f"share-{time.monotonic_ns()}").write_text(",".join(concepts))
+        if self.trouble == "chain dies" and self._first("death"):
+            os._exit(1)
         for concept in concepts:
-            yield Found(concept, None, "num_vectors")
+            yield Found(concept, None, "num_vectors", peak_memory=700)
+
+    @property
+    def trouble(self) -> str:
+        file = self.url / "trouble"
+        return file.read_text() if file.exists() else ""
+
+    def _first(self, what: str) -> bool:
+        """Whether nobody has been here before."""
+        with contextlib.suppress(FileExistsError):
+            (self.url / f"first-{what}").touch(exist_ok=False)
+            return True
+        return False
 
     def _rows(self, unit: Unit) -> pa.Table:
         empty = dict.fromkeys(tables.SCHEMAS[unit.evaluation].names)

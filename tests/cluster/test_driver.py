@@ -16,32 +16,44 @@ from tests.cluster.simulated import D_MODEL, Sleeper
 
 @pytest.fixture(scope="module")
 def ray_here(ray_of_our_own):
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=8, num_gpus=1, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
 
 @pytest.fixture
 def drive(ray_here, tmp_path):
-    """(vectors, seconds an evaluation takes, trouble, options) → (run, how many evaluators there were at each turn)."""
+    """(vectors, seconds an evaluation takes, trouble, options) → (run, evaluators at each turn, the driver)."""
 
-    def call(vectors, seconds, trouble="", stop_reason="num_vectors", chain_cpus=1, **options):
+    def call(
+        vectors,
+        seconds,
+        trouble="",
+        stop_reason="num_vectors",
+        chain_cpus=1,
+        concepts=("code",),
+        base=True,
+        gpus=0,
+        **options,
+    ):
         run = Run.open(str(tmp_path / "run"))
         run.storage.put("run.json", b"{}")
         run.storage.put("seconds", str(seconds).encode())
         if trouble:
             run.storage.put("trouble", trouble.encode())
         config = Config(eval_batch=1, evals=["kl"], **options)
-        agenda = Agenda("code", config.evals, 1, {}, stop_reason=stop_reason)
-        agenda.learn("base", 0, np.ones(D_MODEL, np.float32))
-        for index in range(1, vectors + 1):
-            agenda.learn("chain", index, np.full(D_MODEL, index, np.float32))
-        layout = lay_out(config, 1, 0, {"CPU": 8.0, "memory": 64 << 30}, roles=False)
-        layout = dataclasses.replace(layout, chain={"num_cpus": chain_cpus})
-        sizes = []
-        driving = Driver(
-            run, "run", config, [], {"code": agenda}, layout, lambda d: sizes.append(d.pool.ready), Sleeper
+        agendas = {concept: Agenda(concept, config.evals, 1, {}, stop_reason=stop_reason) for concept in concepts}
+        for agenda in agendas.values():
+            if base:
+                agenda.learn("base", 0, np.ones(D_MODEL, np.float32))
+            for index in range(1, vectors + 1):
+                agenda.learn("chain", index, np.full(D_MODEL, index, np.float32))
+        layout = lay_out(config, len(concepts), 0, {"CPU": 8.0, "memory": 64 << 30}, roles=False)
+        layout = dataclasses.replace(
+            layout, chain={"num_cpus": chain_cpus, "num_gpus": gpus}, evaluator=layout.evaluator | {"num_gpus": gpus}
         )
+        sizes = []
+        driving = Driver(run, "run", config, [], agendas, layout, lambda d: sizes.append(d.pool.ready), Sleeper)
         driving.drive()
         return run, sizes, driving
 
@@ -75,6 +87,14 @@ def test_a_unit_that_hangs_is_taken_away_and_done_by_another(drive, monkeypatch)
     assert driven.failures == 0
 
 
+def test_a_worker_whose_gpu_breaks_fails_nothing_and_is_replaced(drive):
+    broken = Unit("code", "kl", "chain", 5, 5)
+    run, _, driven = drive(8, 0.05, f"{broken.name} break", max_evaluators=1)
+    assert evaluated(run) == everything(8)
+    assert driven.failures == 0
+    assert len([name for name in run.storage.names() if name.startswith("ready-")]) == 2
+
+
 def test_a_unit_that_kills_every_worker_is_filed_as_failed_and_the_rest_goes_on(drive, monkeypatch):
     monkeypatch.setattr(pool, "ATTEMPTS", 3)
     monkeypatch.setattr(driver, "ATTEMPTS", 3)
@@ -95,3 +115,27 @@ def test_a_chain_that_has_the_last_of_the_cluster_ends_and_makes_room_for_its_ev
     run, sizes, _ = drive(70, 0.0, stop_reason=None, chain_cpus=8)
     assert sizes[0] == 0
     assert evaluated(run) == everything(70)
+
+
+@pytest.mark.parametrize("trouble", ["chain dies early", "chain dies early and base dies"])
+def test_a_base_that_is_known_before_its_finder_answers_is_no_evaluation(drive, trouble):
+    run, _, driven = drive(2, 0.0, trouble, stop_reason=None, base=False)
+    assert evaluated(run) == everything(2)
+    assert driven.failures == 0
+
+
+def test_a_chain_actor_that_is_lost_is_replaced_by_one_with_the_same_share(drive):
+    run, *_ = drive(0, 0.0, "chain dies", stop_reason=None, concepts=("a", "b", "c", "d"))
+    shares = sorted(run.storage.get(name).decode() for name in run.storage.names() if name.startswith("share-"))
+    assert shares in (["a,c", "a,c", "b,d"], ["a,c", "b,d", "b,d"])
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (0.5, "auto")])
+def test_a_worker_that_takes_no_gpu_looks_for_none(drive, gpus, device):
+    _, _, driven = drive(1, 0.0, stop_reason=None, gpus=gpus)
+    assert driven.hardware == {"here": device}
+
+
+def test_the_most_memory_of_either_role_is_known(drive):
+    _, _, driven = drive(3, 0.0, stop_reason=None)
+    assert driven.peak_memory == {"chain": 700, "evaluator": 1003}
