@@ -55,7 +55,8 @@ class Storage:
             self._fs, root = fsspec.core.url_to_fs(url, **options)
         except (ValueError, ImportError) as error:
             raise UserError(f"storage {url!r}: {error}") from None
-        if options:
+        self._s3 = bool(options)
+        if self._s3:
             self._fs.retries = 1  # botocore retries already; both together would multiply
         self._local = isinstance(self._fs, LocalFileSystem)
         self._root = root.rstrip("/")
@@ -94,11 +95,12 @@ class Storage:
             return found == data
 
     def version(self, name: str) -> str | None:
-        """What tells an object from its successors, "" where the store has no such thing; None where there is none."""
+        """What tells an object from its successors, "" where that is not S3's ETag; None where there is no object."""
         with self._explained(name):
             self._fs.invalidate_cache()
             try:
-                return self._fs.info(self._path(name)).get("ETag", "")
+                found = self._fs.info(self._path(name))
+                return found["ETag"] if self._s3 else ""
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
