@@ -45,7 +45,7 @@ def test_a_study_ends_with_tables_a_manifest_and_a_summary(undisturbed):
         "KL below 10 % of unsteered",
         "greedy texts with the concept",
         "largest |cos|",
-        "memory at most: chain 0.",
+        "memory at most: chain ",
         "results:",
         "report:",
     ):
