@@ -182,12 +182,13 @@ def draw_composition(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure |
 
 
 def draw_comparison(db: duckdb.DuckDBPyConnection, concepts: list[str]) -> go.Figure | None:
-    """The moving average of every concept's KL as a share of its unsteered one, against n."""
+    """Every concept's KL as a share of its unsteered one, against n: dots and moving average."""
     fig = _figure("n (position in the chain)", "KL(P_n ‖ P_base), share of unsteered")
     for concept, colour in zip(concepts, _SHADES * len(concepts), strict=False):
         chain, nats = along_chain(db, "kl", "kl_from_base", concept), unsteered(db, concept)
         if len(chain["n"]) and math.isfinite(nats):
-            _curve(fig, chain["n"], chain["average"] / nats, html.escape(concept), colour)
+            shares = {"n": chain["n"], "value": chain["value"] / nats, "average": chain["average"] / nats}
+            _dots_and_average(fig, shares, html.escape(concept), colour)
     return fig.update_yaxes(rangemode="tozero") if fig.data else None
 
 
@@ -213,13 +214,16 @@ def _figure(x: str, y: str) -> go.Figure:
     return go.Figure(layout=layout)
 
 
-def _dots_and_average(fig: go.Figure, chain: Columns) -> None:
+def _dots_and_average(fig: go.Figure, chain: Columns, concept: str | None = None, colour: str | None = None) -> None:
+    """`concept`: one of several in a figure, in its colour and under its name alone."""
     size = 7 if len(chain["n"]) < 100 else 4
     fig.add_scatter(
-        x=chain["n"], y=chain["value"].astype(np.float32), mode="markers", name="vector",
-        marker={"color": CHAIN, "size": size, "opacity": 0.6}, hovertemplate="n = %{x}<br>%{y:.4f}<extra></extra>",
+        x=chain["n"], y=chain["value"].astype(np.float32), mode="markers", name="vector", legendgroup=concept,
+        showlegend=concept is None, marker={"color": colour or CHAIN, "size": size, "opacity": 0.6},
+        hovertemplate="n = %{x}<br>%{y:.4f}<extra></extra>",
     )  # fmt: skip
-    _curve(fig, chain["n"], chain["average"], "moving average, 50", AVERAGE, line_width=2.5)
+    options = {"line_width": 2.5, "legendgroup": concept}
+    _curve(fig, chain["n"], chain["average"], concept or "moving average, 50", colour or AVERAGE, **options)
 
 
 def _curve(fig: go.Figure, x: np.ndarray, y: np.ndarray, name: str, colour: str, **options) -> None:
