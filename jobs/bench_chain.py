@@ -120,14 +120,32 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _limit_work(device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Callable], float, float]:
-    """A large product and a large copy, the operations of the one and the bytes moved by the other."""
+@dataclass(frozen=True)
+class Limits:
+    """What this machine can do at best: a large product and a large copy, to be timed beside what is measured."""
+
+    work: dict[str, Callable[[], object]]
+    operations: float
+    bytes: float
+
+    def rates(self, median: dict[str, float]) -> tuple[float, float]:
+        """Floating-point operations, and bytes, a second."""
+        return self.operations / median["matrix product"], self.bytes / median["copy"]
+
+    def seconds(self, median: dict[str, float], slice: Slice, batch: int = 1) -> tuple[float, str]:
+        """The least time that a step can take, and what bounds it."""
+        times = [cost / rate for cost, rate in zip(_cost(slice, batch), self.rates(median), strict=True)]
+        return max(times), "products" if times[0] > times[1] else "memory"
+
+
+def limits(device: torch.device, dtype: torch.dtype) -> Limits:
+    """What to time for this device and type."""
     size, count = (8192, 1 << 29) if device.type == "cuda" else (1536, 1 << 25)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     source = torch.empty(count, dtype=torch.uint8, device=device)
     place = torch.empty_like(source)
     work = {"matrix product": lambda: a @ b, "copy": lambda: place.copy_(source)}
-    return work, 2.0 * size**3, 2.0 * count
+    return Limits(work, 2.0 * size**3, 2.0 * count)
 
 
 def _cost(slice: Slice, batch: int) -> tuple[float, float]:
@@ -147,6 +165,12 @@ def _plain(slice: Slice) -> Slice:
     return slice
 
 
+def recorded(slice: Slice) -> Slice:
+    """The slice with its steps recorded from the first call on, as they are in a chain after some vectors."""
+    slice.value_and_grad = Recorded(slice._value_and_grad, after=1)
+    return slice
+
+
 def stepper(slice: Slice, config: Config, theta: Tensor, z: Tensor) -> Callable[[], object]:
     """One step's value and gradient of these vectors, as a chain calls it."""
     rows = torch.arange(len(theta)) % slice.num_prompts
@@ -158,12 +182,10 @@ def steps(bench: Bench) -> Iterator[Row]:
     model, config, device = bench.model, bench.config, bench.model.device
     start = normalize(torch.randn(1, model.d_model, generator=torch.Generator().manual_seed(0))) * config.radius
     reference = Reference(bench, start[0], normalize(bench.base[None]))
-    recorded = "CUDA graph" if device.type == "cuda" else "packed weights, recorded"
-    slices = {"plain": _plain(bench.slice()), recorded: bench.slice()}
-    slices[recorded].value_and_grad = Recorded(slices[recorded]._value_and_grad, after=1)
-    compile_seconds = 0.0
-    work, operations, moved = _limit_work(device, model.dtype)
-    work["reference"] = reference.step
+    engine = "CUDA graph" if device.type == "cuda" else "packed weights, recorded"
+    slices = {"plain": _plain(bench.slice()), engine: recorded(bench.slice())}
+    compile_seconds, best = 0.0, limits(device, model.dtype)
+    work = best.work | {"reference": reference.step}
     for name, slice in slices.items():
         work[name] = stepper(slice, config, start, reference.z_base[None])
     if not bench.quick:
@@ -177,16 +199,15 @@ def steps(bench: Bench) -> Iterator[Row]:
         else:
             compile_seconds, work["torch.compile"] = _now(device) - begin, step
     median = timed(work, bench.repeats, device)
-    rates = operations / median["matrix product"], moved / median["copy"]
+    rates = best.rates(median)
     yield Row("limits", "large matrix product", rates[0] / 1e9, "GFLOP/s")
     yield Row("limits", "large copy, read and write", rates[1] / 1e9, "GB/s")
-    limits = [cost / rate for cost, rate in zip(_cost(slices["plain"], 1), rates, strict=True)]
-    which = "products" if limits[0] > limits[1] else "memory"
-    yield Row("step", f"limit ({which})", max(limits) * 1e3, "ms", note=f"{len(bench.tokens)} tokens, {model.dtype}")
-    for name in [name for name in work if name not in ("matrix product", "copy")]:
+    limit, which = best.seconds(median, slices["plain"])
+    yield Row("step", f"limit ({which})", limit * 1e3, "ms", note=f"{len(bench.tokens)} tokens, {model.dtype}")
+    for name in [name for name in work if name not in best.work]:
         note = f"compiled in {compile_seconds:.0f} s" if name == "torch.compile" else ""
         ratio = median["reference"] / median[name]
-        yield Row("step", name, median[name] * 1e3, "ms", ratio, median[name] / max(limits), note)
+        yield Row("step", name, median[name] * 1e3, "ms", ratio, median[name] / limit, note)
 
 
 def equal_loss(bench: Bench) -> Iterator[Row]:

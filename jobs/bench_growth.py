@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator
 
 import torch
-from bench_chain import Bench, Row, stepper, timed
+from bench_chain import Bench, Row, limits, recorded, stepper, timed
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from melbo_ray.model import LanguageModel
@@ -22,17 +22,17 @@ def growth(bench: Bench) -> Iterator[Row]:
     generator = torch.Generator().manual_seed(0)
     theta, z = torch.randn(2, 4, bench.model.d_model, generator=generator)
     lengths = (8, 32) if bench.quick else (8, 16, 32, 64, 128)
-    work = {}
-    for count in (1, 2, 4):
-        slice = bench.slice(*[bench.tokens] * count)
-        work[f"{count} concepts"] = stepper(slice, config, theta[:count], z[:count])
-    for length in lengths:
-        slice = bench.slice(torch.arange(10, 10 + length))
-        work[f"{length} tokens"] = stepper(slice, config, theta[:1], z[:1])
-    median = timed(work, bench.repeats, device)
-    for case, seconds in median.items():
+    slices = {f"{count} concepts": recorded(bench.slice(*[bench.tokens] * count)) for count in (1, 2, 4)}
+    slices |= {f"{length} tokens": recorded(bench.slice(torch.arange(10, 10 + length))) for length in lengths}
+    best = limits(device, bench.model.dtype)
+    rows = {case: slice.num_prompts for case, slice in slices.items()}
+    work = {case: stepper(slice, config, theta[: rows[case]], z[: rows[case]]) for case, slice in slices.items()}
+    median = timed(best.work | work, bench.repeats, device)
+    for case, slice in slices.items():
         first = median["1 concepts" if "concepts" in case else f"{lengths[0]} tokens"]
-        yield Row("growth", case, seconds * 1e3, "ms", note=f"{seconds / first:.2f} times the first")
+        ratio = median[case] / best.seconds(median, slice, rows[case])[0]
+        note = f"{median[case] / first:.2f} times the first"
+        yield Row("growth", case, median[case] * 1e3, "ms", None, ratio, note)
     for d_model in (256, 576) if bench.quick else (576, 1024, 2048):
         yield from _width(bench, d_model, generator)
 
