@@ -27,7 +27,7 @@ import bench_text
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from bench_chain import Bench, Row
+from bench_reference import Bench, Row
 from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import normalize

@@ -4,7 +4,8 @@ import copy
 from collections.abc import Iterator
 
 import torch
-from bench_chain import Bench, Row, limits, recorded, stepper, timed
+from bench_chain import recorded, stepper
+from bench_reference import Bench, Row, limits, timed
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from melbo_ray.model import LanguageModel

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import torch
-from bench_chain import Bench, Row, timed
+from bench_reference import Bench, Row, timed
 from torch import Tensor
 from torch.nn.functional import normalize
 

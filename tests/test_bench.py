@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
 import bench
 import bench_chain
 import bench_growth
+import bench_reference
 import bench_text
 
 from melbo_ray.config import Config, UserError
@@ -33,7 +34,7 @@ def _one_thread():
 @pytest.fixture
 def small():
     config = Config(source_layer=1, target_layer=3, radius=3.0, num_vectors=4, max_evaluations=5, max_relative_loss=1e6)
-    return bench_chain.Bench(tiny(), torch.arange(40, 60), directions(1)[0], config, repeats=1, quick=True)
+    return bench_reference.Bench(tiny(), torch.arange(40, 60), directions(1)[0], config, repeats=1, quick=True)
 
 
 def test_the_reference_takes_the_steps_that_our_adam_takes(small):
@@ -41,7 +42,7 @@ def test_the_reference_takes_the_steps_that_our_adam_takes(small):
     taken = Subspace(len(theta), 1)
     taken.add(base[0])
     start = taken.remove(theta)
-    reference = bench_chain.Reference(small, start, taken.basis)
+    reference = bench_reference.Reference(small, start, taken.basis)
     slice, rows = small.slice(), torch.tensor([0])
     solver = adam(start, steps=4, lr=0.01 * 3 / 7, remove=taken.remove)
     ours = next(solver)
