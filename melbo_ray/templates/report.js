@@ -102,6 +102,10 @@ function index({ vectors, texts, prompts, left_out }) {
     const key = texts.kind[i] + "/" + n;
     rows.has(key) ? rows.get(key).push(i) : rows.set(key, [i]);
   });
-  const lower = texts.text.map((text) => text.toLowerCase());
-  return { vectors, texts, prompts, left_out, stops, rows, lower };
+  let lower;
+  return {
+    vectors, texts, prompts, left_out, stops, rows,
+    // When somebody searches: nobody has to wait for it when the page opens.
+    get lower() { return lower ??= texts.text.map((text) => text.toLowerCase()); },
+  };
 }
