@@ -124,7 +124,10 @@ def startup() -> None:
             url, begun, reached = f"{folder}/runs/run", time.perf_counter(), {}
             command = ["python", "jobs/ortho.py", f"--storage={folder}/runs", "--run-id=run", "--num-vectors=1"]
             job = subprocess.Popen(
-                submission(address, [*command, "--evals=kl"]), cwd=REPOSITORY, stdout=subprocess.DEVNULL
+                submission(address, [*command, "--evals=kl"]),
+                cwd=REPOSITORY,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
             )
             while job.poll() is None and "chain" not in reached:
                 found = {unit.evaluation for unit in Run.open(url).fresh()}
