@@ -88,7 +88,7 @@ class Hosts:
                 processes += [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
             node.terminate()
         # A node that is cut off waits for an answer.
-        for process in psutil.wait_procs(processes, timeout=10)[1]:
+        for process in psutil.wait_procs(processes, timeout=4)[1]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         subprocess.run(["ip", "link", "delete", self.prefix], check=False, capture_output=True)
