@@ -21,11 +21,13 @@ class Job:
         tokens: the prompt, (seq,) int64.
         theta: the vector it is steered by, (d_model,) float32.
         seed: decides its draws, whatever else is in the batch.
+        ablated: a direction of norm 1, (d_model,) float32, of which the steered stream keeps nothing.
     """
 
     tokens: Int[Tensor, " seq"]
     theta: Float[Tensor, " d_model"]
     seed: int = 0
+    ablated: Float[Tensor, " d_model"] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,9 @@ class _Batch:
         for number, (keys, values) in enumerate(past):
             cache.update(keys, values, number)
         theta = torch.stack([row.job.theta for row in rows]).to(self.model.device)
-        with steering(self.model, self.source, theta):
+        units = [torch.zeros_like(row.job.theta) if row.job.ablated is None else row.job.ablated for row in rows]
+        ablated = torch.stack(units) if any(row.job.ablated is not None for row in rows) else None
+        with steering(self.model, self.source, theta, ablated):
             output = self.model.network(
                 input_ids=tokens,
                 attention_mask=mask,

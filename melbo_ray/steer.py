@@ -19,12 +19,24 @@ _TOKENS = 2048
 
 
 @contextlib.contextmanager
-def steering(model: LanguageModel, source: int, theta: Float[Tensor, "batch d_model"]) -> Generator[None]:
-    """While it lasts, theta[i] is added to the output of block `source` at every position of the batch's row i."""
+def steering(
+    model: LanguageModel,
+    source: int,
+    theta: Float[Tensor, "batch d_model"],
+    ablated: Float[Tensor, "batch d_model"] | None = None,
+) -> Generator[None]:
+    """While it lasts, theta[i] is added to the output of block `source` at every position of the batch's row i.
+
+    What the sum then has along ablated[i] (of norm 1, or 0 for nothing) is taken out.
+    """
 
     def add(_layer: nn.Module, _args: tuple, output: Any) -> Any:
         h = output[0] if isinstance(output, tuple) else output
-        h = (h.float() + theta[:, None].to(h.device)).to(h.dtype)
+        steered = h.float() + theta[:, None].to(h.device)
+        if ablated is not None:
+            units = ablated[:, None].to(h.device)
+            steered = steered - (steered * units).sum(-1, keepdim=True) * units
+        h = steered.to(h.dtype)
         return (h, *output[1:]) if isinstance(output, tuple) else h
 
     handle = model.layers[source].register_forward_hook(add)

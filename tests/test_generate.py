@@ -12,13 +12,20 @@ PROMPTS = ["How are you?", "Hi", "A longer prompt than the others, by far", "Why
 
 
 def jobs_of(model, count=8, norm=3.0):
-    thetas = directions(count, norm)
-    return [Job(model.tokenize(PROMPTS[i % len(PROMPTS)]), thetas[i], seed=i) for i in range(count)]
+    thetas, units = directions(count, norm), directions(count, seed=5)
+    units = units / units.norm(dim=-1, keepdim=True)
+    return [
+        Job(model.tokenize(PROMPTS[i % len(PROMPTS)]), thetas[i], seed=i, ablated=None if i % 3 else units[i])
+        for i in range(count)
+    ]
 
 
 def transformers_greedy(model, job, max_new_tokens):
     def add(_layer, _args, output):
-        return (output[0] + job.theta, *output[1:]) if isinstance(output, tuple) else output + job.theta
+        h = (output[0] if isinstance(output, tuple) else output) + job.theta
+        if job.ablated is not None:
+            h = h - (h @ job.ablated)[..., None] * job.ablated
+        return (h, *output[1:]) if isinstance(output, tuple) else h
 
     handle = model.layers[SOURCE].register_forward_hook(add)
     settings = GenerationConfig(

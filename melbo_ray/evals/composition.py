@@ -21,7 +21,7 @@ def run(study: Study, chain: Vectors) -> Rows:
 
     `scale` is `own` (the mean as it is), `typical` (rescaled to the chain's median norm), or `ablated`: the base
     steers, and the mean's direction is projected out of the source layer's residual stream. `norm` is what is added;
-    for `ablated` the base's. `index` counts the rows. Texts are sampled once for each subset that is added.
+    for `ablated` the base's. `index` counts the rows. A text is sampled for each.
     """
     subsets = _subsets(study, chain)
     means = torch.stack([chain.theta[places].mean(0) for _, places in subsets]) if subsets else chain.theta[:0]
@@ -30,10 +30,12 @@ def run(study: Study, chain: Vectors) -> Rows:
     for scale, thetas in {"own": means, "typical": typical, "ablated": _ablated(study, means)}.items():
         numbers = range(len(rows), len(rows) + len(subsets))
         norms = [float(study.base.norm())] * len(subsets) if scale == "ablated" else thetas.norm(dim=-1).tolist()
-        texts: list[str | None] = [None] * len(subsets)
-        if scale != "ablated":
-            keys = [{"index": number, "prompt_id": TRAINING, "scale": scale} for number in numbers]
-            texts = [row["text"] for row in write(study, "composition", keys, list(thetas))]
+        keys = [{"index": number, "prompt_id": TRAINING, "scale": scale} for number in numbers]
+        if scale == "ablated":
+            written = write(study, "composition", keys, [study.base] * len(subsets), list(at_norm(means, 1.0)))
+        else:
+            written = write(study, "composition", keys, list(thetas))
+        texts = [row["text"] for row in written]
         for number, (rule, places), norm, columns, text in zip(
             numbers, subsets, norms, measure_all(study, thetas), texts, strict=True
         ):

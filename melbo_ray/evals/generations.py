@@ -32,17 +32,23 @@ def run(study: Study, vectors: Vectors) -> Rows:
     return {"generations": [study.row(vectors.kind, **key, **text) for key, text in zip(keys, texts, strict=True)]}
 
 
-def write(study: Study, kind: str, keys: Sequence[Row], thetas: Sequence[Float[Tensor, " d_model"]]) -> list[Row]:
+def write(
+    study: Study,
+    kind: str,
+    keys: Sequence[Row],
+    thetas: Sequence[Float[Tensor, " d_model"]],
+    ablated: Sequence[Float[Tensor, " d_model"] | None] | None = None,
+) -> list[Row]:
     """A continuation of the prompt keys[i]["prompt_id"] under thetas[i], seeded by what keys[i] says.
 
-    Where keys[i] has a `sample` of 0 it is greedy, otherwise drawn.
+    Where keys[i] has a `sample` of 0 it is greedy, otherwise drawn. `ablated`: as a `Job` has it.
     """
     config, concept = study.config, study.concept
     jobs = []
-    for key, theta in zip(keys, thetas, strict=True):
+    for key, theta, unit in zip(keys, thetas, ablated or [None] * len(keys), strict=True):
         purpose = "/".join(["generations", kind, *(str(value) for name, value in key.items() if name != "index")])
         seed = derive_seed(config.seed, concept.name, key["index"], purpose)
-        jobs.append(Job(study.tokens(key["prompt_id"]), theta, seed))
+        jobs.append(Job(study.tokens(key["prompt_id"]), theta, seed, unit))
     temperatures = [0.0 if key.get("sample") == 0 else config.temperature for key in keys]
     rows: dict[int, Row] = {}
     for temperature in set(temperatures):

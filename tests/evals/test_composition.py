@@ -3,6 +3,8 @@ import pytest
 import torch
 
 from melbo_ray.evals import evaluate
+from melbo_ray.generate import Job, generate
+from melbo_ray.ortho import derive_seed
 from tests.evals import reference
 from tests.evals.reference import rows_of
 
@@ -48,4 +50,7 @@ def test_ablating_projects_the_mean_out_of_the_stream_under_the_base(study, chai
             reference.kl(log_p, reference.next_token(study, study.base)), abs=1e-4
         )
         assert row["norm"] == pytest.approx(5)
-        assert row["text"] is None
+        seed = derive_seed(study.config.seed, "code", row["index"], "generations/composition/training/ablated")
+        job = Job(reference.prompt_tokens(study), study.base, seed, unit)
+        (text,) = generate(study.model, [job], 1, max_new_tokens=8)
+        assert row["text"] == study.model.tokenizer.decode(text.tokens, skip_special_tokens=True)
