@@ -68,7 +68,7 @@ def survive(tiny, place, expected, seed, kills, every, seconds):
 
 
 def test_a_few_kills_of_every_kind_change_nothing(tiny, place, expected):
-    tally = survive(tiny, place, expected, seed=1, kills=7, every=10, seconds=400)
+    tally = survive(tiny, place, expected, seed=1, kills=7, every=4, seconds=400)
     assert set(tally) >= {"evaluator", "chain", "driver", "node"}
 
 

@@ -97,7 +97,10 @@ def test_a_run_that_is_stopped_leaves_what_it_has_published_and_the_lease_free(t
     url = f"{tmp_path}/run"
     command = tiny.command("ortho", str(tmp_path), "run", max_evaluations=1000, tolerance=0)
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # What was started in the background of a shell may ignore SIGINT, and passes that on.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     driver = subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | cluster, **pipe)
+    signal.signal(signal.SIGINT, before)
     _wait(lambda: _found(url) >= 2, driver)
     driver.send_signal(stop)
     _, said = driver.communicate(timeout=60)
