@@ -13,7 +13,6 @@ import dataclasses
 import math
 import os
 import platform
-import resource
 import sys
 import tempfile
 import types
@@ -38,6 +37,7 @@ from melbo_ray.concepts import load_concept
 from melbo_ray.config import Config, UserError, first_line
 from melbo_ray.melbo import contrast
 from melbo_ray.model import LanguageModel, pick_device
+from melbo_ray.work import resident_peak
 
 SHAPES = {
     "qwen1.5-1.8b": Qwen2Config(
@@ -86,9 +86,7 @@ def queries(_bench: Bench) -> Iterator[Row]:
 
 def memory(bench: Bench) -> Iterator[Row]:
     """The most memory this process has held."""
-    # Linux counts in KiB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    yield Row("memory", "process", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, "GiB")
+    yield Row("memory", "process", resident_peak() / 2**30, "GiB")
     if bench.model.device.type == "cuda":
         yield Row("memory", "GPU", torch.cuda.max_memory_allocated() / 2**30, "GiB")
 

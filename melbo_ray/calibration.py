@@ -65,7 +65,7 @@ def _evaluations(checked: Checked, model: LanguageModel, device: torch.device) -
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        times = [_time(checked, layers, batch, device) for layers in (few, more)]
+        times = [_time(checked, model, layers, batch, device) for layers in (few, more)]
     finally:
         torch.set_num_threads(threads)
     found = {}
@@ -84,14 +84,13 @@ def extrapolate(one: tuple[int, float], other: tuple[int, float], layers: int) -
     return max(0.0, one[1] + each * (layers - one[0]))
 
 
-def _time(checked: Checked, layers: int, batch: int, device: torch.device) -> dict[str, float]:
+def _time(checked: Checked, whole: LanguageModel, layers: int, batch: int, device: torch.device) -> dict[str, float]:
     """Seconds a vector of each evaluation of single vectors, θ added after the first of so many layers."""
     config: Config = checked.config
     shape = truncate(load_config(config.model, config.revision, config.trust_remote_code), layers)
-    model = sketch(config)
     with torch.device(device):
-        network = AutoModelForCausalLM.from_config(shape, dtype=model.dtype)
-    model = LanguageModel.wrap(network, model.tokenizer, name=config.model)
+        network = AutoModelForCausalLM.from_config(shape, dtype=whole.dtype)
+    model = LanguageModel.wrap(network, whole.tokenizer, name=config.model)
     draws = torch.randn(batch + 2, model.d_model, generator=torch.Generator().manual_seed(0))
     base, first, *_ = thetas = normalize(draws, dim=-1) * config.radius
     study = Study(model, config.model_copy(update={"source_layer": 0}), checked.concepts[0], "plan", base)

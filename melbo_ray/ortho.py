@@ -33,10 +33,10 @@ class SteeringVector:
         norm: ‖θ‖ (residual-stream units).
         loss: ‖z(θ) − z(θ₀)‖ (residual-stream units), without the norm penalty.
         relative_loss: loss / ‖z(0) − z(θ₀)‖.
-        evaluations: value-and-gradient evaluations it took.
+        evaluations: value-and-gradient evaluations it took; of a block, those of the block.
         stop_reason: `converged`, `max_evaluations` or `line_search`: why the solver stopped.
         max_abs_cos: largest |cos| with θ₀ and every earlier vector, float64.
-        seconds: wall time it took.
+        seconds: wall time it took; of a block, an equal share.
         seed: seed of its random start.
     """
 

@@ -188,8 +188,7 @@ class Worker:
         """The most this process has taken until now: of its GPUs where it has some, else resident."""
         if self.model.device.type == "cuda":
             return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
-        unit = 1 if sys.platform == "darwin" else 1024
-        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return resident_peak()
 
     def _row(self, kind: str, index: int, theta: torch.Tensor) -> dict[str, Any]:
         empty = dict.fromkeys(tables.SCHEMAS["vectors"].names)
@@ -205,6 +204,13 @@ def stored_vectors(run: Run, concept: str) -> dict[str, dict[int, SteeringVector
         kind, _ = row.pop("kind"), row.pop("run_id")
         found.setdefault(kind, {})[row["index"]] = SteeringVector(theta=theta, **row)
     return found
+
+
+def resident_peak() -> int:
+    """The most resident memory that this process has had until now, bytes."""
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def cores() -> int:

@@ -31,11 +31,10 @@ def run(study: Study, chain: Vectors) -> Rows:
         numbers = range(len(rows), len(rows) + len(subsets))
         norms = [float(study.base.norm())] * len(subsets) if scale == "ablated" else thetas.norm(dim=-1).tolist()
         keys = [{"index": number, "prompt_id": TRAINING, "scale": scale} for number in numbers]
-        if scale == "ablated":
-            written = write(study, "composition", keys, [study.base] * len(subsets), list(at_norm(means, 1.0)))
-        else:
-            written = write(study, "composition", keys, list(thetas))
-        texts = [row["text"] for row in written]
+        added, units = (
+            ([study.base] * len(subsets), list(at_norm(means, 1.0))) if scale == "ablated" else (thetas, None)
+        )
+        texts = [row["text"] for row in write(study, "composition", keys, list(added), units)]
         for number, (rule, places), norm, columns, text in zip(
             numbers, subsets, norms, measure_all(study, thetas), texts, strict=True
         ):
