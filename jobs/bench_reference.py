@@ -29,7 +29,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured: a model, a prompt, a base, layers and options, and how often."""
+    """What is measured.
+
+    Attributes:
+        model: the model.
+        tokens: the prompt, (seq,) int64.
+        base: θ₀, (d_model,) float32.
+        config: layers, radius and the other options.
+        repeats: how often each case is timed; its median counts.
+        quick: smaller sizes, fewer cases.
+    """
 
     model: LanguageModel
     tokens: Int[Tensor, " seq"]
@@ -118,7 +127,13 @@ def now(device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class Limits:
-    """What this machine can do at best: a large product and a large copy, to be timed beside what is measured."""
+    """What this machine can do at best: a large product and a large copy, to be timed beside what is measured.
+
+    Attributes:
+        work: both, by name.
+        operations: floating-point operations of the product.
+        bytes: bytes that the copy reads and writes.
+    """
 
     work: dict[str, Callable[[], object]]
     operations: float
@@ -129,7 +144,7 @@ class Limits:
         return self.operations / median["matrix product"], self.bytes / median["copy"]
 
     def seconds(self, median: dict[str, float], slice: Slice, batch: int = 1) -> tuple[float, str]:
-        """The least time that a step can take, and what bounds it."""
+        """The least time (seconds) that a step of `batch` vectors can take, and what bounds it."""
         times = [cost / rate for cost, rate in zip(_cost(slice, batch), self.rates(median), strict=True)]
         return max(times), "products" if times[0] > times[1] else "memory"
 
