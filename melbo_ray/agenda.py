@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from melbo_ray.evals import EVALUATIONS
-from melbo_ray.store import WHOLE, Coverage, Unit, count, covers
+from melbo_ray.units import WHOLE, Coverage, Unit, count, covers
 
 CONTROLS = ("base", "unsteered")
 """The kinds of one vector each, index 0, that every vector is compared with; `unsteered` is the vector 0."""

@@ -20,8 +20,9 @@ from melbo_ray.layout import lay_out
 from melbo_ray.lease import Lease
 from melbo_ray.progress import Display
 from melbo_ray.storage import StorageError
-from melbo_ray.store import Run, progress
+from melbo_ray.store import Run
 from melbo_ray.subspace import max_abs_cos
+from melbo_ray.units import progress
 from melbo_ray.work import stored_vectors
 
 _PUBLISH_EVERY = 20.0

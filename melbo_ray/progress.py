@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from melbo_ray.store import WHOLE, Coverage, Run, Unit, count, progress
+from melbo_ray.store import Run
+from melbo_ray.units import WHOLE, Coverage, Unit, count, progress
 
 if TYPE_CHECKING:  # a look at a run's storage needs neither
     from melbo_ray.agenda import Agenda

@@ -16,8 +16,7 @@ import io
 import json
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -27,48 +26,7 @@ import pyarrow.parquet as pq
 from melbo_ray.config import UserError
 from melbo_ray.storage import Storage
 from melbo_ray.tables import SCHEMA_VERSION, SCHEMAS
-
-_BLOCK = 512
-WHOLE = "whole"
-
-Coverage = dict[str, dict[str, dict[str, list[list[int]]]]]
-
-
-@dataclass(frozen=True, order=True)
-class Unit:
-    """Work whose rows appear together: one evaluation of consecutive vectors of one kind.
-
-    Attributes:
-        concept: its name.
-        evaluation: name of the evaluation; `base` and `chain` for the vectors themselves.
-        kind: `chain`, `base`, …, or `whole` for an evaluation of the chain as a whole, which replaces earlier ones.
-        first: index of the first vector.
-        last: index of the last one.
-    """
-
-    concept: str
-    evaluation: str
-    kind: str
-    first: int
-    last: int
-
-    @property
-    def name(self) -> str:
-        """The object it is written to."""
-        return f"units/{self.concept}/{self.evaluation}.{self.kind}.{self.first:06d}-{self.last:06d}.zip"
-
-    @classmethod
-    def of(cls, name: str) -> "Unit":
-        """The unit that is written to `name`."""
-        _, concept, file = name.split("/")
-        evaluation, kind, span, _ = file.split(".")
-        first, last = span.split("-")
-        return cls(concept, evaluation, kind, int(first), int(last))
-
-    def part(self, table: str) -> str:
-        """The published part of `table` that its rows go to."""
-        block = 0 if self.kind == WHOLE else self.first // _BLOCK
-        return f"{table}/concept={self.concept}/part-{self.evaluation}-{block:05d}.parquet"
+from melbo_ray.units import WHOLE, Coverage, Unit, cover, covers, spans_of
 
 
 class Run:
@@ -196,49 +154,13 @@ class Run:
         covered: Coverage = json.loads((rows[0].schema.metadata or {}).get(b"units", b"{}")) if rows else {}
         for unit, new in sorted(additions, key=lambda pair: pair[0]):
             if not covers(covered, unit):
-                rows = [new] if unit.kind == WHOLE else [*rows, _outside(_spans(covered, unit), new)]
+                rows = [new] if unit.kind == WHOLE else [*rows, _outside(spans_of(covered, unit), new)]
                 cover(covered, unit)
         schema = _schema(table)
         merged = pa.concat_tables([part.cast(schema) for part in rows]).sort_by(
             [("index", "ascending"), ("kind", "ascending")]
         )
         return merged.replace_schema_metadata({**(schema.metadata or {}), "units": json.dumps(covered)})
-
-
-def cover(coverage: Coverage, unit: Unit) -> None:
-    """Note the unit's indices as done, as few spans; for `whole`, in place of what was noted."""
-    kinds = coverage.setdefault(unit.concept, {}).setdefault(unit.evaluation, {})
-    spans = sorted([*([] if unit.kind == WHOLE else kinds.get(unit.kind, [])), [unit.first, unit.last]])
-    merged: list[list[int]] = []
-    for first, last in spans:
-        if merged and first <= merged[-1][1] + 1:
-            merged[-1][1] = max(merged[-1][1], last)
-        else:
-            merged.append([first, last])
-    kinds[unit.kind] = merged
-
-
-def covers(coverage: Coverage, unit: Unit) -> bool:
-    """Whether every index of the unit is noted as done."""
-    return any(first <= unit.first and unit.last <= last for first, last in _spans(coverage, unit))
-
-
-def _spans(coverage: Coverage, unit: Unit) -> list[list[int]]:
-    """The indices of the unit's kind that are noted as done."""
-    return coverage.get(unit.concept, {}).get(unit.evaluation, {}).get(unit.kind, [])
-
-
-def progress(manifest: Mapping[str, Any], fresh: Iterable[Unit]) -> Coverage:
-    """What is done of a run: published and fresh together."""
-    done = json.loads(json.dumps(manifest.get("done", {})))
-    for unit in fresh:
-        cover(done, unit)
-    return done
-
-
-def count(coverage: Coverage, concept: str, evaluation: str, kind: str) -> int:
-    """How many indices are done."""
-    return sum(last - first + 1 for first, last in coverage.get(concept, {}).get(evaluation, {}).get(kind, []))
 
 
 def _outside(spans: list[list[int]], rows: pa.Table) -> pa.Table:

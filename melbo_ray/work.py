@@ -25,7 +25,8 @@ from melbo_ray.model import BALANCED, LanguageModel
 from melbo_ray.ortho import SteeringVector
 from melbo_ray.partial import lower, lower_fingerprint
 from melbo_ray.residual import Slice
-from melbo_ray.store import WHOLE, Run, Unit
+from melbo_ray.store import Run
+from melbo_ray.units import WHOLE, Unit
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ import melbo_ray.storage
 from melbo_ray.config import UserError
 from melbo_ray.lease import TIME_TO_LIVE, Lease, LeaseLostError, holder
 from melbo_ray.storage import Storage, StorageError
-from melbo_ray.store import WHOLE, Run, Unit, count, cover, covers
+from melbo_ray.store import Run
 from melbo_ray.tables import table
+from melbo_ray.units import WHOLE, Unit, count, cover, covers
 from tests.s3 import environment, faulty, serve
 
 

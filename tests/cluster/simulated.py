@@ -12,7 +12,8 @@ import torch
 
 from melbo_ray import tables
 from melbo_ray.config import Config
-from melbo_ray.store import Run, Unit
+from melbo_ray.store import Run
+from melbo_ray.units import Unit
 from melbo_ray.work import Evaluated, Found
 
 D_MODEL = 8
