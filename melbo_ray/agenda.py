@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from melbo_ray.evals import EVALUATIONS
-from melbo_ray.units import WHOLE, Coverage, Unit, count, covers
+from melbo_ray.units import WHOLE, Coverage, Unit, block_of, count, covers
 
 CONTROLS = ("base", "unsteered")
 """The kinds of one vector each, index 0, that every vector is compared with; `unsteered` is the vector 0."""
@@ -87,7 +87,7 @@ class Agenda:
         return done, single * len(CONTROLS) + len(self.names) * goal
 
     def _batches(self, name: str, kind: str, indices: range) -> Iterator[Unit]:
-        """Blocks with fixed borders; of one that was begun otherwise, the stretches that are missing."""
+        """Batches with fixed borders, cut where a part ends; of one that was begun otherwise, the stretches missing."""
         for start in range(0, len(indices), self.batch):
             missing = [
                 i
@@ -95,6 +95,6 @@ class Agenda:
                 if not covers(self.done, Unit(self.concept, name, kind, i, i))
             ]
             # Neighbours share the difference between an index and its place among the missing.
-            for _, group in itertools.groupby(enumerate(missing), lambda pair: pair[1] - pair[0]):
+            for _, group in itertools.groupby(enumerate(missing), lambda pair: (pair[1] - pair[0], block_of(pair[1]))):
                 stretch = [index for _, index in group]
                 yield Unit(self.concept, name, kind, stretch[0], stretch[-1])

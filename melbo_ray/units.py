@@ -45,8 +45,13 @@ class Unit:
 
     def part(self, table: str) -> str:
         """The published part of `table` that its rows go to."""
-        block = 0 if self.kind == WHOLE else self.first // _BLOCK
+        block = 0 if self.kind == WHOLE else block_of(self.first)
         return f"{table}/concept={self.concept}/part-{self.evaluation}-{block:05d}.parquet"
+
+
+def block_of(index: int) -> int:
+    """The published part that a vector's rows go to: no unit may lie across a border, or two parts could have a row."""
+    return max(index - 1, 0) // _BLOCK
 
 
 def cover(coverage: Coverage, unit: Unit) -> None:

@@ -11,10 +11,12 @@ import time
 import uuid
 
 import duckdb
+import numpy as np
 import pytest
 
 import melbo_ray.lease
 import melbo_ray.storage
+from melbo_ray.agenda import Agenda
 from melbo_ray.config import UserError
 from melbo_ray.lease import TIME_TO_LIVE, Lease, LeaseLostError, holder
 from melbo_ray.storage import Storage, StorageError
@@ -530,3 +532,20 @@ def test_coverage_is_kept_as_few_spans():
     assert done == {"code": {"dose": {"chain": [[1, 16], [25, 32]]}}}
     assert covers(done, unit(3, 12))
     assert not covers(done, unit(16, 17))
+
+
+@pytest.mark.parametrize(("before", "after"), [(8, 20), (20, 8), (1, 600)])
+def test_units_of_two_batch_sizes_are_not_doubled_across_the_border_of_two_parts(tmp_path, before, after):
+    """A resume with another --eval-batch, then an evaluator that lingers from before it."""
+    run, state = Run.open(str(tmp_path / "one")), manifest()
+    for batch in (before, after, before):
+        agenda = Agenda("code", ["dose"], batch, {}, stop_reason="num_vectors")
+        agenda.theta = {"base": {0: np.ones(1)}, "chain": dict.fromkeys(range(1, 601), np.ones(1))}
+        for due in agenda.due():
+            if due.kind == "chain" and due.last > 490 and due.first < 530:
+                run.commit(due, rows(due.first, due.last))
+        run.publish(state, lambda: None)
+    published = duckdb.execute(f"SELECT index FROM '{tmp_path}/*/dose/**/*.parquet' ORDER BY index").fetchnumpy()
+    assert len(run.storage.names("dose")) == 2
+    assert published["index"].tolist() == indices(run) == sorted(set(indices(run)))
+    assert {491, 512, 513, 529} <= set(indices(run))
