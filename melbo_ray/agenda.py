@@ -1,13 +1,14 @@
 """What is due of a concept: which vectors and controls still lack which evaluations, in units of fixed borders."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from melbo_ray.evals import EVALUATIONS
-from melbo_ray.units import WHOLE, Coverage, Unit, block_of, count, covers
+from melbo_ray.units import WHOLE, Coverage, Unit, block_of, count, covers, uncover
 
 CONTROLS = ("base", "unsteered")
 """The kinds of one vector each, index 0, that every vector is compared with; `unsteered` is the vector 0."""
@@ -46,6 +47,14 @@ class Agenda:
     def learn(self, kind: str, index: int, theta: np.ndarray) -> None:
         """Note a vector that is durable."""
         self.theta.setdefault(kind, {})[index] = theta
+
+    def retry(self, failures: Iterable[Mapping[str, Any]]) -> None:
+        """Make due again what has failed, given as rows of the table `failures`."""
+        for row in failures:
+            name, kind, index = row["evaluation"], row["kind"], row["index"]
+            if name in self.names:
+                kind = WHOLE if EVALUATIONS[name].scope == "chain" else kind
+                uncover(self.done, Unit(self.concept, name, kind, index, index))
 
     def due(self) -> list[Unit]:
         """Every unit that can run now and is not done: whole batches, and at the chain's end what is left."""

@@ -88,6 +88,7 @@ class _Job:
         config = self.checked.config
         done = progress(self.manifest, self.run.fresh())
         agenda = Agenda(concept, config.evals, config.eval_batch, done)
+        agenda.retry(self.run.read("failures", concept).to_pylist())
         for kind, vectors in stored_vectors(self.run, concept).items():
             for index, vector in vectors.items():
                 agenda.learn(kind, index, vector.theta.numpy())

@@ -11,6 +11,7 @@ replaced in one stroke by a superset of itself, so a reader of the tables never 
 records them as done and only then deletes the units.
 """
 
+import dataclasses
 import datetime
 import io
 import json
@@ -26,7 +27,10 @@ import pyarrow.parquet as pq
 from melbo_ray.config import UserError
 from melbo_ray.storage import Storage
 from melbo_ray.tables import SCHEMA_VERSION, SCHEMAS
-from melbo_ray.units import WHOLE, Coverage, Unit, cover, covers, spans_of
+from melbo_ray.units import WHOLE, Coverage, Unit, cover, covers, spans_of, uncover
+
+_Written = tuple[Unit, dict[str, pa.Table]]
+"""A unit and its rows by table."""
 
 
 class Run:
@@ -108,10 +112,10 @@ class Run:
         Fresh units are read first: what is published and deleted under our hands is in the parts that are read after.
         """
         fresh = [(unit, self.load(unit)) for unit in self.fresh() if unit.concept == concept]
-        parts: dict[str, list[tuple[Unit, pa.Table]]] = defaultdict(list)
+        parts: dict[str, list[_Written]] = defaultdict(list)
         for unit, tables in fresh:
             if tables and table in tables:
-                parts[unit.part(table)].append((unit, tables[table]))
+                parts[unit.part(table)].append((unit, tables))
         published = [n for n in self.storage.names(f"{table}/concept={concept}") if n.endswith(".parquet")]
         merged = [self._merged(table, name, parts.get(name, [])) for name in sorted({*published, *parts})]
         return pa.concat_tables(
@@ -128,10 +132,11 @@ class Run:
         for unit in self.fresh():
             groups[unit.concept, unit.evaluation, unit.part("")].append(unit)
         for units in groups.values():
-            parts: dict[str, list[tuple[Unit, pa.Table]]] = defaultdict(list)
+            parts: dict[str, list[_Written]] = defaultdict(list)
             for unit in units:
-                for table, rows in (self.load(unit) or {}).items():
-                    parts[table].append((unit, rows))
+                tables = self.load(unit) or {}
+                for table in tables:
+                    parts[table].append((unit, tables))
             for table, additions in parts.items():
                 name = additions[0][0].part(table)
                 version = self.storage.version(name)
@@ -147,15 +152,24 @@ class Run:
             self.write_manifest(manifest)
             self.storage.delete(unit.name for unit in units)
 
-    def _merged(self, table: str, name: str, additions: list[tuple[Unit, pa.Table]]) -> pa.Table:
-        """The published part `name` with the units' rows added, those of indices that it has already left out."""
+    def _merged(self, table: str, name: str, additions: list[_Written]) -> pa.Table:
+        """The published part `name` with the units' rows added, those of indices that it has already left out.
+
+        An index that failed is not one that it has: another unit may still bring its rows, or fail it anew.
+        """
         old = self.storage.get(name)
         rows = [] if old is None else [pq.read_table(io.BytesIO(old))]
         covered: Coverage = json.loads((rows[0].schema.metadata or {}).get(b"units", b"{}")) if rows else {}
-        for unit, new in sorted(additions, key=lambda pair: pair[0]):
-            if not covers(covered, unit):
-                rows = [new] if unit.kind == WHOLE else [*rows, _outside(spans_of(covered, unit), new)]
-                cover(covered, unit)
+        for unit, tables in sorted(additions, key=lambda pair: pair[0]):
+            if covers(covered, unit):
+                continue
+            had = [] if unit.kind == WHOLE else spans_of(covered, unit)
+            kept = [] if unit.kind == WHOLE else [part.filter(~_tried(unit, had)) for part in rows]
+            rows = [*kept, _outside(had, tables[table])]
+            cover(covered, unit)
+            failures = tables.get("failures", _schema("failures").empty_table())
+            for index in _outside(had, failures)["index"].to_pylist():
+                uncover(covered, dataclasses.replace(unit, first=index, last=index))
         schema = _schema(table)
         merged = pa.concat_tables([part.cast(schema) for part in rows]).sort_by(
             [("index", "ascending"), ("kind", "ascending")]
@@ -167,6 +181,15 @@ def _outside(spans: list[list[int]], rows: pa.Table) -> pa.Table:
     for first, last in spans:
         rows = rows.filter((pc.field("index") < first) | (pc.field("index") > last))
     return rows
+
+
+def _tried(unit: Unit, had: list[list[int]]) -> pc.Expression:
+    """Whether a row tells of an index of the unit beside those that it `had`: that an earlier try of it failed."""
+    index = pc.field("index")
+    found = (pc.field("kind") == unit.kind) & (index >= unit.first) & (index <= unit.last)
+    for first, last in had:
+        found &= (index < first) | (index > last)
+    return found
 
 
 def _schema(table: str) -> pa.Schema:

@@ -67,6 +67,18 @@ def cover(coverage: Coverage, unit: Unit) -> None:
     kinds[unit.kind] = merged
 
 
+def uncover(coverage: Coverage, unit: Unit) -> None:
+    """Note the unit's indices as not done; for `whole`, all of them."""
+    around = [] if unit.kind == WHOLE else spans_of(coverage, unit)
+    rest = [
+        span
+        for first, last in around
+        for span in ([first, min(last, unit.first - 1)], [max(first, unit.last + 1), last])
+        if span[0] <= span[1]
+    ]
+    coverage.setdefault(unit.concept, {}).setdefault(unit.evaluation, {})[unit.kind] = rest
+
+
 def covers(coverage: Coverage, unit: Unit) -> bool:
     """Whether every index of the unit is noted as done."""
     return any(first <= unit.first and unit.last <= last for first, last in spans_of(coverage, unit))
