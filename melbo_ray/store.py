@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from melbo_ray.config import UserError
-from melbo_ray.storage import Storage
+from melbo_ray.storage import Storage, StorageError
 from melbo_ray.tables import SCHEMA_VERSION, SCHEMAS
 from melbo_ray.units import WHOLE, Coverage, Unit, cover, covers, spans_of, uncover
 
@@ -38,6 +38,7 @@ class Run:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
+        self._known: bytes | None = None
 
     @classmethod
     def open(cls, url: str, patient: bool = True) -> "Run":
@@ -50,7 +51,7 @@ class Run:
         Raises:
             UserError: it is no manifest, or one of another schema version.
         """
-        data = self.storage.get("run.json")
+        data = self._known = self.storage.get("run.json")
         if data is None:
             return None
         try:
@@ -66,10 +67,18 @@ class Run:
         return manifest
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
-        """Replace `run.json`."""
+        """Replace `run.json` as this object has last read or written it; what another has made of it stays.
+
+        Raises:
+            StorageError: another driver has come between.
+        """
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         text = json.dumps({"schema_version": SCHEMA_VERSION, **manifest, "updated": now}, indent=1, ensure_ascii=False)
-        self.storage.put("run.json", text.encode())
+        version = self.storage.version("run.json")
+        if self.storage.get("run.json") != self._known:
+            raise StorageError(f"{self.storage.url}/run.json: another driver has written it meanwhile; this one stops")
+        self.storage.swap("run.json", text.encode(), version)
+        self._known = text.encode()
 
     def commit(self, unit: Unit, tables: Mapping[str, pa.Table], exclusive: bool = False) -> None:
         """Make a unit durable: all its rows appear at once, or none.

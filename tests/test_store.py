@@ -489,6 +489,7 @@ def test_a_write_that_arrives_after_another_driver_has_published_changes_nothing
     def held_up():
         if holdups and holdups.pop():
             other.commit(unit(25, 32), rows(25, 32))
+            other.manifest()
             other.publish(manifest(), lambda: None)
 
     before = late.storage.names()
@@ -593,3 +594,37 @@ def test_an_evaluation_of_the_whole_chain_that_failed_can_be_done_again(run, pub
 def without(written, failures):
     """The rows of vectors that did not fail."""
     return written | {"dose": written["dose"].filter(~pc.is_in(pc.field("index"), pa.array(failures, pa.int32())))}
+
+
+def test_a_driver_that_was_superseded_does_not_replace_the_manifest(run, url):
+    newer = Run.open(url)
+    for state in ("running", "interrupted"):
+        run.write_manifest(manifest() | {"status": state})
+    newer.manifest()
+    newer.write_manifest(manifest() | {"status": "newer"})
+    with pytest.raises(StorageError, match="another driver has written it"):
+        run.write_manifest(manifest())
+    assert newer.manifest()["status"] == "newer"
+
+
+@pytest.mark.parametrize("before", [[], ["running"]])
+def test_a_manifest_that_arrives_late_changes_nothing(s3, monkeypatch, before):
+    """The driver stalls between its look and its write, and another begins or goes on with the run."""
+    url = f"s3://bucket/{uuid.uuid4().hex}/one"
+    late, newer = Run.open(url), Run.open(url)
+    for state in before:
+        late.write_manifest(manifest() | {"status": state})
+    look, looks = late.storage.get, []
+
+    def stalls(name):
+        found = look(name)
+        if not looks:
+            newer.manifest()
+            newer.write_manifest(manifest() | {"status": "newer"})
+        looks.append(name)
+        return found
+
+    monkeypatch.setattr(late.storage, "get", stalls)
+    with pytest.raises(StorageError, match="pre-conditions"):
+        late.write_manifest(manifest())
+    assert newer.manifest()["status"] == "newer"
