@@ -95,6 +95,18 @@ class Agenda:
         single = sum(EVALUATIONS[name].scope == "vector" for name in self.names)
         return done, single * len(CONTROLS) + len(self.names) * goal
 
+    def units(self, goal: int) -> tuple[float, float]:
+        """How many units of evaluation are done, a batch begun in part, and of how many: each takes about as long."""
+        done, wanted = 0.0, 0.0
+        for name in self.names:
+            if EVALUATIONS[name].scope == "chain":
+                done, wanted = done + bool(count(self.done, self.concept, name, WHOLE)), wanted + 1
+            else:
+                done += sum(count(self.done, self.concept, name, kind) for kind in CONTROLS)
+                done += count(self.done, self.concept, name, "chain") / self.batch
+                wanted += len(CONTROLS) + goal / self.batch
+        return done, wanted
+
     def _batches(self, name: str, kind: str, indices: range) -> Iterator[Unit]:
         """Batches with fixed borders, cut where a part ends; of one that was begun otherwise, the stretches missing."""
         for start in range(0, len(indices), self.batch):
