@@ -38,7 +38,15 @@ def run(checked: Checked, console: Console, chains: bool = True) -> tuple[Run, d
 
     Raises:
         UserError: the run is another driver's, was begun with another configuration, or cannot go on.
+        KeyboardInterrupt: it was stopped; with how to resume it.
     """
+    try:
+        return _run(checked, console, chains)
+    except KeyboardInterrupt as stop:
+        raise type(stop)(f"stopped; the same command{checked.naming} resumes") from None
+
+
+def _run(checked: Checked, console: Console, chains: bool) -> tuple[Run, dict[str, Any]]:
     config = checked.config
     url = f"{config.storage.rstrip('/')}/{config.run_id}"
     first_look = Run.open(url, patient=False)
