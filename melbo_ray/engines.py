@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from melbo_ray.config import first_line
@@ -48,30 +49,27 @@ class Recorded:
         step, cuda = functools.partial(self.function, **options), inputs[0].is_cuda
         # A CUDA graph needs no recording of its own; the compiler does.
         if self.compiled or not cuda:
-            step = _better("recorded", lambda: make_fx(step)(*inputs), step, inputs)
-        if isinstance(step, torch.fx.GraphModule):
-            recording = step
-            if not cuda:
-                step = recording = _better("packed", lambda: pack(recording), recording, inputs)
-            if self.compiled:
-                step = _better("compiled", lambda: _compiled(recording), recording, inputs)
-        return _better("a CUDA graph", lambda: _cuda_graph(step, inputs), step, inputs) if cuda else step
+            step = _better("recorded", lambda plain: make_fx(plain)(*inputs), step, inputs)
+        if isinstance(step, GraphModule):
+            step = step if cuda else _better("packed", pack, step, inputs)
+            step = _better("compiled", _compiled, step, inputs) if self.compiled else step
+        return _better("a CUDA graph", lambda plain: _cuda_graph(plain, inputs), step, inputs) if cuda else step
 
 
-def _better(name: str, make: Callable[[], _Step], plainer: _Step, inputs: tuple[Tensor, ...]) -> _Step:
-    """What `make` makes, if it can be made and run; otherwise the plainer step, and a warning."""
+def _better(name: str, make: Callable[[Any], _Step], plain: _Step, inputs: tuple[Tensor, ...]) -> _Step:
+    """What `make` makes of the plain step, if it can be made and run; otherwise the plain step, and a warning."""
     try:
-        step = make()
+        step = make(plain)
         step(*inputs)
     # What a compiler that is missing or fails raises is its own.
     except Exception as error:
         reason = first_line(error)
         warnings.warn(f"steps are not {name}, which costs time only: {reason}", stacklevel=2)
-        return plainer
+        return plain
     return step
 
 
-def _compiled(recording: torch.fx.GraphModule) -> _Step:
+def _compiled(recording: GraphModule) -> _Step:
     # No processes beside this one: an actor may be killed at any time.
     return torch.compile(opaque(recording), fullgraph=True, dynamic=False, options={"compile_threads": 1})
 

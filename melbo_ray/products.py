@@ -8,6 +8,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ def _find(module: GraphModule) -> dict[Node, _Product]:
     constants: dict[Node, Tensor] = {}
     products: dict[Node, _Product] = {}
     for node in module.graph.nodes:
-        args = node.args
+        args = _args(node)
         if node.op == "get_attr":
             constants[node] = getattr(module, node.target)
         elif node.target in _TRANSPOSES and args[0] in constants:
@@ -91,25 +92,25 @@ def _find(module: GraphModule) -> dict[Node, _Product]:
 def _merge_sums(graph: Graph, products: dict[Node, _Product]) -> None:
     """The sum x V + y W, both reshaped alike, becomes [x y] [V; W]."""
     for node in list(graph.nodes):
-        views = node.args
+        views = _args(node)
         if node.target is not _aten.add.Tensor or node.kwargs or not all(_lone(view, products) for view in views):
             continue
         if views[0].args[1] != views[1].args[1]:
             continue
-        terms = [products.pop(view.args[0]) for view in views]
+        terms = [products.pop(_args(view)[0]) for view in views]
         with graph.inserting_before(node):
             whole = graph.call_function(_aten.mm.default)
             node.replace_all_uses_with(graph.call_function(_aten.view.default, (whole, views[0].args[1])))
         inputs = [value for term in terms for value in term.inputs]
         products[whole] = _Product(inputs, torch.cat([term.weight for term in terms]), None)
-        _erase(graph, node, *views, *(view.args[0] for view in views))
+        _erase(graph, node, *views, *(_args(view)[0] for view in views))
 
 
 def _lone(view: object, products: dict[Node, _Product]) -> bool:
     """Whether it is a reshaped product without bias that nothing else uses."""
     if not isinstance(view, Node) or view.target not in _VIEWS or len(view.users) > 1:
         return False
-    product = view.args[0]
+    product = _args(view)[0]
     return product in products and products[product].bias is None and len(product.users) == 1
 
 
@@ -129,14 +130,18 @@ def _merge_shared(graph: Graph, products: dict[Node, _Product]) -> None:
                 end = begin + part.weight.shape[1]
                 node.replace_all_uses_with(graph.call_function(_aten.slice.Tensor, (whole, 1, begin, end)))
                 begin = end
-        weight, biases = torch.cat([part.weight for part in parts], 1), [part.bias for part in parts]
-        products[whole] = _Product(parts[0].inputs, weight, None if None in biases else torch.cat(biases))
+        weight = torch.cat([part.weight for part in parts], 1)
+        biases = [part.bias for part in parts if part.bias is not None]
+        products[whole] = _Product(parts[0].inputs, weight, torch.cat(biases) if biases else None)
         _erase(graph, *nodes)
 
 
 def _origin(x: Node) -> tuple:
     """What tells whether two inputs are the same: linear maps reshape theirs, each for itself."""
-    return (x.args[0], *x.args[1]) if x.target in _VIEWS else (x,)
+    if x.target not in _VIEWS:
+        return (x,)
+    viewed, shape = _args(x)
+    return (viewed, *shape)
 
 
 def _place(module: GraphModule, node: Node, product: _Product, name: str) -> None:
@@ -155,6 +160,11 @@ def _place(module: GraphModule, node: Node, product: _Product, name: str) -> Non
         packed = graph.call_function(_packed, (x, graph.get_attr(f"weight{name}"), bias, "none", [], ""))
     node.replace_all_uses_with(packed)
     _erase(graph, node)
+
+
+def _args(node: Node) -> tuple[Any, ...]:
+    # What torch's type of an argument is a union of, no checker can follow.
+    return cast(tuple[Any, ...], node.args)
 
 
 def _erase(graph: Graph, *nodes: Node) -> None:
