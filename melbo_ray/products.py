@@ -19,6 +19,9 @@ _packed = torch.ops.mkldnn._linear_pointwise.default
 _VIEWS = {_aten.view.default, _aten._unsafe_view.default}
 _TRANSPOSES = {_aten.t.default, _aten.transpose.int, _aten.permute.default}
 
+# Bytes of packed copies at most.
+_MOST = 4 << 30
+
 _library = torch.library.Library("melbo_ray", "DEF")
 _library.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
@@ -49,10 +52,12 @@ def pack(recording: GraphModule) -> GraphModule:
     side (their gradients). Sums are taken in another order, so the last bits differ. A packed weight is a copy.
 
     Raises:
-        RuntimeError: weights that this processor or type cannot pack.
+        RuntimeError: weights that this processor or type cannot pack, or more than 4 GiB of them.
     """
     module = GraphModule(recording, copy.deepcopy(recording.graph))
     products = _find(module)
+    if (size := sum(product.weight.nbytes for product in products.values())) > _MOST:
+        raise RuntimeError(f"packed copies would take {size / 2**30:.1f} GiB, and at most 4 are given to them")
     _merge_sums(module.graph, products)
     _merge_shared(module.graph, products)
     for number, (node, product) in enumerate(products.items()):

@@ -81,6 +81,12 @@ def test_packed_products_are_hidden_from_the_compiler():
     assert torch.equal(hidden(Y)[0], module(Y)[0])
 
 
+def test_weights_too_many_for_a_copy_are_not_packed(monkeypatch):
+    monkeypatch.setattr("melbo_ray.products._MOST", V.nbytes - 1)
+    with pytest.warns(UserWarning, match="not packed, which costs time only: packed copies would take"):
+        torch.testing.assert_close(Recorded(lambda x: (linear(x, V),))(X)[0], linear(X, V))
+
+
 def test_where_weights_cannot_be_packed_a_warning_says_so_and_the_recording_stays(monkeypatch):
     def refuse(*_):
         raise RuntimeError("no such instruction\nand more")
