@@ -4,6 +4,7 @@ A new row takes the place of a finished one; nothing changes its shape, so the s
 """
 
 import functools
+import warnings
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +14,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
+from melbo_ray.config import first_line
 from melbo_ray.engines import Recorded
 from melbo_ray.model import LanguageModel
 from melbo_ray.steer import reading, steering
+
+# Kinds of attention whose masks are known here; other models read everything anew at each token.
+_KNOWN_TYPES = {"full_attention", "sliding_attention"}
+# Of the largest logit: far above what another order of sums changes, in bfloat16 too.
+_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,10 @@ class Batch:
         together = {parameter.device for parameter in model.network.parameters()} <= {model.device}
         step = functools.partial(Batch._decode, weakref.proxy(self))
         self.decode = Recorded(step) if together else step
+        # Whether keys and values are kept; whether that was compared with reading everything anew.
+        self.cached, self.checked = True, False
+        if unknown := set(_layer_types(model)) - _KNOWN_TYPES:
+            self._forgo(f"the masks of {min(unknown)} are not known here")
 
     def free(self) -> list[int]:
         """Places without a row."""
@@ -100,30 +111,58 @@ class Batch:
 
     def admit(self, rows: list[Row]) -> Tensor:
         """Read the prompts of new rows; their next-token logits."""
-        device, free = self.theta.device, self.free()[: len(rows)]
+        free = self.free()[: len(rows)]
         self.rows |= zip(free, rows, strict=True)
-        places, jobs = torch.tensor(free).to(device), [row.job for row in rows]
-        self.theta[places] = torch.stack([job.theta for job in jobs]).to(self.theta)
+        jobs = [row.job for row in rows]
         units = [torch.zeros_like(job.theta) if job.ablated is None else job.ablated for job in jobs]
+        places = torch.tensor(free).to(self.theta.device)
+        self.theta[places] = torch.stack([job.theta for job in jobs]).to(self.theta)
         self.units[places] = torch.stack(units).to(self.units)
-        # Padded on the right, where a causal model does not look. A cache that knows no configuration keeps every
-        # position, in layers with a sliding window too.
-        tokens = nn.utils.rnn.pad_sequence([job.tokens for job in jobs], batch_first=True).to(device)
-        last = torch.arange(len(jobs)), torch.tensor([len(job.tokens) - 1 for job in jobs])
-        prompts = DynamicCache()
-        with steering(self.model, self.source, self.theta[places], self.units[places]), reading(self.model, last):
-            output = self.model.network(input_ids=tokens, past_key_values=prompts, use_cache=True)
-        self.cache.admit(places, prompts, self.shape)
-        return _finite(output.logits[0].float())
+        # A cache that knows no configuration keeps every position, in layers with a sliding window too.
+        prompts = DynamicCache() if self.cached else None
+        logits = self._read(places, prompts)
+        if prompts is not None:
+            self.cache.admit(places, prompts, self.shape)
+        return logits
 
     def step(self) -> Tensor:
         """Read every row's last token; the next-token logits."""
+        places = torch.tensor(list(self.rows)).to(self.theta.device)
+        if not self.cached:
+            return self._read(places, None)
+        if self.checked:
+            return _finite(self._next()[places])
+        self.checked, whole = True, self._read(places, None)
+        try:
+            if float((self._next()[places] - whole).abs().max()) > _TOLERANCE * float(whole.abs().max()):
+                raise RuntimeError("this model writes something else with them")
+        # What a model says to arguments that it does not know is its own.
+        except Exception as error:
+            self._forgo(first_line(error))
+        return whole
+
+    def _forgo(self, reason: str) -> None:
+        warnings.warn(f"keys and values are not kept, which costs time only: {reason}", stacklevel=3)
+        self.cached = False
+
+    def _read(self, places: Tensor, cache: DynamicCache | None) -> Tensor:
+        """All the tokens of these places' rows, read at once; their next-token logits."""
+        rows = [self.rows[place] for place in places.tolist()]
+        texts = [torch.cat([row.job.tokens, torch.tensor(row.tokens, dtype=torch.long)]) for row in rows]
+        # Padded on the right, where a causal model does not look.
+        tokens = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(self.theta.device)
+        last = torch.arange(len(texts)), torch.tensor([len(text) - 1 for text in texts])
+        with steering(self.model, self.source, self.theta[places], self.units[places]), reading(self.model, last):
+            output = self.model.network(input_ids=tokens, past_key_values=cache, use_cache=cache is not None)
+        return _finite(output.logits[0].float())
+
+    def _next(self) -> Tensor:
+        """The next-token logits of every place, from its last token and what is kept."""
         tokens, positions = torch.zeros(2, self.shape[0], dtype=torch.long)
         for place, row in self.rows.items():
             tokens[place], positions[place] = row.tokens[-1], len(row.job.tokens) + len(row.tokens) - 1
         moved = tokens.to(self.theta.device), positions.to(self.theta.device)
-        (logits,) = self.decode(*moved, self.theta, self.units)
-        return _finite(logits[list(self.rows)])
+        return self.decode(*moved, self.theta, self.units)[0]
 
     def _decode(self, tokens: Tensor, positions: Tensor, theta: Tensor, units: Tensor) -> tuple[Tensor]:
         self.cache.positions = positions
@@ -150,15 +189,21 @@ class Batch:
         everything = mask(columns <= here)
         near = mask((columns <= here) & (columns > here - window))
         # As transformers' own `create_masks_for_generate` tells them apart.
-        if types := getattr(config, "layer_types", None):
-            return {name: near if name == "sliding_attention" else everything for name in set(types)}
-        return near
+        types = _layer_types(self.model)
+        return {name: near if name == "sliding_attention" else everything for name in types} if types else near
 
     def drop_finished(self) -> list[Row]:
         """Take the finished rows out."""
         finished = {place: row for place, row in self.rows.items() if row.finish_reason}
         self.rows = {place: row for place, row in self.rows.items() if place not in finished}
         return list(finished.values())
+
+
+def _layer_types(model: LanguageModel) -> list[str]:
+    """The types of layers that a model with several kinds of attention has."""
+    config = model.network.config.get_text_config()
+    chunked = ["chunked_attention"] if getattr(config, "attention_chunk_size", None) else []
+    return sorted({*(getattr(config, "layer_types", None) or []), *chunked})
 
 
 def _finite(logits: Tensor) -> Tensor:

@@ -4,10 +4,19 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, TopPLogitsWarper
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GenerationConfig,
+    GPTNeoConfig,
+    Llama4TextConfig,
+    LogitsProcessorList,
+    TopPLogitsWarper,
+)
 
 from melbo_ray.generate import Job, choose, generate
-from tests.families import END, directions, every_family, tiny
+from melbo_ray.model import LanguageModel
+from tests.families import D_MODEL, END, byte_tokenizer, directions, every_family, tiny
 
 SOURCE = 1
 PROMPTS = ["How are you?", "Hi", "A longer prompt than the others, by far", "Why?"]
@@ -56,6 +65,29 @@ def test_greedy_texts_agree_beyond_a_sliding_window(family):
     model = tiny(family, sliding_window=8)
     jobs = jobs_of(model)
     ours = generate(model, jobs, SOURCE, max_new_tokens=12, places=3)
+    for job, text in zip(jobs, ours, strict=True):
+        assert text.tokens == [token for token in transformers_greedy(model, job, 12) if token != END]
+
+
+@pytest.mark.parametrize("config", [BloomConfig, GPTNeoConfig, Llama4TextConfig], ids=lambda config: config.model_type)
+def test_a_model_whose_attention_is_of_another_kind_reads_everything_anew(config, recwarn):
+    sizes = {"num_hidden_layers": 4, "hidden_size": D_MODEL, "num_attention_heads": 4, "vocab_size": 260}
+    own = {
+        BloomConfig: {"n_layer": 4, "n_head": 4},
+        GPTNeoConfig: {"num_layers": 4, "num_heads": 4, "window_size": 8,
+                        "attention_types": [[["global", "local"], 2]]},
+        Llama4TextConfig: sizes | {"head_dim": 8, "num_key_value_heads": 2, "attention_chunk_size": 8,
+                                   "num_local_experts": 2, "intermediate_size": 32, "intermediate_size_mlp": 32},
+    }[config]  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = AutoModelForCausalLM.from_config(config(**sizes | own, eos_token_id=END, pad_token_id=257))
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    model = LanguageModel.wrap(network, byte_tokenizer())
+    jobs = jobs_of(model, 4)
+    ours = generate(model, jobs, SOURCE, max_new_tokens=12, places=3)
+    assert any("keys and values are not kept, which costs time only" in str(told.message) for told in recwarn)
     for job, text in zip(jobs, ours, strict=True):
         assert text.tokens == [token for token in transformers_greedy(model, job, 12) if token != END]
 
