@@ -109,6 +109,7 @@ def faulty(s3: S3) -> Iterator[tuple[dict[str, str], Faults]]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # a body would wait 40 ms for the acknowledgement of its headers
 
         def _serve(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))

@@ -15,7 +15,7 @@ from tests.cluster.conftest import rows
 from tests.s3 import environment, faulty, serve
 
 STUDY = {
-    "num_vectors": 60,
+    "num_vectors": 40,
     "max_evaluations": 60,
     "tolerance": 0,
     "eval_batch": 3,
@@ -23,11 +23,12 @@ STUDY = {
 }
 
 
-@pytest.fixture(scope="module")
-def expected(tiny, tmp_path_factory):
-    """The study by one worker in this process, one unit after the other: no driver, no Ray."""
-    storage = tmp_path_factory.mktemp("expected")
-    checked = check(Config(**tiny.options(str(storage), "run", **STUDY)))
+LONG_STUDY = STUDY | {"num_vectors": 60}
+
+
+def by_one_worker(tiny, storage, study):
+    """The rows of a study by one worker in this process, one unit after the other: no driver, no Ray."""
+    checked = check(Config(**tiny.options(str(storage), "run", **study)))
     worker = Worker(f"{storage}/run", "run", checked.config, checked.concepts, threads=1)
     worker.find_base("code")
     list(worker.chains(["code"]))
@@ -38,6 +39,12 @@ def expected(tiny, tmp_path_factory):
     for unit in agenda.due():
         worker.evaluate(unit, agenda.vectors(unit), agenda.base)
     return rows(f"{storage}/run")
+
+
+@pytest.fixture(scope="module")
+def expected(tiny, tmp_path_factory):
+    """What the study must end up as."""
+    return by_one_worker(tiny, tmp_path_factory.mktemp("expected"), STUDY)
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +59,10 @@ def place(tmp_path_factory):
         yield nodes, faults
 
 
-def survive(tiny, place, expected, seed, kills, every, seconds):
+def survive(tiny, place, expected, seed, kills, every, seconds, study=STUDY):
     nodes, faults = place
     storage = f"s3://bucket/{uuid.uuid4().hex}"
-    chaos = Chaos(tiny.command("ortho", storage, "run", **STUDY), f"{storage}/run", nodes, faults, seed, kills, every)
+    chaos = Chaos(tiny.command("ortho", storage, "run", **study), f"{storage}/run", nodes, faults, seed, kills, every)
     chaos.run(seconds)
     faults.waiting.clear()
     found = rows(f"{storage}/run")
@@ -89,8 +96,9 @@ def test_storage_that_refuses_ends_the_run_in_a_line_and_it_resumes_when_that_is
 
 
 @pytest.mark.chaos
-def test_fifty_kills_change_nothing(tiny, place, expected):
+def test_fifty_kills_change_nothing(tiny, place, tmp_path):
+    expected = by_one_worker(tiny, tmp_path, LONG_STUDY)
     total, seed = 0, 100
     while total < 50:
-        total += survive(tiny, place, expected, seed, kills=25, every=8, seconds=1500).total()
+        total += survive(tiny, place, expected, seed, 25, every=8, seconds=1500, study=LONG_STUDY).total()
         seed += 1
