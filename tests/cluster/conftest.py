@@ -1,7 +1,11 @@
 """A tiny study, and a Ray that keeps to folders of its own."""
 
+import contextlib
+import io
 import os
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -100,6 +104,21 @@ def run_job(command: list[str], timeout: float = 300, **environment: str) -> sub
         timeout=timeout,
         check=False,
     )
+
+
+def run_here(command: list[str], **environment: str) -> subprocess.CompletedProcess:
+    """A job to its end in this process, where nothing is asked of its own: another would load torch and Ray again."""
+    before = signal.getsignal(signal.SIGTERM)
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(REPOSITORY)
+        patch.setattr(sys, "argv", command[1:])
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(command[1], run_name="__main__")
+    signal.signal(signal.SIGTERM, before)
+    return subprocess.CompletedProcess(command, end.value.code, out.getvalue(), err.getvalue())
 
 
 def rows(url: str, concepts: tuple[str, ...] = ("code",)) -> dict[tuple[str, str], list[dict]]:
