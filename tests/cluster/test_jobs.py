@@ -17,7 +17,7 @@ from melbo_ray.lease import Lease, holder
 from melbo_ray.storage import Storage
 from melbo_ray.store import Run
 from melbo_ray.work import stored_vectors
-from tests.cluster.conftest import REPOSITORY, rows, run_here, run_job
+from tests.cluster.conftest import REPOSITORY, rows, run_here
 
 
 def test_a_study_ends_with_tables_a_manifest_and_a_summary(undisturbed):
