@@ -31,7 +31,7 @@ def s3(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    """botocore tries as often as ever, but at once: its pauses are random and double every time."""
+    """Botocore tries as often as ever, but at once: its pauses are random and double every time."""
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.0)
 
 

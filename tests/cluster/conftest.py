@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import runpy
 import shutil
 import signal
@@ -93,19 +92,6 @@ def tiny(tmp_path_factory) -> Tiny:
     return Tiny(folder)
 
 
-def run_job(command: list[str], timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
-    """A job to its end, as a person starts it."""
-    return subprocess.run(
-        command,
-        cwd=REPOSITORY,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-
-
 def run_here(command: list[str], **environment: str) -> subprocess.CompletedProcess:
     """A job to its end in this process, where nothing is asked of its own: another would load torch and Ray again."""
     before = signal.getsignal(signal.SIGTERM)
@@ -141,11 +127,25 @@ def cluster(ray_of_our_own) -> Iterator[dict[str, str]]:
     node.shutdown()
 
 
-@pytest.fixture(scope="session")
-def undisturbed(tiny, tmp_path_factory) -> tuple[subprocess.CompletedProcess, str]:
-    """A study that nothing happened to: what its job said, and where it is."""
+@pytest.fixture(scope="session", autouse=True)
+def beginning(request, ray_of_our_own, tiny, tmp_path_factory) -> Iterator[tuple[subprocess.Popen, str] | None]:
+    """The study that nothing happens to, begun before the first test where any asks for it: it takes 20 s."""
+    if not any("undisturbed" in item.fixturenames for item in request.session.items):
+        yield None
+        return
     storage = tmp_path_factory.mktemp("undisturbed")
-    return run_job(tiny.command("ortho", str(storage), "run")), str(storage / "run")
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(tiny.command("ortho", str(storage), "run"), cwd=REPOSITORY, **pipe) as job:
+        yield job, str(storage / "run")
+        job.kill()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(beginning) -> tuple[subprocess.CompletedProcess, str]:
+    """A study that nothing happened to: what its job said, and where it is."""
+    job, url = beginning
+    out, err = job.communicate(timeout=300)
+    return subprocess.CompletedProcess(job.args, job.returncode, out, err), url
 
 
 def pytest_collection_modifyitems(config, items):
