@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import runpy
 import shutil
 import signal
@@ -39,7 +40,10 @@ two = "What now?"
 def ray_of_our_own():
     """Ray's token in a home of ours, its sessions in a short folder of ours, and no cluster but ours."""
     home = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    # The embedded model is converted where caches are, which takes 20 s.
+    cache = os.environ.get("XDG_CACHE_HOME") or f"{Path.home()}/.cache"
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", cache)
         patch.delenv("RAY_ADDRESS", raising=False)
         for name in ("HOME", "RAY_TMPDIR"):
             patch.setenv(name, home)
