@@ -1,7 +1,8 @@
 """The chain's benchmarks: a step, time to equal loss, vectors per hour (see jobs/bench.py)."""
 
-import math
+import copy
 import statistics
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -9,25 +10,11 @@ from bench_reference import Bench, Reference, Row, limits, now, timed
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from melbo_ray.config import Config, first_line
+from melbo_ray.config import Config
 from melbo_ray.engines import Recorded
 from melbo_ray.ortho import _Chain, chains, value_and_grad
 from melbo_ray.residual import Slice
 from melbo_ray.solvers import BlockSolver, Solution
-
-
-def _plain(slice: Slice) -> Slice:
-    """The slice without any engine."""
-    layers = slice.model.layers[slice.source + 1 : slice.target + 1]
-    slice._calls = [(layer, arguments) for layer, (_, arguments) in zip(layers, slice._calls, strict=True)]
-    slice.value_and_grad = slice._value_and_grad
-    return slice
-
-
-def recorded(slice: Slice) -> Slice:
-    """The slice with its steps recorded from the first call on, as they are in a chain after some vectors."""
-    slice.value_and_grad = Recorded(slice._value_and_grad, after=1)
-    return slice
 
 
 def stepper(slice: Slice, config: Config, theta: Tensor, z: Tensor) -> Callable[[], object]:
@@ -41,32 +28,34 @@ def steps(bench: Bench) -> Iterator[Row]:
     model, config, device = bench.model, bench.config, bench.model.device
     start = normalize(torch.randn(1, model.d_model, generator=torch.Generator().manual_seed(0))) * config.radius
     reference = Reference(bench, start[0], normalize(bench.base[None]))
-    engine = "CUDA graph" if device.type == "cuda" else "packed weights, recorded"
-    slices = {"plain": _plain(bench.slice()), engine: recorded(bench.slice())}
-    compile_seconds, best = 0.0, limits(device, model.dtype)
-    work = best.work | {"reference": reference.step}
-    for name, slice in slices.items():
-        work[name] = stepper(slice, config, start, reference.z_base[None])
+    slice, best = bench.slice(), limits(device, model.dtype)
+    graph = "CUDA graph" if device.type == "cuda" else "recorded"
+    engines = {"plain": slice._value_and_grad, graph: Recorded(slice._value_and_grad)}
     if not bench.quick:
-        compiled = _plain(bench.slice())
-        compiled.h_target = torch.compile(compiled.h_target)
-        step, begin = stepper(compiled, config, start, reference.z_base[None]), now(device)
-        try:
-            step()
-        except Exception as error:  # what a compiler that is missing or fails raises is its own
-            yield Row("step", "torch.compile", math.nan, "ms", note=f"cannot compile: {first_line(error)}")
-        else:
-            compile_seconds, work["torch.compile"] = now(device) - begin, step
+        engines[f"compiled, {graph}"] = Recorded(slice._value_and_grad, compiled=True)
+    work, notes = best.work | {"reference": reference.step}, {}
+    for name, engine in engines.items():
+        part, begin = copy.copy(slice), now(device)
+        part.value_and_grad = engine
+        work[name] = stepper(part, config, start, reference.z_base[None])
+        notes[name] = f"{_told(work[name])}first call {now(device) - begin:.1f} s"
     median = timed(work, bench.repeats, device)
     rates = best.rates(median)
     yield Row("limits", "large matrix product", rates[0] / 1e9, "GFLOP/s")
     yield Row("limits", "large copy, read and write", rates[1] / 1e9, "GB/s")
-    limit, which = best.seconds(median, slices["plain"])
+    limit, which = best.seconds(median, slice)
     yield Row("step", f"limit ({which})", limit * 1e3, "ms", note=f"{len(bench.tokens)} tokens, {model.dtype}")
-    for name in [name for name in work if name not in best.work]:
-        note = f"compiled in {compile_seconds:.0f} s" if name == "torch.compile" else ""
+    for name in ["reference", *engines]:
         ratio = median["reference"] / median[name]
-        yield Row("step", name, median[name] * 1e3, "ms", ratio, median[name] / limit, note)
+        yield Row("step", name, median[name] * 1e3, "ms", ratio, median[name] / limit, notes.get(name, ""))
+
+
+def _told(step: Callable[[], object]) -> str:
+    """Take the first step; what an engine that could not be had says of it."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        step()
+    return "".join(f"{warning.message}; " for warning in told)
 
 
 def equal_loss(bench: Bench) -> Iterator[Row]:
@@ -118,19 +107,23 @@ def _until(wanted: float, solver: BlockSolver, theta: Tensor, link: _Chain) -> S
 
 
 def throughput(bench: Bench) -> Iterator[Row]:
-    """Vectors per hour as chains are run by default, solver and all: one concept, several in one pass, and blocks.
+    """Vectors per hour as long chains are run by default, solver and all: one concept, several in one pass, and blocks.
 
-    The concepts are one prompt and base under several names: what they cost each other is the same.
+    The concepts are one prompt and base under several names: what they cost each other is the same. The first step,
+    which makes the engine, is taken before.
     """
-    count = 1 if bench.quick else 4
+    count, device = 1 if bench.quick else 4, bench.model.device
     for concepts, size in (1, 1), (4, 1), (1, 4):
         config = bench.config.model_copy(update={"num_vectors": count * size, "block": size})
         bases = {f"concept {number}": bench.base for number in range(concepts)}
         slice = bench.slice(*[bench.tokens] * concepts)
-        begin, stopped = now(bench.model.device), {}
+        slice.value_and_grad = Recorded(slice._value_and_grad, compiled=not bench.quick)
+        theta = bench.base.expand(concepts * size, -1)
+        stepper(slice, config, theta, torch.zeros_like(theta))()
+        begin, stopped = now(device), {}
         found = [vector for _, vector in chains(slice, bases, config, {}, stopped)]
-        hour = 3600 * len(found) / (now(bench.model.device) - begin)
+        hour = 3600 * len(found) / (now(device) - begin)
         losses = statistics.median(vector.relative_loss for vector in found)
         evaluations = statistics.mean(vector.evaluations for vector in found)
-        note = f"{len(found)} vectors with all set-up, {evaluations:.0f} evaluations each, relative loss {losses:.3f}"
+        note = f"{len(found)} vectors, {evaluations:.0f} evaluations each, relative loss {losses:.3f}"
         yield Row("chain", f"{concepts} concepts at once, blocks of {size}", hour, "vectors/h", note=note)

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator
 
 import torch
-from bench_chain import recorded, stepper
+from bench_chain import stepper
 from bench_reference import Bench, Row, limits, timed
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -23,8 +23,8 @@ def growth(bench: Bench) -> Iterator[Row]:
     generator = torch.Generator().manual_seed(0)
     theta, z = torch.randn(2, 4, bench.model.d_model, generator=generator)
     lengths = (8, 32) if bench.quick else (8, 16, 32, 64, 128)
-    slices = {f"{count} concepts": recorded(bench.slice(*[bench.tokens] * count)) for count in (1, 2, 4)}
-    slices |= {f"{length} tokens": recorded(bench.slice(torch.arange(10, 10 + length))) for length in lengths}
+    slices = {f"{count} concepts": bench.slice(*[bench.tokens] * count) for count in (1, 2, 4)}
+    slices |= {f"{length} tokens": bench.slice(torch.arange(10, 10 + length)) for length in lengths}
     best = limits(device, bench.model.dtype)
     rows = {case: slice.num_prompts for case, slice in slices.items()}
     work = {case: stepper(slice, config, theta[: rows[case]], z[: rows[case]]) for case, slice in slices.items()}

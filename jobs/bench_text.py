@@ -30,10 +30,8 @@ def texts(bench: Bench) -> Iterator[Row]:
         return [_until_end(row, model.end_tokens) for row in written[:, len(tokens) :].tolist()]
 
     def ours() -> list[list[int]]:
-        jobs = [Job(bench.tokens, theta) for theta in thetas]
-        return [
-            text.tokens for text in generate(model, jobs, source, max_new_tokens=length, temperature=0, batch=count)
-        ]
+        jobs = [Job(bench.tokens, theta, temperature=0) for theta in thetas]
+        return [text.tokens for text in generate(model, jobs, source, max_new_tokens=length, places=count)]
 
     work = {
         "transformers, one at a time": lambda: [text for theta in thetas for text in theirs(theta[None])],

@@ -1,4 +1,4 @@
-"""Evaluate the vectors that a run has found, without doing again what is there.
+"""Evaluate the vectors that a run has found, without doing again what is there; what has failed is tried once more.
 
 python jobs/evaluate.py --run runs/RUN --evals kl,presence
 python jobs/evaluate.py --run s3://bucket/prefix/RUN --evals presence --eval-gpus 0.25 --max-evaluators 8

@@ -1,13 +1,14 @@
 """What is due of a concept: which vectors and controls still lack which evaluations, in units of fixed borders."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from melbo_ray.evals import EVALUATIONS
-from melbo_ray.store import WHOLE, Coverage, Unit, count, covers
+from melbo_ray.units import WHOLE, Coverage, Unit, block_of, count, covers, uncover
 
 CONTROLS = ("base", "unsteered")
 """The kinds of one vector each, index 0, that every vector is compared with; `unsteered` is the vector 0."""
@@ -46,6 +47,14 @@ class Agenda:
     def learn(self, kind: str, index: int, theta: np.ndarray) -> None:
         """Note a vector that is durable."""
         self.theta.setdefault(kind, {})[index] = theta
+
+    def retry(self, failures: Iterable[Mapping[str, Any]]) -> None:
+        """Make due again what has failed, given as rows of the table `failures`."""
+        for row in failures:
+            name, kind, index = row["evaluation"], row["kind"], row["index"]
+            if name in self.names:
+                kind = WHOLE if EVALUATIONS[name].scope == "chain" else kind
+                uncover(self.done, Unit(self.concept, name, kind, index, index))
 
     def due(self) -> list[Unit]:
         """Every unit that can run now and is not done: whole batches, and at the chain's end what is left."""
@@ -86,8 +95,20 @@ class Agenda:
         single = sum(EVALUATIONS[name].scope == "vector" for name in self.names)
         return done, single * len(CONTROLS) + len(self.names) * goal
 
+    def units(self, goal: int) -> tuple[float, float]:
+        """How many units of evaluation are done, a batch begun in part, and of how many: each takes about as long."""
+        done, wanted = 0.0, 0.0
+        for name in self.names:
+            if EVALUATIONS[name].scope == "chain":
+                done, wanted = done + bool(count(self.done, self.concept, name, WHOLE)), wanted + 1
+            else:
+                done += sum(count(self.done, self.concept, name, kind) for kind in CONTROLS)
+                done += count(self.done, self.concept, name, "chain") / self.batch
+                wanted += len(CONTROLS) + goal / self.batch
+        return done, wanted
+
     def _batches(self, name: str, kind: str, indices: range) -> Iterator[Unit]:
-        """Blocks with fixed borders; of one that was begun otherwise, the stretches that are missing."""
+        """Batches with fixed borders, cut where a part ends; of one that was begun otherwise, the stretches missing."""
         for start in range(0, len(indices), self.batch):
             missing = [
                 i
@@ -95,6 +116,6 @@ class Agenda:
                 if not covers(self.done, Unit(self.concept, name, kind, i, i))
             ]
             # Neighbours share the difference between an index and its place among the missing.
-            for _, group in itertools.groupby(enumerate(missing), lambda pair: pair[1] - pair[0]):
+            for _, group in itertools.groupby(enumerate(missing), lambda pair: (pair[1] - pair[0], block_of(pair[1]))):
                 stretch = [index for _, index in group]
                 yield Unit(self.concept, name, kind, stretch[0], stretch[-1])

@@ -33,11 +33,13 @@ class Checked:
         config: the options, with a run id.
         concepts: what is studied.
         weight_bytes: size of the model's weights in the chosen dtype.
+        naming: what the command lacks to resume this run: " with --run-id …" where it was not given.
     """
 
     config: Config
     concepts: list[Concept]
     weight_bytes: int
+    naming: str = ""
 
 
 def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
@@ -82,7 +84,8 @@ def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
     for concept in concepts:
         shape.tokenize(concept.prompt, config.system_prompt)
     weight_bytes = sum(parameter.nbytes for parameter in shape.network.parameters())
-    return Checked(config.model_copy(update={"run_id": run_id}), concepts, weight_bytes)
+    naming = "" if config.run_id else f" with --run-id {run_id}"
+    return Checked(config.model_copy(update={"run_id": run_id}), concepts, weight_bytes, naming)
 
 
 def _trained_on(concept: Concept, prompt: str) -> Concept:

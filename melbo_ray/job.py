@@ -20,8 +20,9 @@ from melbo_ray.layout import lay_out
 from melbo_ray.lease import Lease
 from melbo_ray.progress import Display
 from melbo_ray.storage import StorageError
-from melbo_ray.store import Run, progress
+from melbo_ray.store import Run
 from melbo_ray.subspace import max_abs_cos
+from melbo_ray.units import progress
 from melbo_ray.work import stored_vectors
 
 _PUBLISH_EVERY = 20.0
@@ -37,7 +38,15 @@ def run(checked: Checked, console: Console, chains: bool = True) -> tuple[Run, d
 
     Raises:
         UserError: the run is another driver's, was begun with another configuration, or cannot go on.
+        KeyboardInterrupt: it was stopped; with how to resume it.
     """
+    try:
+        return _run(checked, console, chains)
+    except KeyboardInterrupt as stop:
+        raise type(stop)(f"stopped; the same command{checked.naming} resumes") from None
+
+
+def _run(checked: Checked, console: Console, chains: bool) -> tuple[Run, dict[str, Any]]:
     config = checked.config
     url = f"{config.storage.rstrip('/')}/{config.run_id}"
     first_look = Run.open(url, patient=False)
@@ -87,6 +96,7 @@ class _Job:
         config = self.checked.config
         done = progress(self.manifest, self.run.fresh())
         agenda = Agenda(concept, config.evals, config.eval_batch, done)
+        agenda.retry(self.run.read("failures", concept).to_pylist())
         for kind, vectors in stored_vectors(self.run, concept).items():
             for index, vector in vectors.items():
                 agenda.learn(kind, index, vector.theta.numpy())

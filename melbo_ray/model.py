@@ -4,7 +4,7 @@ import contextlib
 import importlib.metadata
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class LanguageModel:
         layers: its decoder layers, the first at index 0.
         name: as given to `load`.
         revision: the hub revision asked for, if any.
+        kept: what those who use the model made once for all its uses (the batch of `generate`).
     """
 
     network: PreTrainedModel
@@ -39,6 +40,7 @@ class LanguageModel:
     layers: nn.ModuleList
     name: str = ""
     revision: str | None = None
+    kept: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def load(

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
@@ -10,13 +11,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from melbo_ray.store import WHOLE, Coverage, Run, Unit, count, progress
+from melbo_ray.store import Run
+from melbo_ray.units import WHOLE, Coverage, Unit, count, progress
 
 if TYPE_CHECKING:  # a look at a run's storage needs neither
     from melbo_ray.agenda import Agenda
     from melbo_ray.ortho import SteeringVector
 
 _LINE_EVERY, _BAR_EVERY = 5.0, 0.5
+_FEWEST_STEPS, _STEPS = 4, 16
 
 
 class Display:
@@ -29,7 +32,7 @@ class Display:
 
     def __init__(self, console: Console, num_vectors: int) -> None:
         self._console, self._num_vectors = console, num_vectors
-        self._first: dict[str, tuple[float, list[int]]] = {}
+        self._steps: dict[tuple[str, str], deque[tuple[float, float]]] = {}
         self._lines: dict[str, str] = {}
         self._next = 0.0
         self._bars: Progress | None = None
@@ -81,17 +84,23 @@ class Display:
         goal = agenda.found if agenda.stop_reason else self._num_vectors
         done, wanted = agenda.evaluations(goal)
         parts.append(f"{done} of {wanted} evaluations by {evaluators}")
-        parts.append(self._time_left(agenda.concept, (agenda.found, goal), (done, wanted)))
+        parts.append(self._time_left(agenda, goal))
         return ", ".join(parts)
 
-    def _time_left(self, concept: str, *counts: tuple[int, int]) -> str:
-        """From what has been done of each since the first look."""
-        now = time.monotonic()
-        since, before = self._first.setdefault(concept, (now, [done for done, _ in counts]))
-        left = [(wanted - done, done - start) for (done, wanted), start in zip(counts, before, strict=True)]
-        if any(rest > 0 and not done for rest, done in left):
-            return "time left not known yet"
-        return f"about {duration(max((now - since) * rest / max(done, 1) for rest, done in left))} left"
+    def _time_left(self, agenda: "Agenda", goal: int) -> str:
+        """By the newest rates of the chain and of its evaluations; the slower one rules."""
+        now, slowest = time.monotonic(), 0.0
+        for what, (done, wanted) in (("chain", (agenda.found, goal)), ("evaluations", agenda.units(goal))):
+            steps = self._steps.setdefault((agenda.concept, what), deque(maxlen=_STEPS))
+            if not steps or steps[-1][1] != done:
+                steps.append((now, done))
+            if done >= wanted:
+                continue
+            if len(steps) < _FEWEST_STEPS:
+                return "time left not known yet"
+            since, before = steps[0]
+            slowest = max(slowest, (wanted - done) * (now - since) / (done - before))
+        return f"about {duration(slowest)} left"
 
 
 def duration(seconds: float) -> str:

@@ -114,7 +114,7 @@ class Prompts:
         kept = [self._kept[row] for row in rows.tolist()]
         lengths = [len(positions) for positions in kept]
         where = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths)), torch.cat(kept)
-        with self._instead_of_prefix((h.float() + theta).to(h.dtype)), _reading(self.model, where):
+        with self._instead_of_prefix((h.float() + theta).to(h.dtype)), reading(self.model, where):
             logits = self._forward(rows, width)
         return logits[0].float().split(lengths)
 
@@ -198,7 +198,7 @@ def _replaced_forward(layer: nn.Module, forward: Callable) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _reading(model: LanguageModel, where: tuple[Tensor, Tensor]) -> Generator[None]:
+def reading(model: LanguageModel, where: tuple[Tensor, Tensor]) -> Generator[None]:
     """While it lasts, the model's head sees only the (row, position) pairs of `where`, in a batch of one row."""
 
     def select(_head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:

@@ -11,13 +11,13 @@ replaced in one stroke by a superset of itself, so a reader of the tables never 
 records them as done and only then deletes the units.
 """
 
+import dataclasses
 import datetime
 import io
 import json
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -25,50 +25,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from melbo_ray.config import UserError
-from melbo_ray.storage import Storage
+from melbo_ray.storage import Storage, StorageError
 from melbo_ray.tables import SCHEMA_VERSION, SCHEMAS
+from melbo_ray.units import WHOLE, Coverage, Unit, cover, covers, spans_of, uncover
 
-_BLOCK = 512
-WHOLE = "whole"
-
-Coverage = dict[str, dict[str, dict[str, list[list[int]]]]]
-
-
-@dataclass(frozen=True, order=True)
-class Unit:
-    """Work whose rows appear together: one evaluation of consecutive vectors of one kind.
-
-    Attributes:
-        concept: its name.
-        evaluation: name of the evaluation; `base` and `chain` for the vectors themselves.
-        kind: `chain`, `base`, …, or `whole` for an evaluation of the chain as a whole, which replaces earlier ones.
-        first: index of the first vector.
-        last: index of the last one.
-    """
-
-    concept: str
-    evaluation: str
-    kind: str
-    first: int
-    last: int
-
-    @property
-    def name(self) -> str:
-        """The object it is written to."""
-        return f"units/{self.concept}/{self.evaluation}.{self.kind}.{self.first:06d}-{self.last:06d}.zip"
-
-    @classmethod
-    def of(cls, name: str) -> "Unit":
-        """The unit that is written to `name`."""
-        _, concept, file = name.split("/")
-        evaluation, kind, span, _ = file.split(".")
-        first, last = span.split("-")
-        return cls(concept, evaluation, kind, int(first), int(last))
-
-    def part(self, table: str) -> str:
-        """The published part of `table` that its rows go to."""
-        block = 0 if self.kind == WHOLE else self.first // _BLOCK
-        return f"{table}/concept={self.concept}/part-{self.evaluation}-{block:05d}.parquet"
+_Written = tuple[Unit, dict[str, pa.Table]]
+"""A unit and its rows by table."""
 
 
 class Run:
@@ -76,6 +38,7 @@ class Run:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
+        self._known: bytes | None = None
 
     @classmethod
     def open(cls, url: str, patient: bool = True) -> "Run":
@@ -88,7 +51,7 @@ class Run:
         Raises:
             UserError: it is no manifest, or one of another schema version.
         """
-        data = self.storage.get("run.json")
+        data = self._known = self.storage.get("run.json")
         if data is None:
             return None
         try:
@@ -104,10 +67,18 @@ class Run:
         return manifest
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
-        """Replace `run.json`."""
+        """Replace `run.json` as this object has last read or written it; what another has made of it stays.
+
+        Raises:
+            StorageError: another driver has come between.
+        """
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         text = json.dumps({"schema_version": SCHEMA_VERSION, **manifest, "updated": now}, indent=1, ensure_ascii=False)
-        self.storage.put("run.json", text.encode())
+        version = self.storage.version("run.json")
+        if self.storage.get("run.json") != self._known:
+            raise StorageError(f"{self.storage.url}/run.json: another driver has written it meanwhile; this one stops")
+        self.storage.swap("run.json", text.encode(), version)
+        self._known = text.encode()
 
     def commit(self, unit: Unit, tables: Mapping[str, pa.Table], exclusive: bool = False) -> None:
         """Make a unit durable: all its rows appear at once, or none.
@@ -150,10 +121,10 @@ class Run:
         Fresh units are read first: what is published and deleted under our hands is in the parts that are read after.
         """
         fresh = [(unit, self.load(unit)) for unit in self.fresh() if unit.concept == concept]
-        parts: dict[str, list[tuple[Unit, pa.Table]]] = defaultdict(list)
+        parts: dict[str, list[_Written]] = defaultdict(list)
         for unit, tables in fresh:
             if tables and table in tables:
-                parts[unit.part(table)].append((unit, tables[table]))
+                parts[unit.part(table)].append((unit, tables))
         published = [n for n in self.storage.names(f"{table}/concept={concept}") if n.endswith(".parquet")]
         merged = [self._merged(table, name, parts.get(name, [])) for name in sorted({*published, *parts})]
         return pa.concat_tables(
@@ -170,10 +141,11 @@ class Run:
         for unit in self.fresh():
             groups[unit.concept, unit.evaluation, unit.part("")].append(unit)
         for units in groups.values():
-            parts: dict[str, list[tuple[Unit, pa.Table]]] = defaultdict(list)
+            parts: dict[str, list[_Written]] = defaultdict(list)
             for unit in units:
-                for table, rows in (self.load(unit) or {}).items():
-                    parts[table].append((unit, rows))
+                tables = self.load(unit) or {}
+                for table in tables:
+                    parts[table].append((unit, tables))
             for table, additions in parts.items():
                 name = additions[0][0].part(table)
                 version = self.storage.version(name)
@@ -189,15 +161,24 @@ class Run:
             self.write_manifest(manifest)
             self.storage.delete(unit.name for unit in units)
 
-    def _merged(self, table: str, name: str, additions: list[tuple[Unit, pa.Table]]) -> pa.Table:
-        """The published part `name` with the units' rows added, those of indices that it has already left out."""
+    def _merged(self, table: str, name: str, additions: list[_Written]) -> pa.Table:
+        """The published part `name` with the units' rows added, those of indices that it has already left out.
+
+        An index that failed is not one that it has: another unit may still bring its rows, or fail it anew.
+        """
         old = self.storage.get(name)
         rows = [] if old is None else [pq.read_table(io.BytesIO(old))]
         covered: Coverage = json.loads((rows[0].schema.metadata or {}).get(b"units", b"{}")) if rows else {}
-        for unit, new in sorted(additions, key=lambda pair: pair[0]):
-            if not covers(covered, unit):
-                rows = [new] if unit.kind == WHOLE else [*rows, _outside(_spans(covered, unit), new)]
-                cover(covered, unit)
+        for unit, tables in sorted(additions, key=lambda pair: pair[0]):
+            if covers(covered, unit):
+                continue
+            had = [] if unit.kind == WHOLE else spans_of(covered, unit)
+            kept = [] if unit.kind == WHOLE else [part.filter(~_tried(unit, had)) for part in rows]
+            rows = [*kept, _outside(had, tables[table])]
+            cover(covered, unit)
+            failures = tables.get("failures", _schema("failures").empty_table())
+            for index in _outside(had, failures)["index"].to_pylist():
+                uncover(covered, dataclasses.replace(unit, first=index, last=index))
         schema = _schema(table)
         merged = pa.concat_tables([part.cast(schema) for part in rows]).sort_by(
             [("index", "ascending"), ("kind", "ascending")]
@@ -205,46 +186,19 @@ class Run:
         return merged.replace_schema_metadata({**(schema.metadata or {}), "units": json.dumps(covered)})
 
 
-def cover(coverage: Coverage, unit: Unit) -> None:
-    """Note the unit's indices as done, as few spans; for `whole`, in place of what was noted."""
-    kinds = coverage.setdefault(unit.concept, {}).setdefault(unit.evaluation, {})
-    spans = sorted([*([] if unit.kind == WHOLE else kinds.get(unit.kind, [])), [unit.first, unit.last]])
-    merged: list[list[int]] = []
-    for first, last in spans:
-        if merged and first <= merged[-1][1] + 1:
-            merged[-1][1] = max(merged[-1][1], last)
-        else:
-            merged.append([first, last])
-    kinds[unit.kind] = merged
-
-
-def covers(coverage: Coverage, unit: Unit) -> bool:
-    """Whether every index of the unit is noted as done."""
-    return any(first <= unit.first and unit.last <= last for first, last in _spans(coverage, unit))
-
-
-def _spans(coverage: Coverage, unit: Unit) -> list[list[int]]:
-    """The indices of the unit's kind that are noted as done."""
-    return coverage.get(unit.concept, {}).get(unit.evaluation, {}).get(unit.kind, [])
-
-
-def progress(manifest: Mapping[str, Any], fresh: Iterable[Unit]) -> Coverage:
-    """What is done of a run: published and fresh together."""
-    done = json.loads(json.dumps(manifest.get("done", {})))
-    for unit in fresh:
-        cover(done, unit)
-    return done
-
-
-def count(coverage: Coverage, concept: str, evaluation: str, kind: str) -> int:
-    """How many indices are done."""
-    return sum(last - first + 1 for first, last in coverage.get(concept, {}).get(evaluation, {}).get(kind, []))
-
-
 def _outside(spans: list[list[int]], rows: pa.Table) -> pa.Table:
     for first, last in spans:
         rows = rows.filter((pc.field("index") < first) | (pc.field("index") > last))
     return rows
+
+
+def _tried(unit: Unit, had: list[list[int]]) -> pc.Expression:
+    """Whether a row tells of an index of the unit beside those that it `had`: that an earlier try of it failed."""
+    index = pc.field("index")
+    found = (pc.field("kind") == unit.kind) & (index >= unit.first) & (index <= unit.last)
+    for first, last in had:
+        found &= (index < first) | (index > last)
+    return found
 
 
 def _schema(table: str) -> pa.Schema:

@@ -25,7 +25,8 @@ from melbo_ray.model import BALANCED, LanguageModel
 from melbo_ray.ortho import SteeringVector
 from melbo_ray.partial import lower, lower_fingerprint
 from melbo_ray.residual import Slice
-from melbo_ray.store import WHOLE, Run, Unit
+from melbo_ray.store import Run
+from melbo_ray.units import WHOLE, Unit
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,9 @@ class Worker:
     def _chains(self, concepts: list[str]) -> Iterator[Found]:
         stored = {concept: stored_vectors(self.run, concept) for concept in concepts}
         prompts = [self.model.tokenize(self.concepts[c].prompt, self.config.system_prompt) for c in concepts]
-        part = Slice(self.model, prompts, self.config.source_layer, self.config.target_layer)
+        # From the configuration alone: a resumed chain must take the same engine to find the same vectors to the bit.
+        evaluations = self.config.num_vectors // self.config.block * self.config.max_evaluations
+        part = Slice(self.model, prompts, self.config.source_layer, self.config.target_layer, evaluations)
         bases = {concept: vectors["base"][0].theta for concept, vectors in stored.items()}
         earlier = {c: [vector for _, vector in sorted(v.get("chain", {}).items())] for c, v in stored.items()}
         stopped: dict[str, str] = {}

@@ -53,14 +53,6 @@ def test_the_reference_takes_the_steps_that_our_adam_takes(small):
         torch.testing.assert_close(reference.theta.detach(), ours, rtol=1e-4, atol=1e-5)
 
 
-def test_the_plain_slice_of_the_benchmark_is_the_slice_without_engines(small):
-    theta, z = directions(2, seed=4)
-    plain, packed = bench_chain._plain(small.slice()), small.slice()
-    assert [layer for layer, _ in plain._calls] == list(small.model.layers[2:4])
-    losses = [value_and_grad(s, theta[None], z[None], torch.tensor([0]), small.config)[0] for s in (plain, packed)]
-    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
-
-
 @pytest.mark.parametrize("part", ["step", "equal-loss", "chain", "growth", "precision", "texts", "logits", "memory"])
 def test_every_part_measures_something(small, part, monkeypatch):
     width = bench_growth._width

@@ -17,3 +17,9 @@ def test_an_empty_prompt_is_refused(tmp_path):
     with pytest.raises(UserError, match="empty"):
         check(Config(prompt=" ", storage=str(tmp_path)))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("run_id", [None, "mine"])
+def test_what_the_command_lacks_to_resume_its_run_is_known(tmp_path, run_id):
+    checked = check(Config(run_id=run_id, storage=str(tmp_path)))
+    assert checked.naming == ("" if run_id else f" with --run-id {checked.config.run_id}")

@@ -1,5 +1,7 @@
 """Generation with a vector on every row is transformers' own with a hook, one prompt and one vector at a time."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, TopPLogitsWarper
@@ -11,11 +13,11 @@ SOURCE = 1
 PROMPTS = ["How are you?", "Hi", "A longer prompt than the others, by far", "Why?"]
 
 
-def jobs_of(model, count=8, norm=3.0):
+def jobs_of(model, count=8, norm=3.0, temperature=0.0):
     thetas, units = directions(count, norm), directions(count, seed=5)
     units = units / units.norm(dim=-1, keepdim=True)
     return [
-        Job(model.tokenize(PROMPTS[i % len(PROMPTS)]), thetas[i], seed=i, ablated=None if i % 3 else units[i])
+        Job(model.tokenize(PROMPTS[i % len(PROMPTS)]), thetas[i], i, None if i % 3 else units[i], temperature)
         for i in range(count)
     ]
 
@@ -42,7 +44,7 @@ def transformers_greedy(model, job, max_new_tokens):
 def test_greedy_texts_are_token_for_token_those_of_transformers_with_a_hook(family):
     model = tiny(family)
     jobs = jobs_of(model)
-    ours = generate(model, jobs, SOURCE, max_new_tokens=12, temperature=0, batch=4)
+    ours = generate(model, jobs, SOURCE, max_new_tokens=12, places=4)
     for job, text in zip(jobs, ours, strict=True):
         theirs = transformers_greedy(model, job, 12)
         assert text.tokens == [token for token in theirs if token != END]
@@ -53,7 +55,7 @@ def test_greedy_texts_are_token_for_token_those_of_transformers_with_a_hook(fami
 def test_greedy_texts_agree_beyond_a_sliding_window(family):
     model = tiny(family, sliding_window=8)
     jobs = jobs_of(model)
-    ours = generate(model, jobs, SOURCE, max_new_tokens=12, temperature=0, batch=3)
+    ours = generate(model, jobs, SOURCE, max_new_tokens=12, places=3)
     for job, text in zip(jobs, ours, strict=True):
         assert text.tokens == [token for token in transformers_greedy(model, job, 12) if token != END]
 
@@ -61,12 +63,12 @@ def test_greedy_texts_agree_beyond_a_sliding_window(family):
 @pytest.mark.parametrize("top_p", [1.0, 0.6])
 def test_a_sampled_text_depends_on_its_job_alone(top_p):
     model = tiny()
-    jobs = jobs_of(model)
-    options = {"max_new_tokens": 10, "temperature": 1.0, "top_p": top_p}
+    jobs = jobs_of(model, temperature=1.0)
+    options = {"max_new_tokens": 10, "top_p": top_p}
     alone = [generate(model, [job], SOURCE, **options)[0] for job in jobs]
-    assert generate(model, jobs, SOURCE, batch=3, **options) == alone
+    assert generate(model, jobs, SOURCE, places=3, **options) == alone
     assert generate(model, jobs[::-1], SOURCE, **options) == alone[::-1]
-    other = [Job(job.tokens, job.theta, job.seed + 100) for job in jobs]
+    other = [dataclasses.replace(job, seed=job.seed + 100) for job in jobs]
     assert generate(model, other, SOURCE, **options) != alone
 
 
@@ -74,10 +76,10 @@ def test_rows_that_stop_early_make_room_for_those_that_wait():
     model = tiny("qwen2")
     # A prompt's first greedy token declared an end token stops that prompt at once, and maybe others.
     jobs = jobs_of(model, 12)
-    free = generate(model, jobs, SOURCE, max_new_tokens=6, temperature=0)
+    free = generate(model, jobs, SOURCE, max_new_tokens=6)
     model.network.generation_config.eos_token_id = ends = [free[0].tokens[0], free[1].tokens[2], END]
     try:
-        stopped = generate(model, jobs, SOURCE, max_new_tokens=6, temperature=0, batch=4)
+        stopped = generate(model, jobs, SOURCE, max_new_tokens=6, places=4)
     finally:
         model.network.generation_config.eos_token_id = END
     assert stopped[0].tokens == []
@@ -90,7 +92,7 @@ def test_rows_that_stop_early_make_room_for_those_that_wait():
 def test_the_models_context_bounds_the_text():
     model = tiny("gpt2", max_position_embeddings=20)
     tokens = model.tokenize("a prompt of 15.")
-    (text,) = generate(model, [Job(tokens, directions(1)[0])], SOURCE, max_new_tokens=50, temperature=0)
+    (text,) = generate(model, [Job(tokens, directions(1)[0], temperature=0)], SOURCE, max_new_tokens=50)
     assert (len(text.tokens), text.finish_reason) == (5, "length")
 
 
@@ -109,13 +111,13 @@ def test_a_vector_that_is_not_finite_is_an_error_and_leaves_no_hook():
 def test_choose_inverts_the_cumulative_distribution():
     logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
     for uniform, token in [(0.0, 0), (0.09, 0), (0.11, 1), (0.35, 2), (0.61, 3), (0.999999, 3)]:
-        assert choose(logits, torch.tensor([uniform]).double(), 1.0, 1.0).tolist() == [token]
+        assert choose(logits, torch.tensor([uniform]).double(), torch.ones(1), 1.0).tolist() == [token]
 
 
 def test_choose_draws_with_the_right_frequencies():
     logits = torch.randn(1, 6, generator=torch.Generator().manual_seed(1)).expand(40_000, 6)
     uniforms = (torch.arange(40_000).double() + 0.5) / 40_000
-    counts = choose(logits, uniforms, 0.7, 1.0).bincount(minlength=6) / 40_000
+    counts = choose(logits, uniforms, torch.full((40_000,), 0.7), 1.0).bincount(minlength=6) / 40_000
     torch.testing.assert_close(counts, (logits[0] / 0.7).softmax(-1), rtol=0, atol=1e-4)
 
 
@@ -123,7 +125,7 @@ def test_top_p_keeps_the_tokens_that_transformers_keeps():
     logits = 2 * torch.randn(50, 30, generator=torch.Generator().manual_seed(2))
     kept = LogitsProcessorList([TopPLogitsWarper(0.7)])(None, logits).isfinite()
     for uniform in torch.linspace(0, 0.9999, 20).double():
-        chosen = choose(logits, uniform.expand(50), 1.0, 0.7)
+        chosen = choose(logits, uniform.expand(50), torch.ones(50), 0.7)
         assert bool(kept.gather(-1, chosen[:, None]).all())
-    reached = {int(choose(logits[:1], u[None], 1.0, 0.7)) for u in torch.linspace(0, 0.9999, 2000).double()}
+    reached = {int(choose(logits[:1], u[None], torch.ones(1), 0.7)) for u in torch.linspace(0, 0.9999, 2000).double()}
     assert reached == set(kept[0].nonzero()[:, 0].tolist())

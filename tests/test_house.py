@@ -11,11 +11,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"config"},
-    {"command", "concepts", "fingerprint", "layout", "storage", "subspace", "tables"},
+    {"command", "concepts", "fingerprint", "layout", "products", "storage", "subspace", "tables", "units"},
     {"lease", "model", "query", "solvers", "store"},
     {"engines"},
     {"figures", "partial", "residual", "steer"},
-    {"generate", "ortho", "report"},
+    {"decoding", "ortho", "report"},
+    {"generate"},
     {"melbo"},
     {"evals"},
     {"agenda", "check", "work"},

@@ -17,7 +17,8 @@ from melbo_ray.config import Config, UserError
 from melbo_ray.evals import EVALUATIONS
 from melbo_ray.layout import Layout
 from melbo_ray.ortho import SteeringVector
-from melbo_ray.store import WHOLE, Run, Unit, cover
+from melbo_ray.store import Run
+from melbo_ray.units import WHOLE, Unit, cover
 from melbo_ray.work import Found, Worker, stored_vectors
 
 _BACKLOG = 64

@@ -12,6 +12,7 @@ import ray
 import torch
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
+from melbo_ray.command import Terminated
 from melbo_ray.config import UserError, first_line
 from melbo_ray.work import cores
 
@@ -35,13 +36,15 @@ def connected() -> Generator[tuple[dict[str, float], bool, bool]]:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         options |= {"include_dashboard": False, "num_cpus": max(2, cores())}
+    before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address or "local", **options)
+    except SystemExit:  # what Ray makes of SIGTERM
+        raise Terminated from None
     except Exception as error:  # Ray raises bare ones where a node does not come up in time
         raise UserError(f"cannot join the Ray cluster at {address or 'this machine'}: {first_line(error)}") from error
     if threading.current_thread() is threading.main_thread():
-        # Ray's own handler aborts; `ray job stop` and a scheduler shall end a run as Ctrl-C does.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, before)  # Ray's own handler aborts
     try:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         largest = {

@@ -85,6 +85,6 @@ def _held_out(study: Study) -> HeldOut:
 
 def _continuations(study: Study, prompts: list[Int[Tensor, " seq"]]) -> list[Int[Tensor, " length"]]:
     """What the base writes, greedily; its end token where it writes nothing."""
-    jobs = [Job(tokens, study.base) for tokens in prompts]
-    texts = generate(study.model, jobs, study.config.source_layer, max_new_tokens=LENGTH, temperature=0)
+    jobs = [Job(tokens, study.base, temperature=0) for tokens in prompts]
+    texts = generate(study.model, jobs, study.config.source_layer, max_new_tokens=LENGTH)
     return [torch.tensor(text.tokens or study.model.end_tokens[:1]) for text in texts]

@@ -48,21 +48,10 @@ def write(
     for key, theta, unit in zip(keys, thetas, ablated or [None] * len(keys), strict=True):
         purpose = "/".join(["generations", kind, *(str(value) for name, value in key.items() if name != "index")])
         seed = derive_seed(config.seed, concept.name, key["index"], purpose)
-        jobs.append(Job(study.tokens(key["prompt_id"]), theta, seed, unit))
-    temperatures = [0.0 if key.get("sample") == 0 else config.temperature for key in keys]
-    rows: dict[int, Row] = {}
-    for temperature in set(temperatures):
-        places = [place for place, value in enumerate(temperatures) if value == temperature]
-        continuations = generate(
-            study.model,
-            [jobs[place] for place in places],
-            config.source_layer,
-            max_new_tokens=config.max_new_tokens,
-            temperature=temperature,
-            top_p=config.top_p,
-        )
-        rows |= {place: _row(study, temperature, text) for place, text in zip(places, continuations, strict=True)}
-    return [rows[place] for place in range(len(keys))]
+        temperature = 0.0 if key.get("sample") == 0 else config.temperature
+        jobs.append(Job(study.tokens(key["prompt_id"]), theta, seed, unit, temperature))
+    texts = generate(study.model, jobs, config.source_layer, max_new_tokens=config.max_new_tokens, top_p=config.top_p)
+    return [_row(study, job.temperature, text) for job, text in zip(jobs, texts, strict=True)]
 
 
 def _row(study: Study, temperature: float, continuation: Continuation) -> Row:

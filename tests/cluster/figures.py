@@ -26,7 +26,8 @@ from melbo_ray.cluster import Driver
 from melbo_ray.config import Config
 from melbo_ray.layout import lay_out
 from melbo_ray.model import LanguageModel
-from melbo_ray.store import Run, Unit
+from melbo_ray.store import Run
+from melbo_ray.units import Unit
 from tests.cluster.conftest import REPOSITORY
 from tests.cluster.head import head, submission
 from tests.cluster.simulated import D_MODEL, Sleeper

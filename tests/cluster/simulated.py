@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from melbo_ray import tables
 from melbo_ray.config import Config
-from melbo_ray.store import Run, Unit
+from melbo_ray.store import Run
+from melbo_ray.units import Unit
 
 D_MODEL = 8
 BASE = Unit("code", "base", "base", 0, 0)

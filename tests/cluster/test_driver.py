@@ -11,7 +11,8 @@ from melbo_ray.agenda import Agenda
 from melbo_ray.cluster import Driver, driver, pool
 from melbo_ray.config import Config, UserError
 from melbo_ray.layout import lay_out
-from melbo_ray.store import Run, Unit
+from melbo_ray.store import Run
+from melbo_ray.units import Unit
 from tests.cluster.simulated import D_MODEL, Sleeper
 
 

@@ -1,0 +1,167 @@
+"""One decoding step of many rows at fixed places: a static key-value cache, recorded once for a model.
+
+A new row takes the place of a finished one; nothing changes its shape, so the same recording serves every step.
+"""
+
+import functools
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+
+from melbo_ray.engines import Recorded
+from melbo_ray.model import LanguageModel
+from melbo_ray.steer import reading, steering
+
+
+@dataclass(frozen=True)
+class Job:
+    """A continuation to write.
+
+    Attributes:
+        tokens: the prompt, (seq,) int64.
+        theta: the vector it is steered by, (d_model,) float32.
+        seed: decides its draws, whatever else is in the batch.
+        ablated: a direction of norm 1, (d_model,) float32, of which the steered stream keeps nothing.
+        temperature: 0 is greedy.
+    """
+
+    tokens: Int[Tensor, " seq"]
+    theta: Float[Tensor, " d_model"]
+    seed: int = 0
+    ablated: Float[Tensor, " d_model"] | None = None
+    temperature: float = 1.0
+
+
+@dataclass
+class Row:
+    """A job at work: its place in the results, the uniform numbers of its draws, its limit, its text so far."""
+
+    place: int
+    job: Job
+    uniforms: Tensor
+    limit: int
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+
+
+class _Places(Cache):
+    """Keys and values of every layer, (places, heads, width, head_dim); each row writes at a position of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        self.positions: Tensor
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple:
+        """Write one token's keys and values, (places, heads, 1, head_dim); all there are."""
+        held = self.keys[layer_idx], self.values[layer_idx]
+        at = torch.arange(len(key_states), device=key_states.device), self.positions.to(key_states.device)
+        for place, states in zip(held, (key_states, value_states), strict=True):
+            place[at[0], :, at[1]] = states[:, :, 0]
+        return held
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Nothing: positions and masks are given with every call."""
+        return 0
+
+    def admit(self, places: Tensor, prompts: DynamicCache, shape: tuple[int, int]) -> None:
+        """The prompts' keys and values go to their places, and nothing of what was there before stays."""
+        for number, (keys, values, *_) in enumerate([*prompts]):
+            for held, states in ((self.keys, keys), (self.values, values)):
+                if number not in held:
+                    held[number] = states.new_zeros(shape[0], states.shape[1], shape[1], states.shape[3])
+                where = places.to(states.device)
+                # Whatever is not finite there would get past the mask.
+                held[number][where] = 0
+                held[number][where, :, : states.shape[2]] = states
+
+
+class Batch:
+    """Rows at work, each at a place of its own, `width` tokens long at most, prompt included."""
+
+    def __init__(self, model: LanguageModel, source: int, places: int, width: int) -> None:
+        self.model, self.source, self.shape = weakref.proxy(model), source, (places, width)
+        self.rows: dict[int, Row] = {}
+        self.cache = _Places()
+        self.theta, self.units = torch.zeros(2, places, model.d_model, device=model.device)
+        together = {parameter.device for parameter in model.network.parameters()} <= {model.device}
+        step = functools.partial(Batch._decode, weakref.proxy(self))
+        self.decode = Recorded(step) if together else step
+
+    def free(self) -> list[int]:
+        """Places without a row."""
+        return [place for place in range(self.shape[0]) if place not in self.rows]
+
+    def admit(self, rows: list[Row]) -> Tensor:
+        """Read the prompts of new rows; their next-token logits."""
+        device, free = self.theta.device, self.free()[: len(rows)]
+        self.rows |= zip(free, rows, strict=True)
+        places, jobs = torch.tensor(free).to(device), [row.job for row in rows]
+        self.theta[places] = torch.stack([job.theta for job in jobs]).to(self.theta)
+        units = [torch.zeros_like(job.theta) if job.ablated is None else job.ablated for job in jobs]
+        self.units[places] = torch.stack(units).to(self.units)
+        # Padded on the right, where a causal model does not look. A cache that knows no configuration keeps every
+        # position, in layers with a sliding window too.
+        tokens = nn.utils.rnn.pad_sequence([job.tokens for job in jobs], batch_first=True).to(device)
+        last = torch.arange(len(jobs)), torch.tensor([len(job.tokens) - 1 for job in jobs])
+        prompts = DynamicCache()
+        with steering(self.model, self.source, self.theta[places], self.units[places]), reading(self.model, last):
+            output = self.model.network(input_ids=tokens, past_key_values=prompts, use_cache=True)
+        self.cache.admit(places, prompts, self.shape)
+        return _finite(output.logits[0].float())
+
+    def step(self) -> Tensor:
+        """Read every row's last token; the next-token logits."""
+        tokens, positions = torch.zeros(2, self.shape[0], dtype=torch.long)
+        for place, row in self.rows.items():
+            tokens[place], positions[place] = row.tokens[-1], len(row.job.tokens) + len(row.tokens) - 1
+        moved = tokens.to(self.theta.device), positions.to(self.theta.device)
+        (logits,) = self.decode(*moved, self.theta, self.units)
+        return _finite(logits[list(self.rows)])
+
+    def _decode(self, tokens: Tensor, positions: Tensor, theta: Tensor, units: Tensor) -> tuple[Tensor]:
+        self.cache.positions = positions
+        with steering(self.model, self.source, theta, units):
+            output = self.model.network(
+                input_ids=tokens[:, None],
+                attention_mask=self._masks(positions),
+                position_ids=positions[:, None],
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+        return (output.logits[:, -1].float(),)
+
+    def _masks(self, positions: Tensor) -> Tensor | dict[str, Tensor]:
+        """What each row sees, in the form that the model takes: one mask, or one for each type of layer."""
+        config = self.model.network.config.get_text_config()
+        columns, here = torch.arange(self.shape[1], device=positions.device), positions[:, None]
+        window = getattr(config, "sliding_window", None) or self.shape[1]
+
+        def mask(seen: Tensor) -> Tensor:
+            blank = torch.zeros(seen.shape, dtype=self.model.dtype, device=seen.device)
+            return blank.masked_fill(~seen, torch.finfo(self.model.dtype).min)[:, None, None]
+
+        everything = mask(columns <= here)
+        near = mask((columns <= here) & (columns > here - window))
+        # As transformers' own `create_masks_for_generate` tells them apart.
+        if types := getattr(config, "layer_types", None):
+            return {name: near if name == "sliding_attention" else everything for name in set(types)}
+        return near
+
+    def drop_finished(self) -> list[Row]:
+        """Take the finished rows out."""
+        finished = {place: row for place, row in self.rows.items() if row.finish_reason}
+        self.rows = {place: row for place, row in self.rows.items() if place not in finished}
+        return list(finished.values())
+
+
+def _finite(logits: Tensor) -> Tensor:
+    if not bool(logits.sum(-1).isfinite().all()):
+        raise FloatingPointError("the model's logits are not finite under this vector")
+    return logits

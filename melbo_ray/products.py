@@ -1,0 +1,177 @@
+"""The matrix products of a recorded step on the CPU: fewer, larger, and with weights packed for few rows.
+
+A step at the 20 to 40 tokens of a prompt is bound by its products with the model's weights. What is known only when it
+is recorded makes them faster: which ones share an input, which ones are added up, and that the weights never change.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+_aten = torch.ops.aten
+_packed = torch.ops.mkldnn._linear_pointwise.default
+_VIEWS = {_aten.view.default, _aten._unsafe_view.default}
+_TRANSPOSES = {_aten.t.default, _aten.transpose.int, _aten.permute.default}
+
+# Bytes of packed copies at most.
+_MOST = 4 << 30
+
+_library = torch.library.Library("melbo_ray", "DEF")
+_library.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _packed(x.contiguous(), weight, bias, "none", [], "")
+
+
+_library.impl("product", _product, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "melbo_ray::product", lambda x, weight, bias: x.new_empty(len(x), len(weight)), lib=_library
+)
+
+
+@dataclass(frozen=True)
+class _Product:
+    """[inputs side by side] @ weight + bias: inputs (rows, ·) each, weight (in, out), bias (out,) or None."""
+
+    inputs: Sequence[Node]
+    weight: Tensor
+    bias: Tensor | None
+
+
+def pack(recording: GraphModule) -> GraphModule:
+    """The recording with its products by constant weights merged where they can be, and packed by oneDNN.
+
+    Products of one input become one product (q, k, v; gate and up), and sums of products one over the inputs side by
+    side (their gradients). Sums are taken in another order, so the last bits differ. A packed weight is a copy.
+
+    Raises:
+        RuntimeError: weights that this processor or type cannot pack, or more than 4 GiB of them.
+    """
+    module = GraphModule(recording, copy.deepcopy(recording.graph))
+    products = _find(module)
+    if (size := sum(product.weight.nbytes for product in products.values())) > _MOST:
+        raise RuntimeError(f"packed copies would take {size / 2**30:.1f} GiB, and at most 4 are given to them")
+    _merge_sums(module.graph, products)
+    _merge_shared(module.graph, products)
+    for number, (node, product) in enumerate(products.items()):
+        _place(module, node, product, str(number))
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def opaque(recording: GraphModule) -> GraphModule:
+    """The recording with its packed products hidden in an operator of ours: TorchInductor cannot lower them."""
+    module = GraphModule(recording, copy.deepcopy(recording.graph))
+    for node in module.graph.nodes:
+        if node.target is _packed:
+            node.target, node.args = torch.ops.melbo_ray.product.default, node.args[:3]
+    module.recompile()
+    return module
+
+
+def _find(module: GraphModule) -> dict[Node, _Product]:
+    """Every product by a constant weight, in order."""
+    constants: dict[Node, Tensor] = {}
+    products: dict[Node, _Product] = {}
+    for node in module.graph.nodes:
+        args = _args(node)
+        if node.op == "get_attr":
+            constants[node] = getattr(module, node.target)
+        elif node.target in _TRANSPOSES and args[0] in constants:
+            constants[node] = node.target(constants[args[0]], *args[1:])
+        elif node.target is _aten.mm.default and args[1] in constants:
+            products[node] = _Product([args[0]], constants[args[1]], None)
+        elif node.target is _aten.addmm.default and args[0] in constants and args[2] in constants and not node.kwargs:
+            products[node] = _Product([args[1]], constants[args[2]], constants[args[0]])
+    return products
+
+
+def _merge_sums(graph: Graph, products: dict[Node, _Product]) -> None:
+    """The sum x V + y W, both reshaped alike, becomes [x y] [V; W]."""
+    for node in list(graph.nodes):
+        views = _args(node)
+        if node.target is not _aten.add.Tensor or node.kwargs or not all(_lone(view, products) for view in views):
+            continue
+        if views[0].args[1] != views[1].args[1]:
+            continue
+        terms = [products.pop(_args(view)[0]) for view in views]
+        with graph.inserting_before(node):
+            whole = graph.call_function(_aten.mm.default)
+            node.replace_all_uses_with(graph.call_function(_aten.view.default, (whole, views[0].args[1])))
+        inputs = [value for term in terms for value in term.inputs]
+        products[whole] = _Product(inputs, torch.cat([term.weight for term in terms]), None)
+        _erase(graph, node, *views, *(_args(view)[0] for view in views))
+
+
+def _lone(view: object, products: dict[Node, _Product]) -> bool:
+    """Whether it is a reshaped product without bias that nothing else uses."""
+    if not isinstance(view, Node) or view.target not in _VIEWS or len(view.users) > 1:
+        return False
+    product = _args(view)[0]
+    return product in products and products[product].bias is None and len(product.users) == 1
+
+
+def _merge_shared(graph: Graph, products: dict[Node, _Product]) -> None:
+    """The products x V and x W become the columns of x [V W]."""
+    groups: dict[tuple, list[Node]] = defaultdict(list)
+    for node, product in products.items():
+        if len(product.inputs) == 1:
+            groups[_origin(product.inputs[0]), product.bias is None].append(node)
+    for nodes in groups.values():
+        if len(nodes) == 1:
+            continue
+        parts, begin = [products.pop(node) for node in nodes], 0
+        with graph.inserting_before(nodes[0]):
+            whole = graph.call_function(_aten.mm.default)
+            for node, part in zip(nodes, parts, strict=True):
+                end = begin + part.weight.shape[1]
+                node.replace_all_uses_with(graph.call_function(_aten.slice.Tensor, (whole, 1, begin, end)))
+                begin = end
+        weight = torch.cat([part.weight for part in parts], 1)
+        biases = [part.bias for part in parts if part.bias is not None]
+        products[whole] = _Product(parts[0].inputs, weight, torch.cat(biases) if biases else None)
+        _erase(graph, *nodes)
+
+
+def _origin(x: Node) -> tuple:
+    """What tells whether two inputs are the same: linear maps reshape theirs, each for itself."""
+    if x.target not in _VIEWS:
+        return (x,)
+    viewed, shape = _args(x)
+    return (viewed, *shape)
+
+
+def _place(module: GraphModule, node: Node, product: _Product, name: str) -> None:
+    """The packed product in the place of `node`."""
+    graph, rows = module.graph, product.inputs[0].meta["val"].shape[0]
+    weight = product.weight.detach().t().contiguous()
+    module.register_buffer(f"weight{name}", torch.ops.mkldnn._reorder_linear_weight(weight, rows))
+    with graph.inserting_before(node):
+        x, bias = product.inputs[0], None
+        if len(product.inputs) > 1:
+            x = graph.call_function(_aten.cat.default, (list(product.inputs), 1))
+        if product.bias is not None:
+            module.register_buffer(f"bias{name}", product.bias.detach())
+            bias = graph.get_attr(f"bias{name}")
+        x = graph.call_function(_aten.contiguous.default, (x,))
+        packed = graph.call_function(_packed, (x, graph.get_attr(f"weight{name}"), bias, "none", [], ""))
+    node.replace_all_uses_with(packed)
+    _erase(graph, node)
+
+
+def _args(node: Node) -> tuple[Any, ...]:
+    # What torch's type of an argument is a union of, no checker can follow.
+    return cast(tuple[Any, ...], node.args)
+
+
+def _erase(graph: Graph, *nodes: Node) -> None:
+    for node in nodes:
+        graph.erase_node(node)

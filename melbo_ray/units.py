@@ -1,0 +1,102 @@
+"""Units of work: what is written at once under a name that says what it is; and which of them a run has done."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_BLOCK = 512
+WHOLE = "whole"
+
+Coverage = dict[str, dict[str, dict[str, list[list[int]]]]]
+"""The indices that are done, as spans with both ends: by concept, evaluation and kind."""
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """Work whose rows appear together: one evaluation of consecutive vectors of one kind.
+
+    Attributes:
+        concept: its name.
+        evaluation: name of the evaluation; `base` and `chain` for the vectors themselves.
+        kind: `chain`, `base`, …, or `whole` for an evaluation of the chain as a whole, which replaces earlier ones.
+        first: index of the first vector.
+        last: index of the last one.
+    """
+
+    concept: str
+    evaluation: str
+    kind: str
+    first: int
+    last: int
+
+    @property
+    def name(self) -> str:
+        """The object it is written to."""
+        return f"units/{self.concept}/{self.evaluation}.{self.kind}.{self.first:06d}-{self.last:06d}.zip"
+
+    @classmethod
+    def of(cls, name: str) -> "Unit":
+        """The unit that is written to `name`."""
+        _, concept, file = name.split("/")
+        evaluation, kind, span, _ = file.split(".")
+        first, last = span.split("-")
+        return cls(concept, evaluation, kind, int(first), int(last))
+
+    def part(self, table: str) -> str:
+        """The published part of `table` that its rows go to."""
+        block = 0 if self.kind == WHOLE else block_of(self.first)
+        return f"{table}/concept={self.concept}/part-{self.evaluation}-{block:05d}.parquet"
+
+
+def block_of(index: int) -> int:
+    """The published part that a vector's rows go to: no unit may lie across a border, or two parts could have a row."""
+    return max(index - 1, 0) // _BLOCK
+
+
+def cover(coverage: Coverage, unit: Unit) -> None:
+    """Note the unit's indices as done, as few spans; for `whole`, in place of what was noted."""
+    kinds = coverage.setdefault(unit.concept, {}).setdefault(unit.evaluation, {})
+    spans = sorted([*([] if unit.kind == WHOLE else kinds.get(unit.kind, [])), [unit.first, unit.last]])
+    merged: list[list[int]] = []
+    for first, last in spans:
+        if merged and first <= merged[-1][1] + 1:
+            merged[-1][1] = max(merged[-1][1], last)
+        else:
+            merged.append([first, last])
+    kinds[unit.kind] = merged
+
+
+def uncover(coverage: Coverage, unit: Unit) -> None:
+    """Note the unit's indices as not done; for `whole`, all of them."""
+    around = [] if unit.kind == WHOLE else spans_of(coverage, unit)
+    rest = [
+        span
+        for first, last in around
+        for span in ([first, min(last, unit.first - 1)], [max(first, unit.last + 1), last])
+        if span[0] <= span[1]
+    ]
+    coverage.setdefault(unit.concept, {}).setdefault(unit.evaluation, {})[unit.kind] = rest
+
+
+def covers(coverage: Coverage, unit: Unit) -> bool:
+    """Whether every index of the unit is noted as done."""
+    return any(first <= unit.first and unit.last <= last for first, last in spans_of(coverage, unit))
+
+
+def spans_of(coverage: Coverage, unit: Unit) -> list[list[int]]:
+    """The indices of the unit's kind that are noted as done."""
+    return coverage.get(unit.concept, {}).get(unit.evaluation, {}).get(unit.kind, [])
+
+
+def progress(manifest: Mapping[str, Any], fresh: Iterable[Unit]) -> Coverage:
+    """What is done of a run: published and fresh together."""
+    done = json.loads(json.dumps(manifest.get("done", {})))
+    for unit in fresh:
+        cover(done, unit)
+    return done
+
+
+def count(coverage: Coverage, concept: str, evaluation: str, kind: str) -> int:
+    """How many indices are done."""
+    return sum(last - first + 1 for first, last in coverage.get(concept, {}).get(evaluation, {}).get(kind, []))

@@ -1,0 +1,87 @@
+"""How a run is going: the time that is left."""
+
+import re
+from io import StringIO
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from melbo_ray import progress
+from melbo_ray.agenda import Agenda
+from melbo_ray.progress import Display
+from melbo_ray.units import cover
+
+VECTORS, BATCH = 24, 8
+EVALS = ["kl", "generations", "dose", "control", "geometry"]
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """(concept at the start, steps of (seconds, what happens to it)) → what the line says after every step."""
+
+    def call(agenda, steps):
+        clock, out = [1000.0], StringIO()
+        monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+        display = Display(Console(file=out, width=300), VECTORS)
+        for seconds, happens in steps:
+            display.update({"code": agenda}, {}, 1)
+            clock[0] += seconds
+            happens(agenda)
+        display.update({"code": agenda}, {}, 1)
+        return [line.rpartition(", ")[2].strip() for line in out.getvalue().splitlines()]
+
+    return call
+
+
+def concept(vectors):
+    found = Agenda("code", EVALS, BATCH, {})
+    for index in range(vectors + 1):
+        found.learn("chain" if index else "base", index, np.ones(2))
+    return found
+
+
+def find(agenda):
+    agenda.learn("chain", agenda.found + 1, np.ones(2))
+
+
+def evaluate(agenda):
+    cover(agenda.done, agenda.due()[0])
+
+
+def end(agenda):
+    agenda.stop_reason = "num_vectors"
+
+
+def seconds(text):
+    number, unit = re.fullmatch(r"about ([\d.]+) (s|min|h) left", text).groups()
+    return float(number) * {"s": 1, "min": 60, "h": 3600}[unit]
+
+
+def test_the_time_left_is_told_once_it_is_worth_something_and_then_about_right(told):
+    """Where units take as long each, be they of one vector (the controls), of eight, or of the whole chain."""
+    agenda = concept(VECTORS)
+    end(agenda)
+    units = len(agenda.due())
+    lines = told(agenda, [(10, evaluate)] * units)
+    assert lines[:3] == ["time left not known yet"] * 3
+    truth = [10 * (units - done) for done in range(3, units + 1)]
+    assert [seconds(line) for line in lines[3:]] == pytest.approx(truth, abs=30)
+
+
+def test_the_slower_of_chain_and_evaluations_rules(told):
+    (*_, line) = told(concept(4), [(30, find)] * 4 + [(5, evaluate)] * 4)
+    assert seconds(line) == pytest.approx(16 / 4 * 140, rel=0.1)
+    (*_, line) = told(concept(20), [(5, find)] * 4 + [(30, evaluate)] * 4)
+    units = 3 * 2 + 3 * 3 + 2
+    assert seconds(line) == pytest.approx((units - 4) / 4 * 140, rel=0.1)
+
+
+def test_the_time_left_follows_what_has_changed_of_late(told):
+    """A second evaluator has come: from half of the units on, they take half the time."""
+    agenda = concept(VECTORS)
+    agenda.batch = 1
+    end(agenda)
+    units = len(agenda.due())
+    lines = told(agenda, [(20, evaluate)] * (units // 2) + [(10, evaluate)] * (units // 4))
+    assert seconds(lines[-1]) == pytest.approx(10 * (units - units // 2 - units // 4), rel=0.1)
