@@ -5,7 +5,6 @@ import io
 import os
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -98,7 +97,6 @@ def tiny(tmp_path_factory) -> Tiny:
 
 def run_here(command: list[str], **environment: str) -> subprocess.CompletedProcess:
     """A job to its end in this process, where nothing is asked of its own: another would load torch and Ray again."""
-    before = signal.getsignal(signal.SIGTERM)
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.chdir(REPOSITORY)
@@ -107,7 +105,6 @@ def run_here(command: list[str], **environment: str) -> subprocess.CompletedProc
             patch.setenv(name, value)
         with pytest.raises(SystemExit) as end:
             runpy.run_path(command[1], run_name="__main__")
-    signal.signal(signal.SIGTERM, before)
     return subprocess.CompletedProcess(command, end.value.code, out.getvalue(), err.getvalue())
 
 
