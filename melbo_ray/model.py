@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub as hub
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -210,7 +211,19 @@ def locate(name: str) -> tuple[str, dict[str, Any]]:
             raise UserError(f"no GGUF file at {name!r}")
         # transformers wants the folder and the file apart.
         return str(path.parent), {"gguf_file": path.name}
-    return name, {}
+    return name, {"local_files_only": True} if _out_of_reach(name) else {}
+
+
+def _out_of_reach(name: str) -> bool:
+    """Whether `name` is no model on this machine, and the hub does not answer: transformers takes 46 s to find out."""
+    hub.logging.set_verbosity_error()
+    with contextlib.suppress(hub.errors.HFValidationError):  # no name of the hub's, which transformers says best
+        if not Path(name).is_dir() and hub.try_to_load_from_cache(name, "config.json") is None:
+            try:
+                hub.utils.http_backoff("HEAD", hub.constants.ENDPOINT, max_retries=2, timeout=10)
+            except Exception:  # of whatever client the hub's library has
+                return True
+    return False
 
 
 def _embedded() -> Path:

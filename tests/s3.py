@@ -53,7 +53,7 @@ def serve(folder: Path, host: str = "127.0.0.1") -> Iterator[S3]:
             fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
         yield s3
     finally:
-        server.terminate()
+        server.kill()  # of what it holds nothing is wanted any more, and it takes seconds to say goodbye
         server.wait(30)
 
 
@@ -109,6 +109,7 @@ def faulty(s3: S3) -> Iterator[tuple[dict[str, str], Faults]]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # a body would wait 40 ms for the acknowledgement of its headers
 
         def _serve(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))

@@ -80,10 +80,22 @@ def test_the_fingerprint_tells_models_apart_and_survives_saving(tmp_path):
 
 
 def test_a_model_that_is_not_there_is_refused_in_a_line(tmp_path):
-    for name in [str(tmp_path), str(tmp_path / "model.gguf"), "no-such-org/no-such-model"]:
+    for name in [str(tmp_path), str(tmp_path / "model.gguf")]:
         with pytest.raises(UserError, match=r"cannot load|no GGUF") as refusal:
             LanguageModel.load(name)
         assert "\n" not in str(refusal.value)
+
+
+def test_without_network_a_model_of_the_hub_is_soon_refused_in_a_line(monkeypatch, capfd):
+    waits = []
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr("time.sleep", waits.append)
+    with pytest.raises(
+        UserError, match="cannot load the model 'no-such-org/no-such-model': We couldn't connect"
+    ) as said:
+        LanguageModel.load("no-such-org/no-such-model")
+    assert "\n" not in str(said.value)
+    assert (waits, capfd.readouterr().err) == ([1, 2], "")
 
 
 def test_weights_kept_as_a_pickle_are_refused(tmp_path):

@@ -34,6 +34,12 @@ def s3(tmp_path_factory):
         yield server
 
 
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    """Botocore tries as often as ever, but at once: its pauses are random and double every time."""
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.0)
+
+
 @pytest.fixture(params=["local", "memory", "s3"])
 def url(request, tmp_path):
     if request.param == "local":

@@ -72,7 +72,7 @@ class Chaos:
         dice = random.Random(self.seed)
         kinds = ["chain", *(kind for _ in range(self.kills) for kind in dice.sample(KINDS, len(KINDS)))]
         deadline = time.monotonic() + seconds
-        driver, done = self.start(), 0
+        driver, done = self.start(), self.done()
         for kind in kinds[: self.kills]:
             target = done + dice.randint(1, round(2 * self.every) - 1)
             while (done := self.done()) < target and driver.poll() is None:

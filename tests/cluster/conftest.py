@@ -1,6 +1,9 @@
 """A tiny study, and a Ray that keeps to folders of its own."""
 
+import contextlib
+import io
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -36,7 +39,10 @@ two = "What now?"
 def ray_of_our_own():
     """Ray's token in a home of ours, its sessions in a short folder of ours, and no cluster but ours."""
     home = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    # The embedded model is converted where caches are, which takes 20 s.
+    cache = os.environ.get("XDG_CACHE_HOME") or f"{Path.home()}/.cache"
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", cache)
         patch.delenv("RAY_ADDRESS", raising=False)
         for name in ("HOME", "RAY_TMPDIR"):
             patch.setenv(name, home)
@@ -89,17 +95,17 @@ def tiny(tmp_path_factory) -> Tiny:
     return Tiny(folder)
 
 
-def run_job(command: list[str], timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
-    """A job to its end, as a person starts it."""
-    return subprocess.run(
-        command,
-        cwd=REPOSITORY,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+def run_here(command: list[str], **environment: str) -> subprocess.CompletedProcess:
+    """A job to its end in this process, where nothing is asked of its own: another would load torch and Ray again."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(REPOSITORY)
+        patch.setattr(sys, "argv", command[1:])
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(command[1], run_name="__main__")
+    return subprocess.CompletedProcess(command, end.value.code, out.getvalue(), err.getvalue())
 
 
 def rows(url: str, concepts: tuple[str, ...] = ("code",)) -> dict[tuple[str, str], list[dict]]:
@@ -122,11 +128,25 @@ def cluster(ray_of_our_own) -> Iterator[dict[str, str]]:
     node.shutdown()
 
 
-@pytest.fixture(scope="session")
-def undisturbed(tiny, tmp_path_factory) -> tuple[subprocess.CompletedProcess, str]:
-    """A study that nothing happened to: what its job said, and where it is."""
+@pytest.fixture(scope="session", autouse=True)
+def beginning(request, ray_of_our_own, tiny, tmp_path_factory) -> Iterator[tuple[subprocess.Popen, str] | None]:
+    """The study that nothing happens to, begun before the first test where any asks for it: it takes 20 s."""
+    if not any("undisturbed" in item.fixturenames for item in request.session.items):
+        yield None
+        return
     storage = tmp_path_factory.mktemp("undisturbed")
-    return run_job(tiny.command("ortho", str(storage), "run")), str(storage / "run")
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(tiny.command("ortho", str(storage), "run"), cwd=REPOSITORY, **pipe) as job:
+        yield job, str(storage / "run")
+        job.kill()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(beginning) -> tuple[subprocess.CompletedProcess, str]:
+    """A study that nothing happened to: what its job said, and where it is."""
+    job, url = beginning
+    out, err = job.communicate(timeout=300)
+    return subprocess.CompletedProcess(job.args, job.returncode, out, err), url
 
 
 def pytest_collection_modifyitems(config, items):

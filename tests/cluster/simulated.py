@@ -1,20 +1,22 @@
-"""Workers that sleep where real ones compute, for what is asked of the driver alone. Everything else is real."""
+"""Workers that sleep where real ones compute, for what is asked of the driver alone. Everything else is real.
+
+Each is a process of its own, of which tests start dozens: this module loads neither torch nor transformers.
+"""
 
 import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from melbo_ray import tables
 from melbo_ray.config import Config
 from melbo_ray.store import Run
 from melbo_ray.units import Unit
-from melbo_ray.work import Evaluated, Found
 
 D_MODEL = 8
 BASE = Unit("code", "base", "base", 0, 0)
@@ -50,11 +52,13 @@ class Sleeper:
 
     def find_base(self, concept: str) -> None:
         self.run.commit(BASE, {"vectors": tables.table("vectors", [ROW | {"kind": "base", "index": 0}])})
-        time.sleep(3)  # the death of a chain actor is heard first
+        # The death of the chain actor is heard first: another has taken its place.
+        while "chain dies early" in self.trouble and len(list(self.url.glob("ready-*"))) < 3:
+            time.sleep(0.1)
         if "base dies" in self.trouble and self._first("base"):
             os._exit(1)
 
-    def evaluate(self, unit: Unit, theta: np.ndarray, base: np.ndarray) -> Evaluated:
+    def evaluate(self, unit: Unit, theta: np.ndarray, base: np.ndarray) -> SimpleNamespace:
         if self.trouble == f"{unit.name} die":
             os._exit(1)
         if self.trouble == f"{unit.name} hang" and self._first("hung"):
@@ -62,19 +66,21 @@ class Sleeper:
         if self.trouble == f"{unit.name} break" and self._first("break"):
             self.broken = True
         if self.broken:
+            import torch
+
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
         if self.trouble == f"{unit.name} linger":
             time.sleep(5)
         time.sleep(float((self.url / "seconds").read_text()))
         self.run.commit(unit, {unit.evaluation: self._rows(unit)})
-        return Evaluated(0, 1000 + unit.first)
+        return SimpleNamespace(failures=0, peak_memory=1000 + unit.first)
 
-    def chains(self, concepts: Sequence[str]) -> Iterator[Found]:
+    def chains(self, concepts: Sequence[str]) -> Iterator[SimpleNamespace]:
         (self.url / f"share-{time.monotonic_ns()}").write_text(",".join(concepts))
         if self.trouble == "chain dies" and self._first("death"):
             os._exit(1)
         for concept in concepts:
-            yield Found(concept, None, "num_vectors", peak_memory=700)
+            yield SimpleNamespace(concept=concept, vector=None, stop_reason="num_vectors", peak_memory=700)
 
     @property
     def trouble(self) -> str:

@@ -15,7 +15,7 @@ from tests.cluster.conftest import rows
 from tests.s3 import environment, faulty, serve
 
 STUDY = {
-    "num_vectors": 60,
+    "num_vectors": 40,
     "max_evaluations": 60,
     "tolerance": 0,
     "eval_batch": 3,
@@ -23,11 +23,12 @@ STUDY = {
 }
 
 
-@pytest.fixture(scope="module")
-def expected(tiny, tmp_path_factory):
-    """The study by one worker in this process, one unit after the other: no driver, no Ray."""
-    storage = tmp_path_factory.mktemp("expected")
-    checked = check(Config(**tiny.options(str(storage), "run", **STUDY)))
+LONG_STUDY = STUDY | {"num_vectors": 60}
+
+
+def by_one_worker(tiny, storage, study):
+    """The rows of a study by one worker in this process, one unit after the other: no driver, no Ray."""
+    checked = check(Config(**tiny.options(str(storage), "run", **study)))
     worker = Worker(f"{storage}/run", "run", checked.config, checked.concepts, threads=1)
     worker.find_base("code")
     list(worker.chains(["code"]))
@@ -38,6 +39,12 @@ def expected(tiny, tmp_path_factory):
     for unit in agenda.due():
         worker.evaluate(unit, agenda.vectors(unit), agenda.base)
     return rows(f"{storage}/run")
+
+
+@pytest.fixture(scope="module")
+def expected(tiny, tmp_path_factory):
+    """What the study must end up as."""
+    return by_one_worker(tiny, tmp_path_factory.mktemp("expected"), STUDY)
 
 
 @pytest.fixture(scope="module")
@@ -52,45 +59,47 @@ def place(tmp_path_factory):
         yield nodes, faults
 
 
-def survive(tiny, place, expected, seed, kills, every, seconds):
+def attack(tiny, place, study, seed, kills, every):
     nodes, faults = place
     storage = f"s3://bucket/{uuid.uuid4().hex}"
-    chaos = Chaos(tiny.command("ortho", storage, "run", **STUDY), f"{storage}/run", nodes, faults, seed, kills, every)
-    chaos.run(seconds)
-    faults.waiting.clear()
-    found = rows(f"{storage}/run")
+    return Chaos(tiny.command("ortho", storage, "run", **study), f"{storage}/run", nodes, faults, seed, kills, every)
+
+
+def assert_survived(chaos, expected):
+    chaos.faults.waiting.clear()
+    found = rows(chaos.url)
     lost = {key: len(part) - len(found[key]) for key, part in expected.items() if len(part) != len(found[key])}
-    print(f"seed {seed}: {chaos.tally.total()} kills {dict(chaos.tally)}; rows lost or doubled: {lost or 0}")
+    print(f"seed {chaos.seed}: {chaos.tally.total()} kills {dict(chaos.tally)}; rows lost or doubled: {lost or 0}")
     assert not lost
     assert found == expected
-    assert not Run.open(f"{storage}/run").fresh()
-    return chaos.tally
+    assert not Run.open(chaos.url).fresh()
 
 
-def test_a_few_kills_of_every_kind_change_nothing(tiny, place, expected):
-    tally = survive(tiny, place, expected, seed=1, kills=7, every=4, seconds=400)
-    assert set(tally) >= {"evaluator", "chain", "driver", "node"}
-
-
-def test_storage_that_refuses_ends_the_run_in_a_line_and_it_resumes_when_that_is_over(tiny, place, expected):
-    nodes, faults = place
-    storage = f"s3://bucket/{uuid.uuid4().hex}"
-    chaos = Chaos(tiny.command("ortho", storage, "run", **STUDY), f"{storage}/run", nodes, faults, 0, 0, 1)
+def test_storage_that_refuses_ends_the_run_in_a_line_and_then_a_few_kills_of_every_kind_change_nothing(
+    tiny, place, expected
+):
+    chaos = attack(tiny, place, STUDY, seed=38, kills=6, every=4)
     driver = chaos.start()
-    while chaos.done() < 20:
+    while chaos.done() < 10:
+        assert driver.poll() is None, driver.communicate()
         time.sleep(0.1)
-    faults.waiting += [(403, "AccessDenied")] * 10_000
+    chaos.faults.waiting += [(403, "AccessDenied")] * 10_000
     said, _ = driver.communicate(timeout=120)
-    faults.waiting.clear()
+    chaos.faults.waiting.clear()
     assert driver.returncode == 2
-    assert said.splitlines()[-1].startswith(f"error: storage {storage}/run: access denied")
-    chaos.run(seconds=300)
-    assert rows(f"{storage}/run") == expected
+    assert said.splitlines()[-1].startswith(f"error: storage {chaos.url}: access denied")
+    chaos.run(seconds=400)
+    assert_survived(chaos, expected)
+    assert set(chaos.tally) >= {"evaluator", "chain", "driver", "node"}
 
 
 @pytest.mark.chaos
-def test_fifty_kills_change_nothing(tiny, place, expected):
+def test_fifty_kills_change_nothing(tiny, place, tmp_path):
+    expected = by_one_worker(tiny, tmp_path, LONG_STUDY)
     total, seed = 0, 100
     while total < 50:
-        total += survive(tiny, place, expected, seed, kills=25, every=8, seconds=1500).total()
+        chaos = attack(tiny, place, LONG_STUDY, seed, kills=25, every=8)
+        chaos.run(seconds=1500)
+        assert_survived(chaos, expected)
+        total += chaos.tally.total()
         seed += 1

@@ -1,6 +1,7 @@
 """The driver's pool of evaluators: it grows and shrinks with the backlog, and no unit is lost on a bad worker."""
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -54,6 +55,8 @@ def drive(ray_here, tmp_path):
             layout, chain={"num_cpus": chain_cpus, "num_gpus": gpus}, evaluator=layout.evaluator | {"num_gpus": gpus}
         )
         sizes = []
+        while ray.available_resources().get("CPU") != 8:  # what the last test's actors had is not free at once
+            time.sleep(0.05)
         driving = Driver(run, "run", config, [], agendas, layout, lambda d: sizes.append(d.pool.ready), Sleeper)
         driving.drive()
         return run, sizes, driving

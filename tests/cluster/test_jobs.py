@@ -20,7 +20,7 @@ from melbo_ray.store import Run
 from melbo_ray.tables import table
 from melbo_ray.units import WHOLE, Unit
 from melbo_ray.work import stored_vectors
-from tests.cluster.conftest import REPOSITORY, rows, run_job
+from tests.cluster.conftest import REPOSITORY, rows, run_here
 
 
 def test_a_study_ends_with_tables_a_manifest_and_a_summary(undisturbed):
@@ -89,8 +89,8 @@ def test_a_run_killed_and_resumed_is_the_run_that_never_stopped(tiny, tmp_path, 
     _wait(lambda: _found(url) >= 5, driver)
     os.killpg(driver.pid, signal.SIGKILL)
     driver.wait()
-    assert "interrupted" in run_job([sys.executable, "jobs/status.py", url]).stdout
-    resumed = run_job(command, **cluster)
+    assert "interrupted" in run_here([sys.executable, "jobs/status.py", url]).stdout
+    resumed = run_here(command, **cluster)
     assert resumed.returncode == 0, resumed.stderr
     assert rows(url) == rows(undisturbed[1])
 
@@ -117,7 +117,7 @@ def test_a_run_that_is_stopped_leaves_what_it_has_published_and_the_lease_free(t
 def test_a_second_driver_is_refused(tiny, undisturbed):
     _, url = undisturbed
     lease = Lease(Storage(url))
-    refused = run_job(tiny.command("ortho", str(Path(url).parent), "run"))
+    refused = run_here(tiny.command("ortho", str(Path(url).parent), "run"))
     lease.release()
     assert refused.returncode == 2
     assert re.fullmatch(rf"error: .*another driver \(process {os.getpid()} on .*\n", refused.stderr)
@@ -127,7 +127,7 @@ def test_a_longer_chain_with_more_evaluations_goes_on_from_a_shorter_one_and_tha
     tiny, tmp_path, undisturbed, cluster
 ):
     for job, options in (("melbo", {}), ("ortho", {"num_vectors": 13, "evals": "kl"}), ("ortho", {})):
-        done = run_job(tiny.command(job, str(tmp_path), "run", **options), **cluster)
+        done = run_here(tiny.command(job, str(tmp_path), "run", **options), **cluster)
         assert done.returncode == 0, done.stderr
         if job == "melbo":
             assert "→ " in done.stdout
@@ -142,7 +142,7 @@ def test_a_longer_chain_with_more_evaluations_goes_on_from_a_shorter_one_and_tha
 def test_another_configuration_is_refused_with_what_differs(tiny, undisturbed):
     _, url = undisturbed
     before = {path: path.stat().st_mtime_ns for path in Path(url).rglob("*")}
-    done = run_job(tiny.command("ortho", str(Path(url).parent), "run", radius=4.0, num_vectors=6, eval_batch=4))
+    done = run_here(tiny.command("ortho", str(Path(url).parent), "run", radius=4.0, num_vectors=6, eval_batch=4))
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "num_vectors was 40 and is 6; radius was 3.0 and is 4.0" in done.stderr
     assert "eval_batch" not in done.stderr
@@ -151,14 +151,14 @@ def test_another_configuration_is_refused_with_what_differs(tiny, undisturbed):
 
 def test_evaluations_are_added_to_two_concepts_without_doing_any_again_but_those_that_failed(tiny, tmp_path, cluster):
     options = {"concepts": "code,alien", "num_vectors": 3, "evals": "kl"}
-    ortho = run_job(tiny.command("ortho", str(tmp_path), "run", **options), **cluster)
+    ortho = run_here(tiny.command("ortho", str(tmp_path), "run", **options), **cluster)
     assert ortho.returncode == 0, ortho.stderr
     before = rows(f"{tmp_path}/run", ("code", "alien"))
     report = Path(f"{tmp_path}/run/report.html").read_text()
     written = Path(f"{tmp_path}/run/kl/concept=code/part-kl-00000.parquet").stat().st_mtime_ns
     _fail(f"{tmp_path}/run", Unit("code", "dose", "chain", 1, 3))
     _fail(f"{tmp_path}/run", Unit("alien", "geometry", WHOLE, 1, 3))
-    later = run_job([sys.executable, "jobs/evaluate.py", f"--run={tmp_path}/run", "--evals=dose,geometry"], **cluster)
+    later = run_here([sys.executable, "jobs/evaluate.py", f"--run={tmp_path}/run", "--evals=dose,geometry"], **cluster)
     assert later.returncode == 0, later.stderr
     after = rows(f"{tmp_path}/run", ("code", "alien"))
     for concept in ("code", "alien"):
@@ -169,7 +169,7 @@ def test_evaluations_are_added_to_two_concepts_without_doing_any_again_but_those
         assert after[concept, "failures"] == []
     assert Path(f"{tmp_path}/run/kl/concept=code/part-kl-00000.parquet").stat().st_mtime_ns == written
     assert Path(f"{tmp_path}/run/report.html").read_text() != report
-    status = run_job([sys.executable, "jobs/status.py", f"{tmp_path}/run"])
+    status = run_here([sys.executable, "jobs/status.py", f"{tmp_path}/run"])
     assert "finished" in status.stdout
     assert "3 of 3" in status.stdout
 
