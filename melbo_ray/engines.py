@@ -6,6 +6,7 @@ They are chosen by themselves, and where one cannot be had a warning says so and
 import contextlib
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -39,6 +40,7 @@ class Recorded:
     def __init__(self, function: _Step, compiled: bool = False) -> None:
         self.function, self.compiled = function, compiled
         self._recordings: dict[Any, _Step] = {}
+        weakref.finalize(self, _release, self._recordings)
 
     def __call__(self, *inputs: Tensor, **options: Any) -> tuple[Tensor, ...]:
         """function(*inputs, **options); `inputs` on one device, `options` hashable."""
@@ -56,6 +58,13 @@ class Recorded:
             step = step if cuda else _better("packed", pack, step, inputs)
             step = _better("compiled", _compiled, step, inputs) if self.compiled else step
         return _better("a CUDA graph", lambda plain: _cuda_graph(plain, inputs), step, inputs) if cuda else step
+
+
+def _release(recordings: dict[Any, _Step]) -> None:
+    """Let packed weights go at once: a recording is a cycle, which would hold them until some later collection."""
+    for recording in recordings.values():
+        if isinstance(recording, GraphModule):
+            recording._buffers.clear()
 
 
 def _better(name: str, make: Callable[[Any], _Step], plain: _Step, inputs: tuple[Tensor, ...]) -> _Step:

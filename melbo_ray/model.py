@@ -40,7 +40,7 @@ class LanguageModel:
     layers: nn.ModuleList
     name: str = ""
     revision: str | None = None
-    kept: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    kept: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @classmethod
     def load(

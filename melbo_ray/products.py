@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 _aten = torch.ops.aten
-_packed = torch.ops.mkldnn._linear_pointwise.default
+# None where torch is built without oneDNN.
+_packed: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
 _VIEWS = {_aten.view.default, _aten._unsafe_view.default}
 _TRANSPOSES = {_aten.t.default, _aten.transpose.int, _aten.permute.default}
 
@@ -52,16 +53,19 @@ def pack(recording: GraphModule) -> GraphModule:
     side (their gradients). Sums are taken in another order, so the last bits differ. A packed weight is a copy.
 
     Raises:
-        RuntimeError: weights that this processor or type cannot pack, or more than 4 GiB of them.
+        RuntimeError: no oneDNN, weights that this processor or type cannot pack, or more than 4 GiB of them.
     """
+    if _packed is None:
+        raise RuntimeError("this torch is built without oneDNN")
     module = GraphModule(recording, copy.deepcopy(recording.graph))
     products = _find(module)
     if (size := sum(product.weight.nbytes for product in products.values())) > _MOST:
         raise RuntimeError(f"packed copies would take {size / 2**30:.1f} GiB, and at most 4 are given to them")
     _merge_sums(module.graph, products)
     _merge_shared(module.graph, products)
-    for number, (node, product) in enumerate(products.items()):
-        _place(module, node, product, str(number))
+    # Each is let go when it is placed: a merged weight is a copy, too.
+    for number, node in enumerate(list(products)):
+        _place(module, node, products.pop(node), str(number))
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
@@ -100,7 +104,7 @@ def _merge_sums(graph: Graph, products: dict[Node, _Product]) -> None:
         views = _args(node)
         if node.target is not _aten.add.Tensor or node.kwargs or not all(_lone(view, products) for view in views):
             continue
-        if views[0].args[1] != views[1].args[1]:
+        if views[0] is views[1] or views[0].args[1] != views[1].args[1]:
             continue
         terms = [products.pop(_args(view)[0]) for view in views]
         with graph.inserting_before(node):

@@ -10,6 +10,7 @@ def step_of(slice, compiled=False):
     return Recorded(slice._value_and_grad, compiled)
 
 
+@pytest.mark.filterwarnings("error:.*costs time only")
 @every_family
 def test_a_recorded_step_is_the_step_but_for_the_last_bits(family):
     slice = Slice(tiny(family), [torch.arange(40, 60), torch.arange(70, 83)], source=1, target=3)

@@ -49,6 +49,7 @@ def transformers_greedy(model, job, max_new_tokens):
     return ids[0, len(job.tokens) :].tolist()
 
 
+@pytest.mark.filterwarnings("error:.*costs time only")
 @every_family
 def test_greedy_texts_are_token_for_token_those_of_transformers_with_a_hook(family):
     model = tiny(family)

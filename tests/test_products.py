@@ -40,6 +40,29 @@ def test_sums_of_products_become_one():
     assert packed(lambda x, y: (linear(x, V, BIAS) + linear(y, W),), X, Y) == 2
 
 
+def test_a_product_added_to_itself_stays():
+    def doubled(x):
+        product = linear(x, V)
+        return (product + product,)
+
+    assert packed(doubled, X) == 1
+
+
+def test_where_torch_has_no_onednn_a_warning_says_so(monkeypatch):
+    monkeypatch.setattr("melbo_ray.products._packed", None)
+    with pytest.warns(UserWarning, match="not packed, which costs time only: this torch is built without oneDNN"):
+        torch.testing.assert_close(Recorded(lambda x: (linear(x, V),))(X)[0], linear(X, V))
+
+
+def test_packed_weights_go_with_what_was_recorded():
+    recorded = Recorded(lambda x: (linear(x, V),))
+    recorded(X)
+    (module,) = recorded._recordings.values()
+    assert dict(module.named_buffers())
+    del recorded
+    assert not dict(module.named_buffers())
+
+
 def test_a_product_that_is_used_otherwise_too_stays_by_itself():
     def function(x, y):
         first = linear(x, V)
