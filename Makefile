@@ -9,25 +9,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run test test-cluster test-others check chaos bench
+.PHONY: run test check chaos bench
 
 run: $(VENV)/installed
 	$(BIN)/python jobs/ortho.py $(ARGS)
 
-ifdef ARGS
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not chaos" $(ARGS)
-else
-# Side by side: the cluster's tests mostly wait for processes, and no two of them may run at once.
-test: $(VENV)/installed-dev
-	@$(MAKE) --no-print-directory --jobs 2 test-cluster test-others
-endif
-
-test-cluster:
-	$(BIN)/python -m pytest -m "not chaos" tests/cluster
-
-test-others:
-	$(BIN)/python -m pytest -m "not chaos" --ignore tests/cluster
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
