@@ -91,11 +91,13 @@ class Chaos:
 
     def _strike(self, kind: str, dice: random.Random, driver: subprocess.Popen) -> subprocess.Popen:
         if kind in ("evaluator", "chain"):
-            chains, others = self._workers("ray::Worker.chains"), self._workers("ray::Worker")
+            while not (others := self._workers("ray::Worker")):  # a driver that has just begun has none yet
+                if driver.poll() is not None:
+                    return driver
+                time.sleep(0.1)
+            chains = self._workers("ray::Worker.chains")
             kind = kind if chains else "evaluator"
             victims = chains if kind == "chain" else others
-            if not victims:
-                return driver
             with contextlib.suppress(psutil.NoSuchProcess):
                 dice.choice(victims).kill()
         elif kind == "node":
