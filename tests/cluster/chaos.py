@@ -91,11 +91,13 @@ class Chaos:
 
     def _strike(self, kind: str, dice: random.Random, driver: subprocess.Popen) -> subprocess.Popen:
         if kind in ("evaluator", "chain"):
-            chains, others = self._workers("ray::Worker.chains"), self._workers("ray::Worker")
-            kind = kind if chains else "evaluator"
-            victims = chains if kind == "chain" else others
-            if not victims:
-                return driver
+            given_up = time.monotonic() + 5
+            while not (victims := self._workers("ray::Worker.chains" if kind == "chain" else "ray::Worker")):
+                if driver.poll() is not None:
+                    return driver
+                if time.monotonic() > given_up:
+                    kind = "evaluator"  # the chain has found all its vectors
+                time.sleep(0.1)
             with contextlib.suppress(psutil.NoSuchProcess):
                 dice.choice(victims).kill()
         elif kind == "node":

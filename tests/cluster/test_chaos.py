@@ -78,7 +78,8 @@ def assert_survived(chaos, expected):
 def test_storage_that_refuses_ends_the_run_in_a_line_and_then_a_few_kills_of_every_kind_change_nothing(
     tiny, place, expected
 ):
-    chaos = attack(tiny, place, STUDY, seed=38, kills=6, every=4)
+    # This seed's driver is the last to be killed: one that begins takes storage that fails at its word.
+    chaos = attack(tiny, place, STUDY, seed=69, kills=6, every=4)
     driver = chaos.start()
     while chaos.done() < 10:
         assert driver.poll() is None, driver.communicate()
