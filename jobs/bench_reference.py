@@ -47,9 +47,10 @@ class Bench:
     repeats: int
     quick: bool
 
-    def slice(self, *prompts: Tensor) -> Slice:
-        """The slice on these prompts, or on the bench's own."""
-        return Slice(self.model, prompts or [self.tokens], self.config.source_layer, self.config.target_layer)
+    def slice(self, *prompts: Tensor, evaluations: int = 0) -> Slice:
+        """The slice on these prompts, or on the bench's own; so many evaluations are to come."""
+        layers = self.config.source_layer, self.config.target_layer
+        return Slice(self.model, prompts or [self.tokens], *layers, evaluations)
 
 
 class _Reached(Exception):  # noqa: N818 - a signal, not an error

@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from melbo_ray.config import first_line
-from melbo_ray.engines import Recorded
+from melbo_ray.engines import Recorded, agree
 from melbo_ray.model import LanguageModel
 from melbo_ray.steer import reading, steering
 
 # Kinds of attention whose masks are known here; other models read everything anew at each token.
 _KNOWN_TYPES = {"full_attention", "sliding_attention"}
-# Of the largest logit: far above what another order of sums changes, in bfloat16 too.
-_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -46,9 +44,18 @@ class Job:
 
 @dataclass
 class Row:
-    """A job at work: its place in the results, the uniform numbers of its draws, its limit, its text so far."""
+    """A job at work.
 
-    place: int
+    Attributes:
+        index: of the job, and of its result.
+        job: what to write.
+        uniforms: (limit,) float64 of [0, 1), one for each draw.
+        limit: tokens to write at most.
+        tokens: what has been written, without the end token.
+        finish_reason: empty until it is `stop` or `length`.
+    """
+
+    index: int
     job: Job
     uniforms: Tensor
     limit: int
@@ -90,7 +97,18 @@ class _Places(Cache):
 
 
 class Batch:
-    """Rows at work, each at a place of its own, `width` tokens long at most, prompt included."""
+    """Rows at work, each at a place of its own: keys and values stay there while its neighbours come and go.
+
+    The first step on what is kept is compared with one that reads everything anew; a model that does not agree reads
+    everything anew at each token, and a warning says so. The layout is that of transformers' static cache, but for the
+    position, which each row has for itself.
+
+    Args:
+        model: the model; held weakly.
+        source: layer after which θ is added.
+        places: rows at work at most.
+        width: tokens of a row at most, prompt included.
+    """
 
     def __init__(self, model: LanguageModel, source: int, places: int, width: int) -> None:
         self.model, self.source, self.shape = weakref.proxy(model), source, (places, width)
@@ -105,13 +123,13 @@ class Batch:
         if unknown := set(_layer_types(model)) - _KNOWN_TYPES:
             self._forgo(f"the masks of {min(unknown)} are not known here")
 
-    def free(self) -> list[int]:
-        """Places without a row."""
-        return [place for place in range(self.shape[0]) if place not in self.rows]
+    def admit(self, rows: list[Row]) -> Float[Tensor, "admitted vocab"]:
+        """Read the prompts of new rows, no more than places are free; their next-token logits, float32.
 
-    def admit(self, rows: list[Row]) -> Tensor:
-        """Read the prompts of new rows; their next-token logits."""
-        free = self.free()[: len(rows)]
+        Raises:
+            FloatingPointError: logits that are not finite.
+        """
+        free = [place for place in range(self.shape[0]) if place not in self.rows][: len(rows)]
         self.rows |= zip(free, rows, strict=True)
         jobs = [row.job for row in rows]
         units = [torch.zeros_like(job.theta) if job.ablated is None else job.ablated for job in jobs]
@@ -125,8 +143,12 @@ class Batch:
             self.cache.admit(places, prompts, self.shape)
         return logits
 
-    def step(self) -> Tensor:
-        """Read every row's last token; the next-token logits."""
+    def step(self) -> Float[Tensor, "rows vocab"]:
+        """Read every row's last token; the next-token logits in the order of `rows`, float32.
+
+        Raises:
+            FloatingPointError: logits that are not finite.
+        """
         places = torch.tensor(list(self.rows)).to(self.theta.device)
         if not self.cached:
             return self._read(places, None)
@@ -134,7 +156,7 @@ class Batch:
             return _finite(self._next()[places])
         self.checked, whole = True, self._read(places, None)
         try:
-            if float((self._next()[places] - whole).abs().max()) > _TOLERANCE * float(whole.abs().max()):
+            if not agree(self._next()[places], whole):
                 raise RuntimeError("this model writes something else with them")
         # What a model says to arguments that it does not know is its own.
         except Exception as error:

@@ -57,7 +57,7 @@ def generate(
     Raises:
         FloatingPointError: logits that are not finite, as under a vector that is not.
     """
-    waiting = [_row(model, place, job, max_new_tokens) for place, job in enumerate(jobs)][::-1]
+    waiting = [_row(model, index, job, max_new_tokens) for index, job in enumerate(jobs)][::-1]
     places = places or _PLACES.get(model.device.type, _PLACES_ON_A_GPU)
     batch = _batch(model, source, places, max((len(row.job.tokens) + row.limit for row in waiting), default=0))
     done: dict[int, Continuation] = {}
@@ -76,8 +76,8 @@ def generate(
             else:
                 row.tokens.append(token)
                 row.finish_reason = "length" if len(row.tokens) >= row.limit else ""
-        done |= {row.place: Continuation(row.tokens, row.finish_reason) for row in batch.drop_finished()}
-    return [done[place] for place in range(len(jobs))]
+        done |= {row.index: Continuation(row.tokens, row.finish_reason) for row in batch.drop_finished()}
+    return [done[index] for index in range(len(jobs))]
 
 
 def _batch(model: LanguageModel, source: int, places: int, length: int) -> Batch:
@@ -95,10 +95,10 @@ def _chosen(rows: list[Row], logits: Tensor, top_p: float) -> list[int]:
     return choose(logits, uniforms, temperatures, top_p).tolist()
 
 
-def _row(model: LanguageModel, place: int, job: Job, max_new_tokens: int) -> Row:
+def _row(model: LanguageModel, index: int, job: Job, max_new_tokens: int) -> Row:
     limit = min(max_new_tokens, model.max_length - len(job.tokens))
     generator = torch.Generator().manual_seed(job.seed)
-    return Row(place, job, torch.rand(limit, generator=generator, dtype=torch.float64), limit)
+    return Row(index, job, torch.rand(limit, generator=generator, dtype=torch.float64), limit)
 
 
 def choose(

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from melbo_ray.config import Config, UserError
+from melbo_ray.products import MOST_PACKED
 
 _MOST_THREADS = 8
 # What a process with torch, transformers and Ray takes beside the weights, and what activations add to them.
 _PROCESS_BYTES, _WEIGHTS_FACTOR = 800 << 20, 1.3
-# Up to here a worker on the CPU keeps copies of the weights, packed for its products: about twice their size.
-_MOST_PACKED = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,8 @@ def lay_out(
     if cpus < 2:
         chain_cpus = 0.5
     evaluator_cpus = min(1.0, cpus / 2)
-    packed = 2 * weight_bytes if weight_bytes <= _MOST_PACKED else 0
+    # Packed for its products, a worker on the CPU holds the weights about twice more.
+    packed = 2 * weight_bytes if weight_bytes <= MOST_PACKED else 0
     memory = 0 if eval_gpus else int(weight_bytes * _WEIGHTS_FACTOR) + packed + _PROCESS_BYTES
     chain = _options(chain_cpus, chain_gpus, 0 if chain_gpus else memory, roles, "chain")
     evaluator = _options(evaluator_cpus, eval_gpus, memory, roles, "eval")

@@ -20,8 +20,8 @@ _packed: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "de
 _VIEWS = {_aten.view.default, _aten._unsafe_view.default}
 _TRANSPOSES = {_aten.t.default, _aten.transpose.int, _aten.permute.default}
 
-# Bytes of packed copies at most.
-_MOST = 4 << 30
+MOST_PACKED = 4 << 30
+"""Bytes of packed copies of one recording at most."""
 
 _library = torch.library.Library("melbo_ray", "DEF")
 _library.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -59,7 +59,7 @@ def pack(recording: GraphModule) -> GraphModule:
         raise RuntimeError("this torch is built without oneDNN")
     module = GraphModule(recording, copy.deepcopy(recording.graph))
     products = _find(module)
-    if (size := sum(product.weight.nbytes for product in products.values())) > _MOST:
+    if (size := sum(product.weight.nbytes for product in products.values())) > MOST_PACKED:
         raise RuntimeError(f"packed copies would take {size / 2**30:.1f} GiB, and at most 4 are given to them")
     _merge_sums(module.graph, products)
     _merge_shared(module.graph, products)

@@ -105,7 +105,7 @@ def test_packed_products_are_hidden_from_the_compiler():
 
 
 def test_weights_too_many_for_a_copy_are_not_packed(monkeypatch):
-    monkeypatch.setattr("melbo_ray.products._MOST", V.nbytes - 1)
+    monkeypatch.setattr("melbo_ray.products.MOST_PACKED", V.nbytes - 1)
     with pytest.warns(UserWarning, match="not packed, which costs time only: packed copies would take"):
         torch.testing.assert_close(Recorded(lambda x: (linear(x, V),))(X)[0], linear(X, V))
 
