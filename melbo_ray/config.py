@@ -81,8 +81,12 @@ class Config(BaseSettings):
     """Layer after which θ is added, counted from 0."""
     target_layer: NonNegativeInt = 16
     """Layer whose output is compared, counted from 0."""
-    radius: Positive = 14.0
-    """R, norm of the base vector (residual-stream units)."""
+    z_from: NonNegativeInt = 1
+    """First token position that z, the mean the chain matches, takes in; 0 is the post's. The first position often is an
+    attention sink, whose massive activation is then most of the loss."""
+    radius: Positive | Literal["auto"] = "auto"
+    """R, norm of the base vector (residual-stream units); `auto` calibrates it: the norm at which a random vector's
+    effect at the target layer departs from its linear part by a quarter. A file's vectors then keep their norms."""
 
     base: str = "melbo"
     """The base vector: `melbo`, `contrast` (mean difference of concept and neutral prompts), or a file of vectors
@@ -106,7 +110,7 @@ class Config(BaseSettings):
     """Mutually orthogonal vectors sought at once: in less time, and fitted less closely (README, Benchmarks)."""
     solver: Literal["lbfgs", "adam"] = "lbfgs"
     """`lbfgs` inside the complement, or the post's `adam` (projected after each step)."""
-    max_evaluations: PositiveInt = 40
+    max_evaluations: PositiveInt = 30
     """Value-and-gradient evaluations for one vector, at most (`adam`: exactly; the post's 1000)."""
     tolerance: NonNegativeFloat = 1e-3
     """A vector is done when its loss fell by less than this fraction in ten evaluations; 0 never stops early."""

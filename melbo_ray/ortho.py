@@ -2,9 +2,9 @@
 
 Source: "I found >800 orthogonal 'write code' steering vectors" (2024): for each new θ minimise ‖z(θ) − z(θ₀)‖₂, z the
 mean over the prompt's positions of the target layer's residual stream, θ in the complement of every earlier vector.
+Here z leaves the first position out by default (`z_from`): in many models it is an attention sink (README, Footguns).
 """
 
-import functools
 import hashlib
 import math
 import time
@@ -17,10 +17,8 @@ from torch import Tensor
 
 from melbo_ray.config import Config, UserError
 from melbo_ray.residual import Slice
-from melbo_ray.solvers import BlockSolver, Solution, adam, block, gauss_newton, lbfgs
+from melbo_ray.solvers import BlockSolver, Solution, adam, block, lbfgs
 from melbo_ray.subspace import Subspace
-
-_PROBES = 128
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,8 @@ class SteeringVector:
         norm: ‖θ‖ (residual-stream units).
         loss: ‖z(θ) − z(θ₀)‖ (residual-stream units), without the norm penalty.
         relative_loss: loss / ‖z(0) − z(θ₀)‖.
+        relative_loss_from_0: the same with z over every position, as in the post.
+        relative_loss_from_1: the same with z over all positions but the first; null where there is no other.
         evaluations: value-and-gradient evaluations it took; of a block, those of the block.
         stop_reason: `converged`, `max_evaluations` or `line_search`: why the solver stopped.
         max_abs_cos: largest |cos| with θ₀ and every earlier vector, float64.
@@ -45,6 +45,8 @@ class SteeringVector:
     norm: float
     loss: float
     relative_loss: float
+    relative_loss_from_0: float
+    relative_loss_from_1: float | None
     evaluations: int
     stop_reason: str
     max_abs_cos: float
@@ -129,18 +131,25 @@ def value_and_grad(
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch d_model"]]:
     """‖z(θ) − z(θ₀)‖ + λ‖θ‖ of each row and its gradient, on the CPU; a longer θ is first shortened to `max_norm`."""
     inputs = (value.to(slice.model.device) for value in (theta, z_base, rows))
-    losses, gradient = slice.value_and_grad(*inputs, norm_penalty=config.norm_penalty, max_norm=config.max_norm)
+    options = {"z_from": config.z_from, "norm_penalty": config.norm_penalty, "max_norm": config.max_norm}
+    losses, gradient = slice.value_and_grad(*inputs, **options)
     return losses.cpu(), gradient.cpu()
 
 
-def curvature(slice: Slice, theta: Float[Tensor, " d_model"], seed: int, row: int = 0) -> Callable[[Tensor], Tensor]:
-    """The inverse of the Gauss-Newton matrix of ½‖z − z(θ₀)‖² at θ, from 128 random combinations of ∂z/∂θ's rows.
+@torch.no_grad()
+def target_shares(slice: Slice, base: Float[Tensor, " d_model"], row: int = 0) -> dict[str, float]:
+    """Whether the target displacement z(θ₀) − z(0), z over every position, is more than an attention sink's activation.
 
-    One serves a whole chain: evaluations to a loss are as few as with the Jacobian whole, or taken elsewhere (DEVLOG).
+    `sink_share`: ‖first position's part‖² over the sum of that and of ‖the other positions' part‖². `coordinate_share`:
+    the largest coordinate's share of the squared norm. Where either is large, a solver can lower the post's loss far
+    without what the base does to the text.
     """
-    probes = torch.randn(_PROBES, len(theta), generator=torch.Generator().manual_seed(seed))
-    sketch = slice.pullback(theta.to(slice.model.device), probes.to(slice.model.device), row)
-    return gauss_newton(sketch.cpu() / math.sqrt(_PROBES))
+    device = slice.model.device
+    thetas, rows = torch.stack([torch.zeros_like(base), base]).to(device), torch.full((2,), row, device=device)
+    unsteered, steered = slice.h_target(thetas, rows).double()
+    change = (steered - unsteered)[: int(slice.lengths[row])]
+    first, rest, whole = (float(part.square().sum()) for part in (change[0], change[1:].sum(0), change.sum(0)))
+    return {"sink_share": first / (first + rest), "coordinate_share": float(change.sum(0).square().max()) / whole}
 
 
 class _Chain:
@@ -165,21 +174,31 @@ class _Chain:
         for vector in self.stored[:whole]:
             self.subspace.add(vector.theta)
         self.last = self.stored[whole - 1] if whole else None
-        self.z_base = self._z(base)
-        self.unsteered_loss = self._loss(torch.zeros_like(base))
-        if self.unsteered_loss == 0:
+        self.radius = float(base.norm())
+        length = int(slice.lengths[row])
+        if config.z_from >= length:
+            raise UserError(f"z would start at position {config.z_from}, and the prompt has {length}: start it earlier")
+        self._from = [config.z_from, *range(min(2, length))]
+        self._z_base = self._z(base)
+        self.z_base = self._z_base[0]
+        self.unsteered_losses = self._losses(torch.zeros_like(base))
+        if self.unsteered_losses[0] == 0:
             raise UserError(f"the base vector of {concept!r} changes nothing at layer {slice.target}: choose another")
 
     @torch.no_grad()
-    def _z(self, theta: Tensor) -> Tensor:
+    def _z(self, theta: Tensor) -> Float[Tensor, "means d_model"]:
+        """z of θ from `config.z_from`, from 0, and from 1 where there is another position."""
         device = self.slice.model.device
-        return self.slice.z(theta[None].to(device), self.row.to(device))[0].cpu()
+        row = self.row.to(device)
+        h = self.slice.h_target(theta[None].to(device), row)
+        return torch.cat([self.slice.mean(h, row, first) for first in self._from]).cpu()
 
-    def _loss(self, theta: Tensor) -> float:
-        loss = float((self._z(theta) - self.z_base).norm())
-        if not math.isfinite(loss):
-            raise UserError(f"the loss of {self.concept!r} is {loss}: try --dtype float32 or a smaller --radius")
-        return loss
+    def _losses(self, theta: Tensor) -> list[float]:
+        """‖z(θ) − z(θ₀)‖ by each of these z."""
+        losses = (self._z(theta) - self._z_base).norm(dim=-1).tolist()
+        if not all(map(math.isfinite, losses)):
+            raise UserError(f"the loss of {self.concept!r} is not finite: try --dtype float32 or a smaller --radius")
+        return losses
 
     @property
     def index(self) -> int:
@@ -196,33 +215,26 @@ class _Chain:
 
     def solver(self) -> BlockSolver:
         """A solver for the next vectors, each at its random start: norm R, direction uniform in the complement."""
-        inverse_hessian = self._inverse_hessian if self.config.solver == "lbfgs" else None
         config, self.started, d_model = self.config, time.perf_counter(), self.slice.model.d_model
         size = min(config.block, d_model - self.subspace.size)
         self.seeds = [derive_seed(config.seed, self.concept, self.index + i, "start") for i in range(size)]
         starts = [torch.randn(d_model, generator=torch.Generator().manual_seed(seed)) for seed in self.seeds]
         start = self._remove(torch.cat(starts)).view(size, -1)
-        start = (start / start.norm(dim=-1, keepdim=True) * config.radius).reshape(-1)
-        if inverse_hessian is None:
-            lr = 0.01 * config.radius / 7
+        start = (start / start.norm(dim=-1, keepdim=True) * self.radius).reshape(-1)
+        if config.solver == "adam":
+            lr = 0.01 * self.radius / 7
             return block(adam(start, steps=config.max_evaluations, lr=lr, remove=self._remove), size)
         solver = lbfgs(
             start,
             budget=config.max_evaluations,
             tolerance=config.tolerance,
+            first_step=float(start.norm()),
             remove=self._remove,
-            inverse_hessian=lambda q: inverse_hessian(q.view(size, -1)).view(-1),
         )
         return block(solver, size)
 
     def _remove(self, rows: Tensor) -> Tensor:
         return self.subspace.remove(rows.view(-1, self.slice.model.d_model)).view(-1)
-
-    @functools.cached_property
-    def _inverse_hessian(self) -> Callable[[Tensor], Tensor]:
-        # It depends on the base alone, so a resumed chain has the same one.
-        seed = derive_seed(self.config.seed, self.concept, 0, "probes")
-        return curvature(self.slice, self.base, seed, int(self.row))
 
     def add(self, solution: Solution) -> list[SteeringVector]:
         """Certify a solution's vectors and take their directions; those that were not stored already."""
@@ -243,13 +255,16 @@ class _Chain:
         if self.config.max_norm is not None:
             theta = theta * min(1.0, self.config.max_norm / float(theta.norm()))
         theta = self.subspace.remove_exact(theta).float()
-        loss, norm = self._loss(theta), float(theta.norm())
+        losses, norm = self._losses(theta), float(theta.norm())
+        relative = [loss / unsteered for loss, unsteered in zip(losses, self.unsteered_losses, strict=True)]
         return SteeringVector(
             index=index,
             theta=theta,
             norm=norm,
-            loss=loss,
-            relative_loss=loss / self.unsteered_loss,
+            loss=losses[0],
+            relative_loss=relative[0],
+            relative_loss_from_0=relative[1],
+            relative_loss_from_1=relative[2] if len(relative) > 2 else None,
             evaluations=solution.evaluations,
             stop_reason=solution.stop_reason,
             max_abs_cos=self.subspace.add(theta) if norm > 0 else 0.0,

@@ -19,8 +19,6 @@ from melbo_ray.model import LanguageModel
 
 # Evaluations from which on compiling the step saves more time than it takes (2 cores: half a minute, 6 ms of 25).
 _WORTH_COMPILING = 10_000
-# Tokens of one pass of `pullback`: enough to fill two cores or one GPU, few enough for the memory of either.
-_TOKENS = 1024
 
 
 class _Captured(Exception):  # noqa: N818 - a signal, not an error
@@ -61,9 +59,6 @@ class Slice:
         self._calls = captures[0][1]
         h_source = torch.cat([hidden for hidden, _ in captures])
         self.h_source: Float[Tensor, "prompts seq d_model"] = h_source.to(model.device, torch.float32)
-        positions = torch.arange(padded.shape[1], device=model.device)
-        weights = (positions < self.lengths[:, None]).float()
-        self._weights = weights / weights.sum(1, keepdim=True)
         # A recording on CUDA is of one device.
         together = {parameter.device for layer, _ in self._calls for parameter in layer.parameters()} <= {model.device}
         # Held weakly: in a cycle with it, a recording's memory would stay on the GPU until some later collection.
@@ -88,25 +83,29 @@ class Slice:
         return h.to(theta.device)
 
     def z(
-        self, theta: Float[Tensor, "batch d_model"], rows: Int[Tensor, " batch"] | None = None
+        self, theta: Float[Tensor, "batch d_model"], rows: Int[Tensor, " batch"] | None = None, z_from: int = 0
     ) -> Float[Tensor, "batch d_model"]:
-        """The mean of `h_target` over every position of the prompt (the post's z), float32."""
-        weights = self._of(self._weights, theta, rows)
-        return (self.h_target(theta, rows).float() * weights[..., None]).sum(1)
+        """The mean of `h_target` over the prompt's positions from `z_from` on, float32; from 0 it is the post's z."""
+        return self.mean(self.h_target(theta, rows), rows, z_from)
 
-    def pullback(
-        self, theta: Float[Tensor, " d_model"], probes: Float[Tensor, "k d_model"], row: int = 0
-    ) -> Float[Tensor, "k d_model"]:
-        """Each probe times the Jacobian ∂z/∂θ at θ on prompt `row`, float32."""
-        gradients = []
-        for part in probes.split(max(1, _TOKENS // self.h_source.shape[1])):
-            free = theta.expand(len(part), -1).clone().requires_grad_()
-            rows = torch.full((len(part),), row, device=theta.device)
-            gradients += torch.autograd.grad((self.z(free, rows) * part).sum(), free)
-        return torch.cat(gradients)
+    def mean(
+        self, h: Float[Tensor, "batch seq d_model"], rows: Int[Tensor, " batch"] | None = None, z_from: int = 0
+    ) -> Float[Tensor, "batch d_model"]:
+        """The mean of h[i] over the positions of prompt rows[i] from `z_from` on, float32; NaN where there is none."""
+        lengths = self._of(self.lengths, h, rows)[:, None]
+        positions = torch.arange(h.shape[1], device=h.device)
+        counted = ((positions >= z_from) & (positions < lengths)).float()
+        return (h.float() * (counted / (lengths - z_from))[..., None]).sum(1)
 
     def _value_and_grad(
-        self, theta: Tensor, z_base: Tensor, rows: Tensor, *, norm_penalty: float = 0.0, max_norm: float | None = None
+        self,
+        theta: Tensor,
+        z_base: Tensor,
+        rows: Tensor,
+        *,
+        z_from: int = 0,
+        norm_penalty: float = 0.0,
+        max_norm: float | None = None,
     ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch d_model"]]:
         """‖z(θ) − z_base‖ + norm_penalty·‖θ‖ of each row and its gradient; a longer θ is first shortened to `max_norm`.
 
@@ -116,7 +115,7 @@ class Slice:
         bounded = free
         if max_norm is not None:
             bounded = free * (max_norm / free.norm(dim=-1, keepdim=True)).clamp(max=1)
-        losses = (self.z(bounded, rows) - z_base).norm(dim=-1)
+        losses = (self.z(bounded, rows, z_from) - z_base).norm(dim=-1)
         if norm_penalty:
             losses = losses + norm_penalty * bounded.norm(dim=-1)
         (gradient,) = torch.autograd.grad(losses.sum(), free)

@@ -1,4 +1,4 @@
-"""The ways to minimise a vector's loss: the post's Adam, and preconditioned L-BFGS inside the complement; in blocks.
+"""The ways to minimise a vector's loss: the post's Adam, and L-BFGS inside the complement; in blocks.
 
 A solver is a coroutine: it yields the θ it wants evaluated and is sent back (loss, gradient), so that whoever drives
 several of them can evaluate all their requests in one pass through the model. Its return value is a `Solution`.
@@ -25,7 +25,6 @@ _HISTORY = 50
 _PATIENCE = 10
 _SUFFICIENT_DECREASE = 1e-4
 _SMALLEST_STEP = 1e-6
-_DAMPING = 3e-3
 _LEAST = 1e-30
 
 
@@ -54,25 +53,21 @@ def adam(start: Vector, *, steps: int, lr: float, remove: Callable[[Vector], Vec
 
 
 def lbfgs(
-    start: Vector,
-    *,
-    budget: int,
-    tolerance: float,
-    remove: Callable[[Vector], Vector],
-    inverse_hessian: Callable[[Vector], Vector],
+    start: Vector, *, budget: int, tolerance: float, first_step: float, remove: Callable[[Vector], Vector]
 ) -> Solver:
     """L-BFGS on the complement: the gradient is projected, so every iterate lies in it if `start` does.
 
-    It minimises ½ loss², which has the same minimum and, the loss being a norm, the Gauss-Newton matrix for a Hessian
-    to start from. Armijo backtracking; a pair whose curvature is not positive is left out (Nocedal and Wright 2006,
-    algorithms 7.4 and 3.1). With the identity to start from it takes 2.5 times the evaluations (DEVLOG).
+    It minimises ½ loss², smooth where the loss is 0. The first step has length `first_step`; from then on the inverse
+    Hessian starts from γI, γ = sᵀy / yᵀy of the newest pair, so that neither the scale of the loss nor that of θ
+    matters. Armijo backtracking; a pair whose curvature is not positive is left out (Nocedal and Wright 2006,
+    algorithms 7.5 and 3.1, equation 7.20).
 
     Args:
         start: first θ, in the complement.
         budget: evaluations at most.
         tolerance: stop when the last ten evaluations lowered the loss by less than this fraction; 0 never does.
+        first_step: ‖θ₁ − θ₀‖ of the first trial (residual-stream units).
         remove: projection onto the complement.
-        inverse_hessian: approximate inverse of the Hessian of ½ loss², float64 to float64 (`gauss_newton`).
     """
     x, pairs, losses = start.double(), deque(maxlen=_HISTORY), []
 
@@ -89,7 +84,9 @@ def lbfgs(
 
     value, gradient = received(*(yield x.float()))
     while (reason := done()) is None:
-        direction = -_two_loops(pairs, gradient, lambda q: remove(inverse_hessian(q)).double())
+        direction = -_two_loops(pairs, gradient)
+        if not pairs:
+            direction *= first_step / direction.norm().clamp(min=_LEAST)
         slope, step = float(gradient @ direction), 1.0
         while True:
             trial = x + step * direction
@@ -130,30 +127,15 @@ def block(solver: Solver, size: int) -> BlockSolver:
             return dataclasses.replace(finished.value, theta=disentangle(best).float() if size > 1 else best)
 
 
-def _two_loops(pairs: deque, gradient: Vector, initial: Callable[[Vector], Vector]) -> Vector:
-    """The inverse Hessian times the gradient (Nocedal and Wright 2006, algorithm 7.4), `initial` before any pair."""
+def _two_loops(pairs: deque, gradient: Vector) -> Vector:
+    """The inverse Hessian times the gradient, from γI (Nocedal and Wright 2006, algorithm 7.4, equation 7.20)."""
     q, alphas = gradient.clone(), []
     for s, y, sy in reversed(pairs):
         alphas.append(float(s @ q) / sy)
         q -= alphas[-1] * y
-    q = initial(q)
+    if pairs:
+        _, y, sy = pairs[-1]
+        q *= sy / float(y @ y)
     for (s, y, sy), alpha in zip(pairs, reversed(alphas), strict=True):
         q += s * (alpha - float(y @ q) / sy)
     return q
-
-
-def gauss_newton(rows: Float[Tensor, "k d_model"]) -> Callable[[Block], Block]:
-    """The map q → (AᵀA + μI)⁻¹ q of each row q, float64; A is a Jacobian or a random sketch of its rows, μ 0.003 ‖A‖².
-
-    The smaller μ, the fewer evaluations to a given loss; below 0.001 the first steps overshoot (DEVLOG).
-    """
-    a = rows.double()
-    gram = a @ a.T
-    damping = _DAMPING * max(float(torch.linalg.matrix_norm(gram, 2)), 1e-30)
-    factor = torch.linalg.cholesky(gram + damping * torch.eye(len(a), dtype=a.dtype))
-
-    def inverse(q: Block) -> Block:
-        # Woodbury's identity: systems of k equations, not of d_model.
-        return (q - torch.cholesky_solve(a @ q.T, factor).T @ a) / damping
-
-    return inverse

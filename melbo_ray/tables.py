@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _KEYS = [pa.field("run_id", pa.string()), pa.field("kind", pa.string()), pa.field("index", pa.int32())]
 
@@ -24,10 +24,11 @@ _KL = {"kl_from_base": _float, "kl_to_base": _float, "kl_from_unsteered": _float
 
 SCHEMAS: dict[str, pa.Schema] = {
     "vectors": _schema(
-        vector=pa.list_(_float), norm=_float, loss=_float, relative_loss=_float, evaluations=_int, stop_reason=_text,
-        max_abs_cos=_double, seconds=_float, seed=pa.int64(),
+        vector=pa.list_(_float), norm=_float, loss=_float, relative_loss=_float, relative_loss_from_0=_float,
+        relative_loss_from_1=_float, evaluations=_int, stop_reason=_text, max_abs_cos=_double, seconds=_float, seed=pa.int64(),
     ),
     "candidates": _schema(vector=pa.list_(_float), objective=_float, radius=_float, concept_score=_float, text=_text),
+    "radius": _schema(radius=_float, nonlinearity=_float),
     "kl": _schema(
         prompt_id=_text, scale=_text, norm=_float, **_KL, top_tokens=pa.list_(_text), top_probs=pa.list_(_float),
         top1_agrees=_bool,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from melbo_ray.tables import SCHEMAS, table
+from melbo_ray.tables import SCHEMA_VERSION, SCHEMAS, table
 
 UNSTEERED = 2.0
 """KL of the unsteered model from the base in every study here, nats."""
@@ -57,7 +57,7 @@ def write_part(run: Path, name: str, concept: str, rows: Sequence[dict[str, Any]
 
 def manifest(run_id: str, concepts: Sequence[str], prompts: Sequence[str]) -> dict[str, Any]:
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "run_id": run_id,
         "config": {
             "model": "tiny", "source_layer": 8, "target_layer": 16, "radius": 10.0, "seed": 0,
@@ -103,7 +103,8 @@ def _rows(
         if row["kind"] in ("base", "chain"):
             loss = 3.0 * kl
             rows["vectors"].append(row | {
-                "vector": [norm, 0.0, 0.0, 0.0], "loss": loss, "relative_loss": loss / 12, "evaluations": 50,
+                "vector": [norm, 0.0, 0.0, 0.0], "loss": loss, "relative_loss": loss / 12,
+                "relative_loss_from_0": loss / 20, "relative_loss_from_1": loss / 12, "evaluations": 50,
                 "stop_reason": "converged", "max_abs_cos": 1e-8, "seconds": 0.5, "seed": 7,
             })  # fmt: skip
         if row["kind"] == "chain":

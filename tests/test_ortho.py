@@ -6,7 +6,7 @@ import torch
 from families import D_MODEL, directions, tiny
 
 from melbo_ray.config import Config, UserError
-from melbo_ray.ortho import chain, chains, derive_seed
+from melbo_ray.ortho import chain, chains, derive_seed, target_shares
 from melbo_ray.residual import Slice
 from melbo_ray.subspace import Subspace, max_abs_cos
 
@@ -28,8 +28,13 @@ def finish(generator):
             return items, end.value
 
 
-def plain_z(theta):
-    """z(θ) from transformers, a hook, and a float64 mean."""
+def plain_z(theta, first=0):
+    """z(θ) from `first` on, from transformers, a hook, and a float64 mean."""
+    return plain_stream(theta)[first:].mean(0)
+
+
+def plain_stream(theta):
+    """The target layer's output, (seq, d_model) float64."""
     model = tiny()
     handle = model.layers[1].register_forward_hook(lambda _m, _a, out: out + theta)
     captured = []
@@ -38,24 +43,26 @@ def plain_z(theta):
         model.network(PROMPT[None])
     handle.remove()
     reader.remove()
-    return captured[0][0].double().numpy().mean(0)
+    return captured[0][0].double().numpy()
 
 
 @pytest.mark.parametrize("solver", ["lbfgs", "adam"])
 def test_a_vectors_certificate_can_be_recomputed_from_the_vector_alone(solver):
     base = directions(1)[0]
-    vectors, reason = finish(chain(a_slice(), base, Config(num_vectors=4, solver=solver, **EASY)))
+    vectors, reason = finish(chain(a_slice(), base, Config(num_vectors=4, solver=solver, z_from=2, **EASY)))
     assert reason == "num_vectors"
     taken = [base.double().numpy()]
     for index, vector in enumerate(vectors, 1):
         theta = vector.theta.double().numpy()
-        loss = np.linalg.norm(plain_z(vector.theta) - plain_z(base))
-        unsteered = np.linalg.norm(plain_z(torch.zeros(D_MODEL)) - plain_z(base))
+        loss, from_0, from_1 = (np.linalg.norm(plain_z(vector.theta, z) - plain_z(base, z)) for z in (2, 0, 1))
+        unsteered = [np.linalg.norm(plain_z(torch.zeros(D_MODEL), z) - plain_z(base, z)) for z in (2, 0, 1)]
         cosines = [abs(theta @ other) / np.linalg.norm(theta) / np.linalg.norm(other) for other in taken]
         assert vector.index == index
         assert vector.norm == pytest.approx(np.linalg.norm(theta), rel=1e-5)
         assert vector.loss == pytest.approx(loss, rel=1e-4)
-        assert vector.relative_loss == pytest.approx(loss / unsteered, rel=1e-4)
+        assert vector.relative_loss == pytest.approx(loss / unsteered[0], rel=1e-4)
+        assert vector.relative_loss_from_0 == pytest.approx(from_0 / unsteered[1], rel=1e-4)
+        assert vector.relative_loss_from_1 == pytest.approx(from_1 / unsteered[2], rel=1e-4)
         assert vector.max_abs_cos == pytest.approx(max(cosines), abs=1e-8)
         assert vector.max_abs_cos < 1e-6
         assert vector.seed == derive_seed(0, "code", index, "start")
@@ -162,7 +169,7 @@ def test_the_norm_penalty_shortens_vectors_and_is_not_in_the_loss():
         for penalty in (0, 3)
     )
     assert penalised.norm < free.norm
-    z = np.linalg.norm(plain_z(penalised.theta) - plain_z(directions(1)[0]))
+    z = np.linalg.norm(plain_z(penalised.theta, 1) - plain_z(directions(1)[0], 1))
     assert penalised.loss == pytest.approx(z, rel=1e-4)
 
 
@@ -196,3 +203,17 @@ def test_a_certificate_is_frozen():
     vector = next(chain(a_slice(), directions(1)[0], Config(num_vectors=1, **EASY)))
     with pytest.raises(dataclasses.FrozenInstanceError):
         vector.loss = 0.0
+
+
+def test_the_shares_of_the_target_are_those_of_the_plain_stream():
+    base = directions(1)[0]
+    change = plain_stream(base) - plain_stream(torch.zeros(D_MODEL))
+    first, rest, whole = change[0], change[1:].sum(0), change.sum(0)
+    found = target_shares(a_slice(), base)
+    assert found["sink_share"] == pytest.approx(first @ first / (first @ first + rest @ rest), rel=1e-4)
+    assert found["coordinate_share"] == pytest.approx((whole**2).max() / (whole @ whole), rel=1e-4)
+
+
+def test_z_cannot_start_behind_the_prompt():
+    with pytest.raises(UserError, match=r"position 20, and the prompt has 20"):
+        next(chain(a_slice(), directions(1)[0], Config(num_vectors=1, z_from=len(PROMPT), **EASY)))

@@ -19,7 +19,7 @@ def run(study: Study, chain: Vectors) -> Rows:
     """
     drawn = random_directions(study, chain)
     few = drawn.take(evenly(len(drawn), COUNT))
-    contrast = Vectors("contrast", [0], at_norm(study.once(presence.contrast)[None], study.config.radius))
+    contrast = Vectors("contrast", [0], at_norm(study.once(presence.contrast)[None], study.radius))
     rows: Rows = {}
     for evaluation in (kl, presence, generalization, generations, dose):
         for vectors in (drawn if evaluation in (kl, presence) else few, contrast):

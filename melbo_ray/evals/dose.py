@@ -61,7 +61,7 @@ def _unsteered_log_prob(study: Study) -> float:
 
 
 def _to_radius(study: Study, norm: float) -> list[float]:
-    ratio = study.config.radius / norm
+    ratio = study.radius / norm
     if abs(ratio - 1) < 1e-3:
         return []
     return [norm * ratio ** (step / _STEPS_TO_RADIUS) for step in range(1, _STEPS_TO_RADIUS + 1)]

@@ -21,7 +21,7 @@ def run(study: Study, vectors: Vectors) -> Rows:
     held_out = list(study.concept.held_out)[: study.config.held_out_generations]
     wanted = [("own", prompt_id, vectors.theta) for prompt_id in (TRAINING, *held_out)]
     if vectors.kind != "unsteered":
-        wanted.append(("radius", TRAINING, at_norm(vectors.theta, study.config.radius)))
+        wanted.append(("radius", TRAINING, at_norm(vectors.theta, study.radius)))
     keys, thetas = [], []
     for scale, prompt_id, scaled in wanted:
         for index, theta in zip(vectors.index, scaled, strict=True):

@@ -87,7 +87,7 @@ def _of_contrast(study: Study, chain: Vectors, cosines: Tensor, direction: Tenso
     `contrast_norm_for_half_score`: the smallest of 16 norms up to 2R at which its concept score is half the base's;
     `contrast_norm_for_half_kl`: at which KL(P‖P_base) is half of the unsteered one. Null where none is.
     """
-    radius = study.config.radius
+    radius = study.radius
     doses = [("contrast", 2 * radius * step / _CONTRAST_DOSES) for step in range(1, _CONTRAST_DOSES + 1)]
     curve = measure(study, direction, doses)
     score, half = measure_all(study, study.base[None])[0]["concept_score"] / 2, unsteered_kl(study) / 2

@@ -11,7 +11,7 @@ TOP = 10
 
 def run(study: Study, vectors: Vectors) -> Rows:
     """Each vector at the last token of the training prompt, at its own norm and rescaled to the radius."""
-    scales = {"own": vectors.theta, "radius": at_norm(vectors.theta, study.config.radius)}
+    scales = {"own": vectors.theta, "radius": at_norm(vectors.theta, study.radius)}
     rows = []
     for scale, thetas in scales.items():
         norms = thetas.norm(dim=-1).tolist()

@@ -43,6 +43,11 @@ class Study:
     _made: dict[Callable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
+    def radius(self) -> float:
+        """R = ‖θ₀‖ (residual-stream units), as it was given or calibrated."""
+        return float(self.base.norm())
+
+    @cached_property
     def prompt(self) -> Prompts:
         """The training prompt, for its next-token logits."""
         return Prompts(self.model, [self.tokens(TRAINING)], self.config.source_layer)
