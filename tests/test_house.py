@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"config", "products"},
-    {"command", "concepts", "fingerprint", "layout", "storage", "subspace", "tables", "units"},
+    {"chat", "command", "concepts", "fingerprint", "layout", "storage", "subspace", "tables", "units"},
     {"lease", "model", "query", "solvers", "store"},
     {"engines"},
     {"figures", "partial", "residual", "steer"},
