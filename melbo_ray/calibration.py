@@ -71,7 +71,7 @@ def _evaluations(checked: Checked, model: LanguageModel, device: torch.device) -
     found = {}
     for name in times[0]:
         # Texts run through every layer, the other evaluations through those above the source layer.
-        layers = depth if name == "generations" else depth - config.source_layer
+        layers = depth if name in ("greedy", "generations") else depth - config.source_layer
         found[name] = extrapolate((few, times[0][name]), (more, times[1][name]), layers)
     return found, (
         f"{batch} vectors through {few} and {more} of {depth} layers with random weights, every text at its full length"

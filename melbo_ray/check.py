@@ -20,8 +20,8 @@ from melbo_ray.store import Run
 
 # What may differ when a run goes on: where and with how much it runs, and what more is asked of its vectors.
 _FREE = {
-    "config", "run_id", "storage", "device", "evals", "eval_batch", "min_evaluators", "max_evaluators", "eval_gpus",
-    "chain_gpus",
+    "config", "run_id", "storage", "device", "evals", "sample", "eval_batch", "min_evaluators", "max_evaluators",
+    "eval_gpus", "chain_gpus",
 }  # fmt: skip
 
 

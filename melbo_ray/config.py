@@ -38,9 +38,11 @@ Names = Annotated[list[str], BeforeValidator(_split)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 EVALUATIONS = (
-    "kl", "generations", "generalization", "dose", "presence", "control", "shuffled", "composition", "geometry",
-    "rescaled",
+    "kl", "greedy", "generations", "generalization", "dose", "presence", "control", "shuffled", "composition",
+    "geometry", "rescaled",
 )  # fmt: skip
+EVERY = ("kl", "greedy")
+"""The evaluations that are asked of every vector, whatever the option `sample` says."""
 
 
 class Config(BaseSettings):
@@ -125,12 +127,15 @@ class Config(BaseSettings):
 
     evals: Names = list(EVALUATIONS)
     """Evaluations to run, comma-separated."""
+    sample: PositiveInt | None = None
+    """Vectors that evaluations beyond `kl`, `greedy` and those of the whole chain are asked of: an even sample of the
+    chain; all of it without this."""
     eval_batch: PositiveInt = 8
     """Vectors in one evaluation batch."""
     samples: PositiveInt = 1
-    """Continuations sampled for each vector, prompt and scale, beside the greedy one."""
+    """Continuations drawn for each vector, prompt and scale, beside the greedy one."""
     held_out_generations: NonNegativeInt = 3
-    """Held-out prompts that continuations are sampled on, beside the training prompt."""
+    """Held-out prompts that texts are written on, beside the training prompt."""
     max_new_tokens: PositiveInt = 48
     """Length of a sampled continuation, tokens."""
     temperature: NonNegativeFloat = 1.0

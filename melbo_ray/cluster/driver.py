@@ -141,7 +141,7 @@ class Driver:
         if unit.evaluation == "base":
             return actor.find_base.remote(unit.concept)
         agenda = self.agendas[unit.concept]
-        return actor.evaluate.remote(unit, agenda.vectors(unit), agenda.base)
+        return actor.evaluate.remote(unit, agenda.vectors(unit), agenda.base, agenda.failed(unit))
 
     def _wait(self) -> None:
         for chain in self._chains:
@@ -225,9 +225,13 @@ class Driver:
         agenda = self.agendas[unit.concept]
         if unit.evaluation == "base":
             raise UserError(f"finding the base of {unit.concept!r} ended its worker {ATTEMPTS} times")
-        keys = {"run_id": self.run_id, "kind": "chain" if unit.kind == WHOLE else unit.kind}
-        facts = {"evaluation": unit.evaluation, "error": "its worker died or hung", "attempts": ATTEMPTS}
-        rows = [keys | {"index": index} | facts for index in range(unit.first, unit.last + 1)]
+        whole, failed = unit.kind == WHOLE, agenda.failed(unit)
+        keys = {"run_id": self.run_id, "kind": "chain" if whole else unit.kind}
+        facts = {"evaluation": unit.evaluation, "error": "its worker died or hung"}
+        rows = [
+            keys | {"index": index} | facts | {"attempts": ATTEMPTS + failed.get(index, 0)}
+            for index in (range(1) if whole else range(unit.first, unit.last + 1))
+        ]
         # Of the whole chain, the rows of a shorter one go.
         empty = {name: tables.table(name, []) for name in EVALUATIONS[unit.evaluation].tables}
         self.run.commit(unit, empty | {"failures": tables.table("failures", rows)})

@@ -12,7 +12,7 @@ from melbo_ray.cluster import Driver, driver, pool
 from melbo_ray.config import Config, UserError
 from melbo_ray.layout import lay_out
 from melbo_ray.store import Run
-from melbo_ray.units import Unit
+from melbo_ray.units import WHOLE, Unit
 from tests.cluster.simulated import D_MODEL, Sleeper
 
 
@@ -36,6 +36,7 @@ def drive(ray_here, tmp_path):
         concepts=("code",),
         base=True,
         gpus=0,
+        evals=("kl",),
         **options,
     ):
         run = Run.open(str(tmp_path / "run"))
@@ -43,7 +44,7 @@ def drive(ray_here, tmp_path):
         run.storage.put("seconds", str(seconds).encode())
         if trouble:
             run.storage.put("trouble", trouble.encode())
-        config = Config(eval_batch=1, evals=["kl"], **options)
+        config = Config(eval_batch=1, evals=list(evals), **options)
         agendas = {concept: Agenda(concept, config.evals, 1, {}, stop_reason=stop_reason) for concept in concepts}
         for agenda in agendas.values():
             if base:
@@ -107,6 +108,17 @@ def test_a_unit_that_kills_every_worker_is_filed_as_failed_and_the_rest_goes_on(
     assert evaluated(run) == everything(8) - {("chain", 5)}
     (failure,) = run.read("failures", "code").to_pylist()
     assert (failure["kind"], failure["index"], failure["evaluation"], failure["attempts"]) == ("chain", 5, "kl", 3)
+    assert driven.failures == 1
+
+
+def test_an_evaluation_of_the_whole_chain_that_kills_every_worker_is_one_failure(drive, monkeypatch):
+    monkeypatch.setattr(pool, "ATTEMPTS", 2)
+    monkeypatch.setattr(driver, "ATTEMPTS", 2)
+    deadly = Unit("code", "geometry", WHOLE, 1, 8)
+    run, _, driven = drive(8, 0.05, f"{deadly.name} die", max_evaluators=2, evals=("kl", "geometry"))
+    assert evaluated(run) == everything(8)
+    (failure,) = run.read("failures", "code").to_pylist()
+    assert (failure["kind"], failure["index"], failure["evaluation"]) == ("chain", 0, "geometry")
     assert driven.failures == 1
 
 
