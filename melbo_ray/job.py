@@ -110,6 +110,8 @@ class _Job:
 
     def _tick(self, driver: cluster.Driver) -> None:
         self.display.update(driver.agendas, driver.last, driver.pool.ready)
+        if (line := driver.silence()) is not None:
+            self.display.say(line)
         if self._publishing is not None and self._publishing.done():
             self._publishing.result()
             self._publishing = None
@@ -156,6 +158,7 @@ def _lease(run: Run) -> Generator[Lease]:
         with contextlib.suppress(StorageError):
             if run.storage.get("run.json") is None:  # refused before it began: nothing is left of it
                 run.storage.delete(run.storage.names("lease"))
+                run.storage.prune()
 
 
 def _begin(run: Run, checked: Checked) -> dict[str, Any]:

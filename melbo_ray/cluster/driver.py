@@ -11,7 +11,7 @@ from ray.util.metrics import Gauge
 from melbo_ray import tables
 from melbo_ray.agenda import Agenda
 from melbo_ray.cluster.pool import ATTEMPTS, Pool
-from melbo_ray.cluster.session import LOST, Deaths, answer
+from melbo_ray.cluster.session import LOST, Deaths, Silence, answer
 from melbo_ray.concepts import Concept
 from melbo_ray.config import Config, UserError
 from melbo_ray.evals import EVALUATIONS
@@ -83,7 +83,7 @@ class Driver:
         self.peak_memory: dict[str, int] = {}
         self._tick, self._worker = tick, worker
         self._concepts = list(concepts)
-        self._deaths = Deaths()
+        self._deaths, self._silence = Deaths(), Silence()
         self.pool = Pool(self._start_evaluator, self._evaluate, config.min_evaluators, self._deaths)
         self._chains: list[_Chain] = []
         self._issued: set[Unit] = set()
@@ -115,6 +115,11 @@ class Driver:
             self.pool.close()
             for chain in self._chains:
                 ray.kill(chain.actor)
+
+    def silence(self) -> str | None:
+        """A line that says what is waited for, where for some time no worker has been there."""
+        at_work = bool(self.pool.ready) or any(chain.streaming for chain in self._chains)
+        return self._silence.told(at_work, self.layout.evaluator)
 
     def _actor(self, options: dict[str, Any], threads: int, whole: bool) -> Any:
         # Ray hides no GPU from an actor that takes none.
