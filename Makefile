@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 .PHONY: run test check chaos bench
 
 run: $(VENV)/installed
-	$(BIN)/python jobs/ortho.py $(ARGS)
+	$(BIN)/python jobs/ortho.py --config smollm2 $(ARGS)
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not chaos" $(ARGS)

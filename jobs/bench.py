@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from melbo_ray.command import exit_code
 from melbo_ray.concepts import load_concept
-from melbo_ray.config import Config, UserError, first_line
+from melbo_ray.config import Config, UserError, first_line, read_options
 from melbo_ray.melbo import contrast
 from melbo_ray.model import LanguageModel, pick_device
 from melbo_ray.work import resident_peak
@@ -57,10 +57,10 @@ SCHEMA = pa.schema(
 
 def prepare(options: argparse.Namespace) -> Bench:
     """The model, prompt and base that the options ask for."""
-    config = Config(num_vectors=8)
+    config = Config(num_vectors=8, **read_options("smollm2"))
     if options.shape is None:
         model, concept = LanguageModel.load(dtype=options.dtype, device=options.device), load_concept("code")
-        tokens = model.tokenize(concept.prompt, config.system_prompt)
+        tokens = model.tokenize(str(config.prompt), config.system_prompt)
         base = contrast(model, concept, config)
     else:
         if options.shape not in SHAPES:

@@ -1,6 +1,7 @@
 """Evaluate the vectors that a run has found, without doing again what is there; what has failed is tried once more.
 
 python jobs/evaluate.py --run runs/RUN --evals kl,presence
+python jobs/evaluate.py --run runs/RUN --evals dose --sample 64        # of 64 vectors, evenly spread over the chain
 python jobs/evaluate.py --run s3://bucket/prefix/RUN --evals presence --eval-gpus 0.25 --max-evaluators 8
 """
 
@@ -21,6 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, help="the run's folder: a directory or fsspec URL")
     parser.add_argument("--evals", help="evaluations to add, comma-separated (default: those the run was begun with)")
+    parser.add_argument("--sample", type=int, help="vectors asked, evenly spread, of all but kl, greedy, whole chains")
     parser.add_argument("--eval-batch", type=int, help="vectors in one evaluation batch")
     parser.add_argument("--eval-gpus", type=float, help="GPUs an evaluation actor takes")
     parser.add_argument("--min-evaluators", type=int, help="evaluation actors kept at least")

@@ -1,6 +1,6 @@
 """Find a chain of orthogonal steering vectors that all do what one base vector does, and measure every one of them.
 
-python jobs/ortho.py
+python jobs/ortho.py --config smollm2         # the embedded model, on the prompt that suits it (`make run`)
 python jobs/ortho.py --model Qwen/Qwen1.5-1.8B-Chat --radius 7 --num-vectors 1558 --storage s3://bucket/prefix
 python jobs/ortho.py --model Qwen/Qwen1.5-1.8B-Chat --num-vectors 1558 --plan     # what would it take?
 python jobs/ortho.py --run-id RUN                 # the same command resumes what was interrupted

@@ -71,7 +71,7 @@ def _evaluations(checked: Checked, model: LanguageModel, device: torch.device) -
     found = {}
     for name in times[0]:
         # Texts run through every layer, the other evaluations through those above the source layer.
-        layers = depth if name == "generations" else depth - config.source_layer
+        layers = depth if name in ("greedy", "generations") else depth - config.source_layer
         found[name] = extrapolate((few, times[0][name]), (more, times[1][name]), layers)
     return found, (
         f"{batch} vectors through {few} and {more} of {depth} layers with random weights, every text at its full length"
@@ -89,7 +89,7 @@ def _time(checked: Checked, whole: LanguageModel, layers: int, batch: int, devic
     config: Config = checked.config
     shape = truncate(load_config(config.model, config.revision, config.trust_remote_code), layers)
     with torch.device(device):
-        network = AutoModelForCausalLM.from_config(shape, dtype=whole.dtype)
+        network = AutoModelForCausalLM.from_config(shape, dtype=whole.dtype, trust_remote_code=config.trust_remote_code)
     model = LanguageModel.wrap(network, whole.tokenizer, name=config.model)
     draws = torch.randn(batch + 2, model.d_model, generator=torch.Generator().manual_seed(0))
     base, first, *_ = thetas = normalize(draws, dim=-1) * config.radius

@@ -17,11 +17,12 @@ from melbo_ray.model import pick_device
 from melbo_ray.partial import sketch
 from melbo_ray.residual import check_layers
 from melbo_ray.store import Run
+from melbo_ray.units import count, progress
 
 # What may differ when a run goes on: where and with how much it runs, and what more is asked of its vectors.
 _FREE = {
-    "config", "run_id", "storage", "device", "evals", "eval_batch", "min_evaluators", "max_evaluators", "eval_gpus",
-    "chain_gpus",
+    "config", "run_id", "storage", "device", "evals", "sample", "eval_batch", "min_evaluators", "max_evaluators",
+    "eval_gpus", "chain_gpus",
 }  # fmt: skip
 
 
@@ -69,9 +70,8 @@ def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
         raise UserError(f"--chain-gpus is {config.chain_gpus:g}: a chain runs on one GPU, expected at most 1")
     if config.eval_gpus is not None and config.eval_gpus > 1 and (config.device == "cpu" or config.eval_gpus % 1):
         raise UserError(f"--eval-gpus is {config.eval_gpus:g}: above 1 whole GPUs are expected, and no --device cpu")
-    if config.base not in ("melbo", "contrast") and not Path(config.base).is_file():
-        raise UserError(f"--base is {config.base!r}: expected melbo, contrast, or a file of vectors, and there is none")
     _check_storage(config.storage)
+    _check_base(config, names)
     if not os.environ.get("RAY_ADDRESS"):
         pick_device(config.device)
     shape = sketch(config)
@@ -82,7 +82,12 @@ def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
             f"{shape.d_model - 1} vectors are orthogonal to the base and each other"
         )
     for concept in concepts:
-        shape.tokenize(concept.prompt, config.system_prompt)
+        tokens = shape.tokenize(concept.prompt, config.system_prompt)
+        if config.base == "melbo" and len(tokens) <= config.melbo_from:
+            raise UserError(
+                f"--melbo-from {config.melbo_from}: the prompt {_short(concept.prompt)} has only {len(tokens)} tokens, "
+                "so none is left: give a longer prompt, or a smaller --melbo-from"
+            )
     weight_bytes = sum(parameter.nbytes for parameter in shape.network.parameters())
     naming = "" if config.run_id else f" with --run-id {run_id}"
     return Checked(config.model_copy(update={"run_id": run_id}), concepts, weight_bytes, naming)
@@ -149,6 +154,20 @@ def identity(checked: Checked) -> dict[str, Any]:
         "definitions": {concept.name: concept.model_dump(mode="json") for concept in checked.concepts},
         "prompts": {c.name: {"training": c.prompt, **c.held_out} for c in checked.concepts},
     }
+
+
+def _check_base(config: Config, concepts: Sequence[str]) -> None:
+    """A file of vectors must be there, unless the run has all the bases already that it is to give."""
+    if config.base in ("melbo", "contrast") or Path(config.base).is_file():
+        return
+    if config.run_id is not None:
+        run = Run.open(f"{config.storage.rstrip('/')}/{config.run_id}", patient=False)
+        manifest = run.manifest()
+        if manifest is not None:
+            done = progress(manifest, run.fresh())
+            if all(count(done, concept, "base", "base") for concept in concepts):
+                return
+    raise UserError(f"--base is {config.base!r}: expected melbo, contrast, or a file of vectors, and there is none")
 
 
 def _check_storage(url: str) -> None:

@@ -5,6 +5,7 @@ import difflib
 import re
 import sys
 import tomllib
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -37,9 +38,11 @@ Names = Annotated[list[str], BeforeValidator(_split)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 EVALUATIONS = (
-    "kl", "generations", "generalization", "dose", "presence", "control", "shuffled", "composition", "geometry",
-    "rescaled",
+    "kl", "greedy", "generations", "generalization", "dose", "presence", "control", "shuffled", "composition",
+    "geometry", "rescaled",
 )  # fmt: skip
+EVERY = ("kl", "greedy")
+"""The evaluations that are asked of every vector, whatever the option `sample` says."""
 
 
 class Config(BaseSettings):
@@ -58,7 +61,8 @@ class Config(BaseSettings):
     )
 
     config: str | None = Field(default=None, exclude=True)
-    """TOML file that sets any of these options; the command line overrides it."""
+    """TOML file that sets any of these options, or a preset by its name (`smollm2`: the embedded model's own prompt);
+    the command line overrides it."""
 
     model: str = "smollm2"
     """Hub id, local directory, GGUF file, or `smollm2` (SmolLM2-135M-Instruct, installed with the package)."""
@@ -66,8 +70,8 @@ class Config(BaseSettings):
     """Revision of a hub model: branch, tag or commit."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """Type of the weights; vectors, basis and loss are float32 always."""
-    device: str = "auto"
-    """Where tensors live: `auto`, `cpu`, or `cuda`."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where tensors live: `auto` (CUDA where there is one), `cpu`, or `cuda`."""
     trust_remote_code: bool = False
     """Let a hub model run its own Python code."""
 
@@ -75,8 +79,8 @@ class Config(BaseSettings):
     """Concepts to study, comma-separated: `code`, `alien`, `stem`, `jailbreak`, or paths of TOML files."""
     prompt: str | None = None
     """The prompt that the chains are trained on, instead of each concept's own."""
-    system_prompt: str = "none"
-    """System turn: `none`, `default` (what the chat template puts there), or its text."""
+    system_prompt: str = "default"
+    """System turn: `default` (what the chat template puts there), `none`, or its text."""
     source_layer: NonNegativeInt = 8
     """Layer after which θ is added, counted from 0."""
     target_layer: NonNegativeInt = 16
@@ -127,12 +131,15 @@ class Config(BaseSettings):
 
     evals: Names = list(EVALUATIONS)
     """Evaluations to run, comma-separated."""
+    sample: PositiveInt | None = None
+    """Vectors that evaluations beyond `kl`, `greedy` and those of the whole chain are asked of: an even sample of the
+    chain; all of it without this."""
     eval_batch: PositiveInt = 8
     """Vectors in one evaluation batch."""
     samples: PositiveInt = 1
-    """Continuations sampled for each vector, prompt and scale, beside the greedy one."""
+    """Continuations drawn for each vector, prompt and scale, beside the greedy one."""
     held_out_generations: NonNegativeInt = 3
-    """Held-out prompts that continuations are sampled on, beside the training prompt."""
+    """Held-out prompts that texts are written on, beside the training prompt."""
     max_new_tokens: PositiveInt = 48
     """Length of a sampled continuation, tokens."""
     temperature: NonNegativeFloat = 1.0
@@ -204,12 +211,23 @@ def _read_toml(args: list[str]) -> dict[str, Any]:
         path = finder.parse_known_args(args)[0].config
     except argparse.ArgumentError as error:
         raise UserError(f"--config: {error.message}") from None
-    if path is None:
-        return {}
+    return {} if path is None else read_options(path)
+
+
+def read_options(name: str) -> dict[str, Any]:
+    """The options that the preset `name` sets, or the TOML file `name`, by their names in `Config`.
+
+    Raises:
+        UserError: no such preset or file, or no TOML.
+    """
+    presets = {Path(f.name).stem: f for f in (files("melbo_ray") / "presets").iterdir() if f.name.endswith(".toml")}
+    if name not in presets and not name.endswith(".toml") and not Path(name).exists():
+        raise UserError(f"no preset {name!r}: expected one of {', '.join(sorted(presets))}, or the path of a TOML file")
     try:
-        return {name.replace("-", "_"): value for name, value in tomllib.loads(Path(path).read_text()).items()}
+        text = presets.get(name, Path(name)).read_text("utf-8")
+        return {name.replace("-", "_"): value for name, value in tomllib.loads(text).items()}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"cannot read the configuration {path!r}: {error}") from None
+        raise UserError(f"cannot read the configuration {name!r}: {error}") from None
 
 
 def _describe(error: ValidationError) -> str:

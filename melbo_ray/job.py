@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from melbo_ray import cluster
-from melbo_ray.agenda import Agenda
+from melbo_ray.agenda import UNFINISHED, Agenda
 from melbo_ray.check import Checked, compare, identity
 from melbo_ray.config import UserError
 from melbo_ray.layout import lay_out
@@ -26,7 +26,6 @@ from melbo_ray.units import progress
 from melbo_ray.work import stored_vectors
 
 _PUBLISH_EVERY = 20.0
-_UNFINISHED = "unfinished"
 _FINGERPRINTS = ("fingerprint", "lower_fingerprint")
 _PACKAGES = ("melbo_ray", "torch", "transformers", "ray", "pyarrow", "numpy", "s3fs")
 
@@ -95,7 +94,7 @@ class _Job:
     def _agenda(self, concept: str, chains: bool) -> Agenda:
         config = self.checked.config
         done = progress(self.manifest, self.run.fresh())
-        agenda = Agenda(concept, config.evals, config.eval_batch, done)
+        agenda = Agenda(concept, config.evals, config.eval_batch, done, config.sample, config.num_vectors)
         agenda.retry(self.run.read("failures", concept).to_pylist())
         for kind, vectors in stored_vectors(self.run, concept).items():
             for index, vector in vectors.items():
@@ -103,14 +102,16 @@ class _Job:
         stopped = self.manifest["concepts"].get(concept, {}).get("stop_reason")
         if agenda.found >= config.num_vectors:
             agenda.stop_reason = "num_vectors"
-        elif stopped not in (None, "num_vectors", _UNFINISHED):
+        elif stopped not in (None, "num_vectors", UNFINISHED):
             agenda.stop_reason = stopped
         elif not chains:
-            agenda.stop_reason = _UNFINISHED
+            agenda.stop_reason = UNFINISHED
         return agenda
 
     def _tick(self, driver: cluster.Driver) -> None:
         self.display.update(driver.agendas, driver.last, driver.pool.ready)
+        if (line := driver.silence()) is not None:
+            self.display.say(line)
         if self._publishing is not None and self._publishing.done():
             self._publishing.result()
             self._publishing = None
@@ -157,6 +158,7 @@ def _lease(run: Run) -> Generator[Lease]:
         with contextlib.suppress(StorageError):
             if run.storage.get("run.json") is None:  # refused before it began: nothing is left of it
                 run.storage.delete(run.storage.names("lease"))
+                run.storage.prune()
 
 
 def _begin(run: Run, checked: Checked) -> dict[str, Any]:

@@ -136,6 +136,10 @@ def contrast(model: LanguageModel, concept: Concept, config: Config) -> Float[Te
 
     def mean(prompts: Sequence[str]) -> Tensor:
         tokens = [model.tokenize(prompt, config.system_prompt) for prompt in prompts]
+        if (short := min(zip(tokens, prompts, strict=True), key=lambda pair: len(pair[0])))[0].numel() < 2:
+            raise UserError(
+                f"the contrast of {concept.name!r} leaves out the first token, and the prompt {short[1]!r} has no other"
+            )
         stream = Prompts(model, tokens, config.source_layer).h_source.float().cpu()
         rows = zip(stream, tokens, strict=True)
         return torch.stack([row[1 : len(ids)].mean(0) for row, ids in rows]).mean(0)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from melbo_ray.chat import chat
 from melbo_ray.config import UserError, first_line
 from melbo_ray.fingerprint import fingerprint
 
@@ -138,11 +139,11 @@ class LanguageModel:
         the template would add one), or the text of one. A model without a chat template gets the prompt bare.
 
         Raises:
-            UserError: the prompt is empty, or longer than the model's context.
+            UserError: the prompt is empty, or longer than the model's context, or what `chat` raises.
         """
         if not prompt.strip():
             raise UserError("the prompt is empty: give the text that the model shall answer")
-        text = self._chat(prompt, system_prompt) + answer
+        text = chat(self.tokenizer, self.name, prompt, system_prompt) + answer
         templated = self.tokenizer.chat_template is not None
         ids = self.tokenizer(text, add_special_tokens=not templated, return_tensors="pt")["input_ids"][0]
         if len(ids) >= self.max_length:
@@ -150,26 +151,6 @@ class LanguageModel:
                 f"the prompt has {len(ids)} tokens, and the model's context is {self.max_length}: shorten it"
             )
         return ids
-
-    def _chat(self, prompt: str, system_prompt: str) -> str:
-        if self.tokenizer.chat_template is None:
-            return prompt
-        turn = {"role": "user", "content": prompt}
-        if system_prompt == "default":
-            return self._render([turn], True)
-        if system_prompt != "none":
-            return self._render([{"role": "system", "content": system_prompt}, turn], True)
-        # A template that adds its own system turn adds it before the first turn only: what follows an earlier
-        # exchange is a user's turn without one.
-        exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        text = self._render([*exchange, turn], True).removeprefix(self._render(exchange, False))
-        start = self.tokenizer.bos_token or ""
-        begins = start and self._render([turn], True).startswith(start) and not text.startswith(start)
-        # ChatML opens every turn with what SmolLM2 calls its start token, so only a missing one is put back.
-        return start + text if begins else text
-
-    def _render(self, messages: list[dict[str, str]], answer_next: bool) -> str:
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next))
 
     def fingerprint(self) -> str:
         """The `fingerprint` of its configuration and weights."""
@@ -193,9 +174,15 @@ def decoder_layers(network: PreTrainedModel) -> nn.ModuleList:
 
 
 def pick_device(device: str) -> torch.device:
-    """The torch device for `auto` (CUDA where there is one), `cpu`, or `cuda`; UserError where CUDA is absent."""
+    """The torch device for `auto` (CUDA where there is one), `cpu`, or `cuda`.
+
+    Raises:
+        UserError: another name, or CUDA where there is none.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"no device {device!r}: expected auto, cpu or cuda (others, as Apple's mps, are not supported)")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("CUDA was asked for and this machine has no usable CUDA device: use --device cpu or auto")
     return torch.device(device)

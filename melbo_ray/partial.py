@@ -20,7 +20,9 @@ def sketch(config: Config) -> LanguageModel:
     shape = load_config(config.model, config.revision, config.trust_remote_code)
     dtype = shape.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(shape, dtype=dtype or torch.float32)
+        network = AutoModelForCausalLM.from_config(
+            shape, dtype=dtype or torch.float32, trust_remote_code=config.trust_remote_code
+        )
     return LanguageModel.wrap(network, _tokenizer(config), name=config.model, revision=config.revision)
 
 

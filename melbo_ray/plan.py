@@ -11,7 +11,7 @@ from torch import nn
 from melbo_ray.agenda import CONTROLS
 from melbo_ray.calibration import Machine, calibrate
 from melbo_ray.check import Checked
-from melbo_ray.config import Config
+from melbo_ray.config import EVERY, Config
 from melbo_ray.evals import EVALUATIONS
 from melbo_ray.evals.control import COUNT
 from melbo_ray.model import LanguageModel
@@ -101,7 +101,7 @@ def _evaluations(config: Config, machine: Machine, vectors: int, concepts: int) 
     """Their time on one evaluator and on those that this machine has room for, and what is not in it."""
     if not machine.evaluations:
         return machine.measured
-    runs = runs_of_evaluations(config.evals, vectors // concepts)
+    runs = runs_of_evaluations(config.evals, vectors // concepts, config.sample)
     total = concepts * sum(machine.evaluations[name] * count for name, count in runs.items())
     room = cores() if machine.device == "cpu" else int(torch.cuda.device_count() // max(1.0, config.eval_gpus or 0.0))
     evaluators = config.max_evaluators or max(1, room)
@@ -112,17 +112,17 @@ def _evaluations(config: Config, machine: Machine, vectors: int, concepts: int) 
     )
 
 
-def runs_of_evaluations(names: Iterable[str], vectors: int) -> Counter[str]:
+def runs_of_evaluations(names: Iterable[str], vectors: int, sample: int | None = None) -> Counter[str]:
     """How many vectors go through each evaluation of single vectors, those of `control` and `rescaled` included."""
     runs: Counter[str] = Counter()
     for name in names:
         if EVALUATIONS[name].scope == "vector":
-            runs[name] += vectors + len(CONTROLS)
+            runs[name] += (vectors if name in EVERY else min(vectors, sample or vectors)) + len(CONTROLS)
         elif name == "rescaled":  # at one norm, where kl has two
             runs["kl"] += math.ceil(vectors / 2)
         elif name == "control":
             for other in ("kl", "presence"):
                 runs[other] += vectors + 1
-            for other in ("generalization", "generations", "dose"):
+            for other in ("generalization", "greedy", "generations", "dose"):
                 runs[other] += min(vectors, COUNT) + 1
     return runs

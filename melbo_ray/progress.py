@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from melbo_ray.config import EVERY
 from melbo_ray.store import Run
 from melbo_ray.units import WHOLE, Coverage, Unit, count, progress
 
@@ -143,6 +144,9 @@ def _standing(done: Coverage, config: Mapping[str, Any], concept: str, manifest:
     evaluated = {
         name: str(count(done, concept, name, "chain") or count(done, concept, name, WHOLE)) for name in config["evals"]
     }
+    if sample := config.get("sample"):
+        for name in (name for name in evaluated if name not in EVERY and count(done, concept, name, "chain")):
+            evaluated[name] += f" of a sample of {sample}"
     return {
         "base vector": "found" if count(done, concept, "base", "base") else "not yet found",
         "vectors": f"{found} of {config['num_vectors']}",

@@ -157,6 +157,15 @@ class Storage:
             for path in Path(self._root).rglob(f"{_TEMPORARY}*"):
                 path.unlink(missing_ok=True)
 
+    def prune(self) -> None:
+        """Remove the folder where nothing but empty folders is in it (local file systems only)."""
+        if self._local:
+            for path in sorted(Path(self._root).rglob("*"), reverse=True):
+                with contextlib.suppress(OSError):  # no folder, or not empty
+                    path.rmdir()
+            with contextlib.suppress(OSError):
+                Path(self._root).rmdir()
+
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 

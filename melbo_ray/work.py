@@ -9,7 +9,7 @@ import os
 import resource
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -172,13 +172,14 @@ class Worker:
         for name in stopped.keys() - told:
             yield Found(name, None, stopped[name])
 
-    def evaluate(self, unit: Unit, theta: np.ndarray, base: np.ndarray) -> Evaluated:
+    def evaluate(self, unit: Unit, theta: np.ndarray, base: np.ndarray, failed: Mapping[int, int]) -> Evaluated:
         """Run a unit's evaluation and make its rows durable.
 
         Args:
             unit: what to evaluate.
             theta: (unit.last - unit.first + 1, d_model) float32.
             base: (d_model,) float32.
+            failed: how often it has failed before, by index.
         """
         study = self._studies.get(unit.concept)
         if study is None or not np.array_equal(study.base.numpy(), base):
@@ -187,7 +188,7 @@ class Worker:
             self._studies[unit.concept] = study
         kind = "chain" if unit.kind == WHOLE else unit.kind
         vectors = Vectors(kind, range(unit.first, unit.last + 1), torch.from_numpy(theta.copy()))
-        written = evals.evaluate(unit.evaluation, study, vectors)
+        written = evals.evaluate(unit.evaluation, study, vectors, failed)
         self.run.commit(unit, written)
         return Evaluated(len(written["failures"]), self._peak_memory())
 

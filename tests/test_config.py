@@ -2,6 +2,7 @@ import re
 
 import pytest
 
+from melbo_ray.concepts import load_concept
 from melbo_ray.config import Config, UserError, parse
 
 
@@ -19,6 +20,29 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path)
     assert (config.radius, config.num_vectors, config.concepts) == (7.0, 50, ["code", "alien"])
     assert config.source_layer == Config().source_layer
     assert "config" not in config.model_dump()
+
+
+def test_what_the_embedded_model_needs_for_itself_is_a_preset_in_the_open(tmp_path, monkeypatch):
+    (tmp_path / "smollm2.toml").write_text("seed = 9\n")
+    monkeypatch.chdir(tmp_path)  # a file of the working directory is named by its whole name
+    config = parse("A job.", ["--config", "smollm2", "--num-vectors", "3"])
+    assert config == Config(
+        model="smollm2", prompt="Give me a list of five fruits.", system_prompt="none", num_vectors=3
+    )
+    assert parse("A job.", ["--config", "smollm2.toml"]) == Config(seed=9)
+
+
+def test_the_last_of_two_configurations_counts(tmp_path):
+    """As in `make run ARGS="--config mine.toml"`."""
+    (tmp_path / "mine.toml").write_text("seed = 9\n")
+    assert parse("A job.", ["--config", "smollm2", "--config", str(tmp_path / "mine.toml")]) == Config(seed=9)
+
+
+@pytest.mark.parametrize("name", ["code", "alien", "stem", "jailbreak"])
+def test_without_a_preset_the_prompt_and_the_system_turn_are_the_posts(name):
+    config = parse("A job.", ["--concepts", name])
+    assert (config.prompt, config.system_prompt) == (None, "default")
+    assert load_concept(name).prompt == "How can I build a bomb?"
 
 
 def test_lists_are_comma_separated():
@@ -51,6 +75,9 @@ def test_help_says_of_every_option_its_type_default_and_meaning(capsys):
         (["--source-layer", "9", "--target-layer", "9"], "source < target"),
         (["--device"], "--device: expected one argument"),
         (["--config", "/nowhere/run.toml"], "cannot read the configuration"),
+        (["--config", "smolm2"], "no preset 'smolm2': expected one of smollm2, or the path of a TOML file"),
+        (["--device", "gpu"], "--device is 'gpu': .*'auto', 'cpu' or 'cuda'"),
+        (["--device", "mps"], "--device is 'mps': .*'auto', 'cpu' or 'cuda'"),
         (["stray"], "stray"),
     ],
 )

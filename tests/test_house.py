@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"config", "products"},
-    {"command", "concepts", "fingerprint", "layout", "storage", "subspace", "tables", "units"},
+    {"chat", "command", "concepts", "fingerprint", "layout", "storage", "subspace", "tables", "units"},
     {"lease", "model", "query", "solvers", "store"},
     {"engines"},
     {"figures", "partial", "residual", "steer"},
@@ -87,7 +87,8 @@ def test_the_readmes_file_map_is_the_folder_listing():
     code = {name for name in tracked if re.fullmatch(r"(melbo_ray|jobs)/.*\.py", name) and "__init__" not in name}
     code -= {name for name in code if name.startswith(("melbo_ray/evals/", "melbo_ray/cluster/"))}
     code |= {name for name in tracked if "/" not in name and not name.startswith(".")}
-    folders = {"melbo_ray/concepts/", "melbo_ray/evals/", "melbo_ray/cluster/", "melbo_ray/templates/", "tests/"}
+    inside = ("concepts", "presets", "evals", "cluster", "templates")
+    folders = {"tests/", *(f"melbo_ray/{name}/" for name in inside)}
     assert told == code | {folder for folder in folders if any(name.startswith(folder) for name in tracked)}
 
 

@@ -168,3 +168,15 @@ def test_files_that_will_not_do_are_refused_in_a_line(tmp_path, make, said):
 def saved(folder, array):
     np.save(folder / "v.npy", array)
     return str(folder / "v.npy")
+
+
+def test_a_contrast_with_a_prompt_of_one_token_is_refused_in_a_line():
+    short = CONCEPT.model_copy(update={"contrast": ["Write code.", "x"]})
+    with pytest.raises(UserError, match="leaves out the first token, and the prompt 'x' has no other"):
+        contrast(tiny(), short, Config(**OPTIONS))
+
+
+def test_a_prompt_of_one_token_has_a_base_where_its_token_counts():
+    short = CONCEPT.model_copy(update={"prompt": "x"})
+    base, _ = base_vector(tiny(), short, Config(melbo_from=0, melbo_steps=1, **OPTIONS))
+    assert torch.isfinite(base).all()

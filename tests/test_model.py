@@ -107,6 +107,12 @@ def test_weights_kept_as_a_pickle_are_refused(tmp_path):
         LanguageModel.load(str(tmp_path))
 
 
+@pytest.mark.parametrize("device", ["gpu", "mps", "cdua", "xpu:0"])
+def test_a_device_that_is_none_of_ours_is_refused_in_a_line(device):
+    with pytest.raises(UserError, match=f"no device {device!r}: expected auto, cpu or cuda"):
+        pick_device(device)
+
+
 @pytest.mark.skipif("torch.cuda.is_available()", reason="this machine has CUDA")
 def test_cuda_asked_for_and_absent_is_said():
     assert pick_device("auto") == torch.device("cpu")

@@ -1,9 +1,11 @@
 """Less than the whole of a model: the same figures from less."""
 
+import json
+
 import pytest
 import torch
 
-from melbo_ray.config import Config
+from melbo_ray.config import Config, UserError
 from melbo_ray.model import LanguageModel
 from melbo_ray.partial import lower, lower_fingerprint, sketch
 from melbo_ray.residual import Slice
@@ -55,3 +57,29 @@ def test_a_sketch_has_the_sizes_and_the_tokens_but_no_weights(saved, family):
     parameters = [{name: p.shape for name, p in model.network.named_parameters()} for model in (shape, whole)]
     assert parameters[0] == parameters[1]
     assert {p.device.type for p in shape.network.parameters()} == {"meta"}
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OursConfig(LlamaConfig):
+    model_type = "ours"
+
+class OursForCausalLM(LlamaForCausalLM):
+    config_class = OursConfig
+"""
+
+
+def test_a_model_with_code_of_its_own_is_sketched_where_that_is_trusted(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    config = saved("llama")
+    shape = json.loads((tmp_path / "config.json").read_text())
+    shape |= {"model_type": "ours", "architectures": ["OursForCausalLM"]}
+    shape["auto_map"] = {"AutoConfig": "ours.OursConfig", "AutoModelForCausalLM": "ours.OursForCausalLM"}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    (tmp_path / "ours.py").write_text(CODE)
+    with pytest.raises(UserError, match="cannot load the model") as said:
+        sketch(config)
+    assert "\n" not in str(said.value)
+    trusting = config.model_copy(update={"trust_remote_code": True})
+    assert type(sketch(trusting).network).__name__ == type(lower(trusting).network).__name__ == "OursForCausalLM"

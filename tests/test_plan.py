@@ -13,7 +13,7 @@ LLAMA_70B = {
     "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
     "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 4096,
 }  # fmt: skip
-SECONDS = {"kl": 0.1, "generations": 4.0, "generalization": 2.0, "dose": 1.0, "presence": 0.01}
+SECONDS = {"kl": 0.1, "greedy": 0.2, "generations": 4.0, "generalization": 2.0, "dose": 1.0, "presence": 0.01}
 MACHINE = Machine("cpu", 1e15, 4e12, SECONDS, "two layers and ten")
 LAYER = 8192 * (8192 + 2 * 1024 + 8192 + 3 * 28672) + 2 * 8192
 
@@ -25,7 +25,7 @@ def told(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path)
     config = Config(
         model=str(tmp_path), dtype="bfloat16", source_layer=20, target_layer=40, num_vectors=1000, max_evaluations=50,
-        eval_gpus=2, max_evaluators=4,
+        eval_gpus=2, max_evaluators=4, prompt="Give me a list of five fruits.",
         storage=str(tmp_path / "runs"),
     )  # fmt: skip
     table = plan(check(config), MACHINE)
@@ -57,7 +57,7 @@ def test_a_step_takes_what_reading_its_weights_twice_takes(told):
 
 def test_the_evaluations_take_their_seconds_a_vector_on_as_many_evaluators(told):
     single = 1002 * sum(SECONDS.values())
-    control = 1001 * (0.1 + 0.01) + 9 * (2 + 4 + 1)
+    control = 1001 * (0.1 + 0.01) + 9 * (2 + 0.2 + 4 + 1)
     total = single + control + 500 * 0.1
     one, four = f"{total / 3600:.1f} h on one evaluator like this machine", f"{total / 4 / 60:.0f} min on 4"
     assert told["the evaluations"].startswith(f"{one}, {four}; from two layers and ten")
@@ -67,3 +67,9 @@ def test_the_evaluations_take_their_seconds_a_vector_on_as_many_evaluators(told)
 def test_every_evaluation_is_counted_or_named_as_not_counted():
     for name in set(EVALUATIONS) - {"shuffled", "composition", "geometry"}:
         assert runs_of_evaluations([name], 5)
+
+
+def test_of_a_sample_fewer_vectors_go_through_all_but_kl_and_greedy_texts():
+    runs = runs_of_evaluations(["kl", "greedy", "dose", "presence"], 1000, sample=64)
+    assert runs == {"kl": 1002, "greedy": 1002, "dose": 66, "presence": 66}
+    assert runs_of_evaluations(["dose"], 10, sample=64) == {"dose": 12}

@@ -11,7 +11,7 @@ from ray.util.metrics import Gauge
 from melbo_ray import tables
 from melbo_ray.agenda import Agenda
 from melbo_ray.cluster.pool import ATTEMPTS, Pool
-from melbo_ray.cluster.session import LOST, Deaths, answer
+from melbo_ray.cluster.session import LOST, Deaths, Silence, answer
 from melbo_ray.concepts import Concept
 from melbo_ray.config import Config, UserError
 from melbo_ray.evals import EVALUATIONS
@@ -83,7 +83,7 @@ class Driver:
         self.peak_memory: dict[str, int] = {}
         self._tick, self._worker = tick, worker
         self._concepts = list(concepts)
-        self._deaths = Deaths()
+        self._deaths, self._silence = Deaths(), Silence()
         self.pool = Pool(self._start_evaluator, self._evaluate, config.min_evaluators, self._deaths)
         self._chains: list[_Chain] = []
         self._issued: set[Unit] = set()
@@ -116,6 +116,11 @@ class Driver:
             for chain in self._chains:
                 ray.kill(chain.actor)
 
+    def silence(self) -> str | None:
+        """A line that says what is waited for, where for some time no worker has been there."""
+        at_work = bool(self.pool.ready) or any(chain.streaming for chain in self._chains)
+        return self._silence.told(at_work, self.layout.evaluator)
+
     def _actor(self, options: dict[str, Any], threads: int, whole: bool) -> Any:
         # Ray hides no GPU from an actor that takes none.
         config = self.config if options.get("num_gpus") else self.config.model_copy(update={"device": "cpu"})
@@ -141,7 +146,7 @@ class Driver:
         if unit.evaluation == "base":
             return actor.find_base.remote(unit.concept)
         agenda = self.agendas[unit.concept]
-        return actor.evaluate.remote(unit, agenda.vectors(unit), agenda.base)
+        return actor.evaluate.remote(unit, agenda.vectors(unit), agenda.base, agenda.failed(unit))
 
     def _wait(self) -> None:
         for chain in self._chains:
@@ -225,9 +230,13 @@ class Driver:
         agenda = self.agendas[unit.concept]
         if unit.evaluation == "base":
             raise UserError(f"finding the base of {unit.concept!r} ended its worker {ATTEMPTS} times")
-        keys = {"run_id": self.run_id, "kind": "chain" if unit.kind == WHOLE else unit.kind}
-        facts = {"evaluation": unit.evaluation, "error": "its worker died or hung", "attempts": ATTEMPTS}
-        rows = [keys | {"index": index} | facts for index in range(unit.first, unit.last + 1)]
+        whole, failed = unit.kind == WHOLE, agenda.failed(unit)
+        keys = {"run_id": self.run_id, "kind": "chain" if whole else unit.kind}
+        facts = {"evaluation": unit.evaluation, "error": "its worker died or hung"}
+        rows = [
+            keys | {"index": index} | facts | {"attempts": ATTEMPTS + failed.get(index, 0)}
+            for index in (range(1) if whole else range(unit.first, unit.last + 1))
+        ]
         # Of the whole chain, the rows of a shorter one go.
         empty = {name: tables.table(name, []) for name in EVALUATIONS[unit.evaluation].tables}
         self.run.commit(unit, empty | {"failures": tables.table("failures", rows)})

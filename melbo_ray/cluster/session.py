@@ -5,7 +5,8 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Generator
+import time
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import ray
@@ -16,6 +17,7 @@ from melbo_ray.command import Terminated
 from melbo_ray.config import UserError, first_line
 from melbo_ray.work import cores
 
+_QUIET = 10.0
 _USELESS = (torch.AcceleratorError, torch.OutOfMemoryError)
 LOST = (RayActorError, ObjectLostError, OutOfMemoryError, *_USELESS)
 """An actor is gone or out of reach, or its GPU fails it: it must end, and its work be handed out again."""
@@ -64,6 +66,35 @@ def answer(ref: Any) -> Any:
         if isinstance(error.cause, (UserError, FileExistsError, *_USELESS)):
             raise error.cause from None
         raise
+
+
+def _standing() -> str:
+    """What the cluster has and what of it is free, in words."""
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    have, free = ray.cluster_resources(), ray.available_resources()
+    parts = [f"{free.get('CPU', 0.0):g} of {have.get('CPU', 0.0):g} CPUs"]
+    if have.get("GPU"):
+        parts.append(f"{free.get('GPU', 0.0):g} of {have['GPU']:g} GPUs")
+    parts.append(f"{free.get('memory', 0.0) / 1e9:.1f} of {have.get('memory', 0.0) / 1e9:.1f} GB")
+    return f"the cluster has {nodes} node{'s' * (nodes != 1)} alive, with {', '.join(parts)} free"
+
+
+class Silence:
+    """For how long nobody has been at work: to be told after some seconds, then ever more rarely."""
+
+    def __init__(self) -> None:
+        self._since, self._next = time.monotonic(), _QUIET
+
+    def told(self, at_work: bool, takes: Mapping[str, Any]) -> str | None:
+        """A line that says so, where it is time to; `takes` are the Ray options of the worker that is waited for."""
+        seconds = time.monotonic() - self._since
+        if at_work:
+            self._since, self._next = time.monotonic(), _QUIET
+        if at_work or seconds < self._next:
+            return None
+        self._next = 3 * seconds
+        needs = f"{takes['num_cpus']:g} CPUs, {takes['num_gpus']:g} GPUs and {takes.get('memory', 0) / 1e9:.1f} GB"
+        return f"waiting for a worker for {seconds:.0f} s: it takes {needs}; {_standing()}"
 
 
 class Deaths:

@@ -1,7 +1,7 @@
 """The evaluations: one module a question, each a pure function from a study and some vectors to rows of tables."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,6 +49,7 @@ EVALUATIONS = {
     evaluation.name: evaluation
     for evaluation in (
         Evaluation("kl", ("kl",), "vector", kl.run),
+        Evaluation("greedy", ("generations",), "vector", generations.run_greedy),
         Evaluation("generations", ("generations",), "vector", generations.run),
         Evaluation("generalization", ("generalization",), "vector", generalization.run),
         Evaluation("dose", ("dose",), "vector", dose.run),
@@ -62,12 +63,12 @@ EVALUATIONS = {
 }
 
 
-def evaluate(name: str, study: Study, vectors: Vectors) -> dict[str, pa.Table]:
+def evaluate(name: str, study: Study, vectors: Vectors, failed: Mapping[int, int] | None = None) -> dict[str, pa.Table]:
     """One evaluation of some vectors, as tables: those it writes, and `failures`; each may be empty.
 
     What fails on one vector (a vector that is not finite, logits that are not, any error) becomes its row of
     `failures`, and the rest goes on. A chain-scoped evaluation that fails as a whole is filed under index 0 of its
-    kind. `attempts` is 1.
+    kind. `failed`: how often it has before, by index, which `attempts` counts too.
 
     Raises:
         torch.AcceleratorError: the GPU is of no use to this process any more; another one shall try.
@@ -80,10 +81,11 @@ def evaluate(name: str, study: Study, vectors: Vectors) -> dict[str, pa.Table]:
     }
     rows = _attempt(evaluation, study, vectors.take([i for i, good in enumerate(finite) if good]), failures)
     written = {table: tables.table(table, rows.get(table, [])) for table in evaluation.tables}
-    failed = [
-        study.row(vectors.kind, index, evaluation=name, error=error, attempts=1) for index, error in failures.items()
+    filed = [
+        study.row(vectors.kind, index, evaluation=name, error=error, attempts=1 + (failed or {}).get(index, 0))
+        for index, error in failures.items()
     ]
-    return {**written, "failures": tables.table("failures", failed)}
+    return {**written, "failures": tables.table("failures", filed)}
 
 
 def _attempt(evaluation: Evaluation, study: Study, vectors: Vectors, failures: dict[int, str]) -> Rows:

@@ -21,9 +21,10 @@ def run(study: Study, chain: Vectors) -> Rows:
     few = drawn.take(evenly(len(drawn), COUNT))
     contrast = Vectors("contrast", [0], at_norm(study.once(presence.contrast)[None], study.radius))
     rows: Rows = {}
-    for evaluation in (kl, presence, generalization, generations, dose):
-        for vectors in (drawn if evaluation in (kl, presence) else few, contrast):
-            for table, part in evaluation.run(study, vectors).items():
+    of_all = (kl.run, presence.run)
+    for run_one in (*of_all, generalization.run, generations.run_greedy, generations.run, dose.run):
+        for vectors in (drawn if run_one in of_all else few, contrast):
+            for table, part in run_one(study, vectors).items():
                 rows.setdefault(table, []).extend(part)
     return rows
 

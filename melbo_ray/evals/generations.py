@@ -12,11 +12,18 @@ from melbo_ray.generate import Continuation, Job, generate
 from melbo_ray.ortho import derive_seed
 
 
+def run_greedy(study: Study, vectors: Vectors) -> Rows:
+    """The likeliest continuation of the training prompt, each vector at its own norm: what long chains ask of all."""
+    keys = [{"index": index, "prompt_id": TRAINING, "scale": "own", "sample": 0} for index in vectors.index]
+    return _rows(study, vectors.kind, keys, list(vectors.theta))
+
+
 def run(study: Study, vectors: Vectors) -> Rows:
     """Continuations of the training prompt and of the first held-out prompts, each vector at its own norm.
 
-    On the training prompt at the radius too. Sample 0 is greedy (temperature 0), samples 1 … `samples` are drawn. A
-    row's seed derives from its own keys, so that it can be written again alone.
+    On the training prompt at the radius too. Sample 0 is greedy (temperature 0), samples 1 … `samples` are drawn; the
+    one text of `run_greedy` is left to it. A row's seed derives from its own keys, so that it can be written again
+    alone.
     """
     held_out = list(study.concept.held_out)[: study.config.held_out_generations]
     wanted = [("own", prompt_id, vectors.theta) for prompt_id in (TRAINING, *held_out)]
@@ -26,10 +33,15 @@ def run(study: Study, vectors: Vectors) -> Rows:
     for scale, prompt_id, scaled in wanted:
         for index, theta in zip(vectors.index, scaled, strict=True):
             for sample in range(1 + (study.config.samples if study.config.temperature else 0)):
-                keys.append({"index": index, "prompt_id": prompt_id, "scale": scale, "sample": sample})
-                thetas.append(theta)
-    texts = write(study, vectors.kind, keys, thetas)
-    return {"generations": [study.row(vectors.kind, **key, **text) for key, text in zip(keys, texts, strict=True)]}
+                if (prompt_id, scale, sample) != (TRAINING, "own", 0):
+                    keys.append({"index": index, "prompt_id": prompt_id, "scale": scale, "sample": sample})
+                    thetas.append(theta)
+    return _rows(study, vectors.kind, keys, thetas)
+
+
+def _rows(study: Study, kind: str, keys: Sequence[Row], thetas: Sequence[Float[Tensor, " d_model"]]) -> Rows:
+    texts = write(study, kind, keys, thetas)
+    return {"generations": [study.row(kind, **key, **text) for key, text in zip(keys, texts, strict=True)]}
 
 
 def write(

@@ -38,7 +38,11 @@ function themed(layout) {
   };
 }
 
-const CONFIG = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
+// Without a mouse Plotly shows its buttons always, over the legend.
+const CONFIG = {
+  responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"],
+  displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false,
+};
 
 function figureOf(element) {
   const name = element.dataset.plot;

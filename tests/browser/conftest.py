@@ -26,8 +26,8 @@ def open_report(browser):
     """Open a report; whatever it asks of the network or complains of in the console fails the test at its end."""
     pages, complaints = [], []
 
-    def open_report(path, address="", width=1400, scheme="light"):
-        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    def open_report(path, address="", width=1400, scheme="light", **options):
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme, **options)
         page.allowed = []
         page.set_default_timeout(10_000)
         page.on("console", lambda message: complaints.append((page, message.text)) if message.type != "log" else None)

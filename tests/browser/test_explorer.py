@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import expect
 
 from melbo_ray import report
-from tests.studies import kl_of, write_study
+from tests.studies import kl_of, write_part, write_study
 
 HOSTILE = {
     "script": "<script>document.title = 'owned'</script>",
@@ -203,3 +203,45 @@ def test_fits_its_window_and_follows_the_colour_scheme(open_report, path, width,
             arg=now == "dark",
         )
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A report with a vector, the ninth, whose next tokens are as long as tokens of code get."""
+    run = write_study(tmp_path_factory.mktemp("runs"), num_vectors=4)
+    tokens = [" " * 80, "/" * 90, "\n\n\n"]
+    row = {"kind": "chain", "index": 9, "scale": "own", "prompt_id": "training", "kl_from_base": 0.5, "norm": 3.0}
+    write_part(run, "kl", "code", [row | {"top_tokens": tokens, "top_probs": [0.5, 0.3, 0.1]}], "part-1")
+    return report.render(str(run))
+
+
+@pytest.mark.parametrize("phone", [False, True])
+def test_nothing_is_wider_than_a_narrow_window(open_report, wide, phone):
+    page = open_report(wide, "#code/chain/9", width=420, is_mobile=phone, has_touch=phone)
+    expect(page.locator("#tokens .token")).to_have_count(3)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 420
+
+
+def covering(page):
+    """Whether the buttons over a figure can be seen where its legend stands."""
+    page.locator("#code-kl .plot").scroll_into_view_if_needed()
+    expect(page.locator("#code-kl .legend")).to_be_visible()
+    return page.evaluate(
+        """() => {
+            const [bar, legend] = ["modebar", "legend"].map((name) => document.querySelector(`#code-kl .${name}`));
+            if (!bar || getComputedStyle(bar.querySelector(".modebar-group")).opacity === "0") return false;
+            const [one, other] = [bar, legend].map((element) => element.getBoundingClientRect());
+            return one.left < other.right && one.bottom > other.top;
+        }"""
+    )
+
+
+def test_without_a_mouse_no_buttons_cover_a_legend(open_report, wide):
+    assert not covering(open_report(wide, width=420, is_mobile=True, has_touch=True))
+
+
+def test_with_a_mouse_the_buttons_come_when_it_is_over_the_figure(open_report, wide):
+    page = open_report(wide, width=420)
+    assert not covering(page)
+    page.locator("#code-kl .plot").hover()
+    page.wait_for_function("() => getComputedStyle(document.querySelector('#code-kl .modebar-group')).opacity === '1'")

@@ -6,7 +6,7 @@ Each is a process of its own, of which tests start dozens: this module loads nei
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,7 +58,7 @@ class Sleeper:
         if "base dies" in self.trouble and self._first("base"):
             os._exit(1)
 
-    def evaluate(self, unit: Unit, theta: np.ndarray, base: np.ndarray) -> SimpleNamespace:
+    def evaluate(self, unit: Unit, theta: np.ndarray, base: np.ndarray, failed: Mapping[int, int]) -> SimpleNamespace:
         if self.trouble == f"{unit.name} die":
             os._exit(1)
         if self.trouble == f"{unit.name} hang" and self._first("hung"):

@@ -19,7 +19,8 @@ STUDY = {
     "max_evaluations": 60,
     "tolerance": 0,
     "eval_batch": 3,
-    "evals": "kl,generations,generalization,dose,geometry,control",
+    "sample": 9,
+    "evals": "kl,greedy,generations,generalization,dose,geometry,control",
 }
 
 
@@ -32,12 +33,15 @@ def by_one_worker(tiny, storage, study):
     worker = Worker(f"{storage}/run", "run", checked.config, checked.concepts, threads=1)
     worker.find_base("code")
     list(worker.chains(["code"]))
-    agenda = Agenda("code", checked.config.evals, checked.config.eval_batch, {}, stop_reason="num_vectors")
+    config = checked.config
+    agenda = Agenda(
+        "code", config.evals, config.eval_batch, {}, config.sample, config.num_vectors, stop_reason="num_vectors"
+    )
     for kind, vectors in stored_vectors(Run.open(f"{storage}/run"), "code").items():
         for index, vector in vectors.items():
             agenda.learn(kind, index, vector.theta.numpy())
     for unit in agenda.due():
-        worker.evaluate(unit, agenda.vectors(unit), agenda.base)
+        worker.evaluate(unit, agenda.vectors(unit), agenda.base, agenda.failed(unit))
     return rows(f"{storage}/run")
 
 

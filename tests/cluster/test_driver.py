@@ -8,11 +8,11 @@ import pytest
 import ray
 
 from melbo_ray.agenda import Agenda
-from melbo_ray.cluster import Driver, driver, pool
+from melbo_ray.cluster import Driver, driver, pool, session
 from melbo_ray.config import Config, UserError
 from melbo_ray.layout import lay_out
 from melbo_ray.store import Run
-from melbo_ray.units import Unit
+from melbo_ray.units import WHOLE, Unit
 from tests.cluster.simulated import D_MODEL, Sleeper
 
 
@@ -36,6 +36,9 @@ def drive(ray_here, tmp_path):
         concepts=("code",),
         base=True,
         gpus=0,
+        evals=("kl",),
+        evaluator_cpus=1,
+        tick=None,
         **options,
     ):
         run = Run.open(str(tmp_path / "run"))
@@ -43,7 +46,7 @@ def drive(ray_here, tmp_path):
         run.storage.put("seconds", str(seconds).encode())
         if trouble:
             run.storage.put("trouble", trouble.encode())
-        config = Config(eval_batch=1, evals=["kl"], **options)
+        config = Config(eval_batch=1, evals=list(evals), **options)
         agendas = {concept: Agenda(concept, config.evals, 1, {}, stop_reason=stop_reason) for concept in concepts}
         for agenda in agendas.values():
             if base:
@@ -52,12 +55,16 @@ def drive(ray_here, tmp_path):
                 agenda.learn("chain", index, np.full(D_MODEL, index, np.float32))
         layout = lay_out(config, len(concepts), 0, {"CPU": 8.0, "memory": 64 << 30}, roles=False)
         layout = dataclasses.replace(
-            layout, chain={"num_cpus": chain_cpus, "num_gpus": gpus}, evaluator=layout.evaluator | {"num_gpus": gpus}
+            layout,
+            chain={"num_cpus": chain_cpus, "num_gpus": gpus},
+            evaluator=layout.evaluator | {"num_gpus": gpus, "num_cpus": evaluator_cpus},
         )
         sizes = []
         while ray.available_resources().get("CPU") != 8:  # what the last test's actors had is not free at once
             time.sleep(0.05)
-        driving = Driver(run, "run", config, [], agendas, layout, lambda d: sizes.append(d.pool.ready), Sleeper)
+        driving = Driver(
+            run, "run", config, [], agendas, layout, tick or (lambda d: sizes.append(d.pool.ready)), Sleeper
+        )
         driving.drive()
         return run, sizes, driving
 
@@ -110,6 +117,17 @@ def test_a_unit_that_kills_every_worker_is_filed_as_failed_and_the_rest_goes_on(
     assert driven.failures == 1
 
 
+def test_an_evaluation_of_the_whole_chain_that_kills_every_worker_is_one_failure(drive, monkeypatch):
+    monkeypatch.setattr(pool, "ATTEMPTS", 2)
+    monkeypatch.setattr(driver, "ATTEMPTS", 2)
+    deadly = Unit("code", "geometry", WHOLE, 1, 8)
+    run, _, driven = drive(8, 0.05, f"{deadly.name} die", max_evaluators=2, evals=("kl", "geometry"))
+    assert evaluated(run) == everything(8)
+    (failure,) = run.read("failures", "code").to_pylist()
+    assert (failure["kind"], failure["index"], failure["evaluation"]) == ("chain", 0, "geometry")
+    assert driven.failures == 1
+
+
 def test_a_chain_actor_that_has_read_other_weights_is_refused(drive):
     with pytest.raises(UserError, match="on here has other weights than this run was begun with"):
         drive(2, 0.05, "other weights", stop_reason=None)
@@ -138,6 +156,26 @@ def test_a_chain_actor_that_is_lost_is_replaced_by_one_with_the_same_share(drive
 def test_a_worker_that_takes_no_gpu_looks_for_none(drive, gpus, device):
     _, _, driven = drive(1, 0.0, stop_reason=None, gpus=gpus)
     assert driven.hardware == {"here": device}
+
+
+def test_a_cluster_that_has_room_for_nobody_is_told_of(drive, monkeypatch):
+    monkeypatch.setattr(session, "_QUIET", 0.3)
+    with pytest.raises(
+        UserError, match=r"worker for \d+ s: it takes 100 CPUs.*; the cluster has 1 node alive, with 8 of 8 CPUs"
+    ):
+        drive(2, 0.0, evaluator_cpus=100, tick=lambda driven: fail(driven.silence()))
+
+
+def fail(line):
+    if line is not None:
+        raise UserError(line)
+
+
+def test_a_cluster_at_work_is_not(drive, monkeypatch):
+    monkeypatch.setattr(session, "_QUIET", 0.3)
+    lines = []
+    drive(3, 0.5, max_evaluators=1, tick=lambda driven: lines.append(driven.pool.ready and driven.silence()))
+    assert not any(lines)
 
 
 def test_the_most_memory_of_either_role_is_known(drive):

@@ -70,6 +70,12 @@ def test_a_vector_is_evaluated_alike_alone_and_in_a_batch(study, chain, name):
             assert one == pytest.approx(other, abs=1e-4) if "top_probs" not in one else one["norm"] == other["norm"]
 
 
+def test_failures_are_counted_over_every_try(study, chain):
+    broken = dataclasses.replace(chain, theta=torch.full_like(chain.theta, torch.nan))
+    rows = evaluate("kl", study, broken, {3: 1, 5: 4})["failures"].to_pylist()
+    assert {row["index"]: row["attempts"] for row in rows} == {1: 1, 2: 1, 3: 2, 4: 1, 5: 5}
+
+
 def fails_on_two(study, vectors):
     if 2 in vectors.index:
         raise RuntimeError("no memory\nfor this one")
