@@ -19,8 +19,9 @@ from melbo_ray.model import LanguageModel
 
 # Evaluations from which on compiling the step saves more time than it takes (2 cores: half a minute, 6 ms of 25).
 _WORTH_COMPILING = 10_000
-# Tokens of one pass of `pullback`: enough to fill two cores or one GPU, few enough for the memory of either.
-_TOKENS = 1024
+
+PULLBACK_TOKENS = 1024
+"""Tokens of one pass of `pullback`: enough to fill two cores or one GPU, few enough for the memory of either."""
 
 
 class _Captured(Exception):  # noqa: N818 - a signal, not an error
@@ -68,7 +69,7 @@ class Slice:
         together = {parameter.device for layer, _ in self._calls for parameter in layer.parameters()} <= {model.device}
         # Held weakly: in a cycle with it, a recording's memory would stay on the GPU until some later collection.
         step = functools.partial(Slice._value_and_grad, weakref.proxy(self))
-        self.value_and_grad = Recorded(step, evaluations >= _WORTH_COMPILING) if together else step
+        self.value_and_grad = Recorded(step, evaluations >= _WORTH_COMPILING, model.packed) if together else step
 
     @property
     def num_prompts(self) -> int:
@@ -99,7 +100,7 @@ class Slice:
     ) -> Float[Tensor, "k d_model"]:
         """Each probe times the Jacobian ∂z/∂θ at θ on prompt `row`, float32."""
         gradients = []
-        for part in probes.split(max(1, _TOKENS // self.h_source.shape[1])):
+        for part in probes.split(max(1, PULLBACK_TOKENS // self.h_source.shape[1])):
             free = theta.expand(len(part), -1).clone().requires_grad_()
             rows = torch.full((len(part),), row, device=theta.device)
             gradients += torch.autograd.grad((self.z(free, rows) * part).sum(), free)
