@@ -54,8 +54,10 @@ def memory(bench: Bench) -> Iterator[Row]:
             concept = load_concept(config.concepts[0])
             asked = demands(sketch(config), config, [concept])
             for role, demand in vars(asked).items():
-                peak, byte_count = _measured(role, config), demand.on_cpu(packed=True)
-                note = f"{byte_count / 2**30:.2f} GiB asked, {byte_count / peak:.2f} times as much"
+                packed = demand.on_cpu(packed=True) < os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+                peak, wanted = _measured(role, config, packed), demand.on_cpu(packed)
+                note = f"{wanted / 2**30:.2f} GiB asked, {wanted / peak:.2f} times as much; "
+                note += "packed" if packed else "not packed, for which memory is short now"
                 yield Row("memory", f"{name}: {role}", peak / 2**30, "GiB", note=note)
 
 
@@ -74,24 +76,32 @@ def _models(scratch: Path, quick: bool) -> Iterator[tuple[str, str]]:
     yield name, str(scratch)
 
 
-def _measured(role: str, config: Config) -> int:
+def _measured(role: str, config: Config, packed: bool) -> int:
     """The resident peak of a worker in a process of its own, bytes.
 
     Raises:
         RuntimeError: it failed; with the last thing that it said.
     """
-    command = [sys.executable, "-W", "ignore", __file__, role, config.model_dump_json(exclude={"config"})]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        __file__,
+        role,
+        "packed" if packed else "plain",
+        config.model_dump_json(exclude={"config"}),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the {role} failed: {done.stderr.strip().splitlines()[-1]}")
     return int(done.stdout.split()[-1])
 
 
-def work(role: str, folder: str, config: Config) -> int:
+def work(role: str, packed: bool, folder: str, config: Config) -> int:
     """All that a worker of this role does, once, with its run in `folder`; its resident peak, bytes."""
     concept, run = load_concept(config.concepts[0]), Run.open(folder)
     run.write_manifest({"status": "running"})
-    worker = Worker(folder, "bench", config, [concept], 1, role == "evaluator", packed=True)
+    worker = Worker(folder, "bench", config, [concept], 1, role == "evaluator", packed)
     worker.ready()
     base = normalize(torch.ones(worker.model.d_model), dim=0) * config.radius
     if role == "chain":
@@ -108,5 +118,5 @@ def work(role: str, folder: str, config: Config) -> int:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
-        peak = work(sys.argv[1], scratch, Config.model_validate_json(sys.argv[2]))
+        peak = work(sys.argv[1], sys.argv[2] == "packed", scratch, Config.model_validate_json(sys.argv[3]))
     print(peak)

@@ -108,8 +108,8 @@ def test_a_tiny_model_is_asked_for_what_its_workers_hold_within_a_quarter(small)
 
 
 def test_a_worker_that_fails_says_why():
-    with pytest.raises(RuntimeError, match="the chain failed: .*no-such-model"):
-        bench_memory._measured("chain", Config(model="./no-such-model"))
+    with pytest.raises(RuntimeError, match=r"the chain failed: .*no-such-model"):
+        bench_memory._measured("chain", Config(model="./no-such-model"), packed=True)
 
 
 def test_a_solver_that_ends_above_the_wanted_loss_has_no_ratio(small):
