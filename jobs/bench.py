@@ -21,6 +21,7 @@ from pathlib import Path
 
 import bench_chain
 import bench_growth
+import bench_memory
 import bench_query
 import bench_text
 import pyarrow as pa
@@ -37,7 +38,6 @@ from melbo_ray.concepts import load_concept
 from melbo_ray.config import Config, UserError, first_line, read_options
 from melbo_ray.melbo import contrast
 from melbo_ray.model import LanguageModel, pick_device
-from melbo_ray.work import resident_peak
 
 SHAPES = {
     "qwen1.5-1.8b": Qwen2Config(
@@ -84,13 +84,6 @@ def queries(_bench: Bench) -> Iterator[Row]:
             yield Row("query", row["query"], seconds, "s", note=f"{row['rows']:,} rows")
 
 
-def memory(bench: Bench) -> Iterator[Row]:
-    """The most memory this process has held."""
-    yield Row("memory", "process", resident_peak() / 2**30, "GiB")
-    if bench.model.device.type == "cuda":
-        yield Row("memory", "GPU", torch.cuda.max_memory_allocated() / 2**30, "GiB")
-
-
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "step": bench_chain.steps,
     "equal-loss": bench_chain.equal_loss,
@@ -100,7 +93,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "texts": bench_text.texts,
     "logits": bench_text.logits,
     "query": queries,
-    "memory": memory,
+    "memory": bench_memory.memory,
 }
 
 

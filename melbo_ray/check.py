@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from melbo_ray.concepts import Concept, load_concept
 from melbo_ray.config import EVALUATIONS, Config, UserError
+from melbo_ray.memory import Demands, demands
 from melbo_ray.model import pick_device
 from melbo_ray.partial import sketch
 from melbo_ray.residual import check_layers
@@ -33,13 +34,13 @@ class Checked:
     Attributes:
         config: the options, with a run id.
         concepts: what is studied.
-        weight_bytes: size of the model's weights in the chosen dtype.
+        demands: what memory its workers take.
         naming: what the command lacks to resume this run: " with --run-id …" where it was not given.
     """
 
     config: Config
     concepts: list[Concept]
-    weight_bytes: int
+    demands: Demands
     naming: str = ""
 
 
@@ -88,9 +89,8 @@ def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
                 f"--melbo-from {config.melbo_from}: the prompt {_short(concept.prompt)} has only {len(tokens)} tokens, "
                 "so none is left: give a longer prompt, or a smaller --melbo-from"
             )
-    weight_bytes = sum(parameter.nbytes for parameter in shape.network.parameters())
     naming = "" if config.run_id else f" with --run-id {run_id}"
-    return Checked(config.model_copy(update={"run_id": run_id}), concepts, weight_bytes, naming)
+    return Checked(config.model_copy(update={"run_id": run_id}), concepts, demands(shape, config, concepts), naming)
 
 
 def _trained_on(concept: Concept, prompt: str) -> Concept:

@@ -117,7 +117,7 @@ class Batch:
         self.theta, self.units = torch.zeros(2, places, model.d_model, device=model.device)
         together = {parameter.device for parameter in model.network.parameters()} <= {model.device}
         step = functools.partial(Batch._decode, weakref.proxy(self))
-        self.decode = Recorded(step) if together else step
+        self.decode = Recorded(step, packed=model.packed) if together else step
         # Whether keys and values are kept; whether that was compared with reading everything anew.
         self.cached, self.checked = True, False
         if unknown := set(_layer_types(model)) - _KNOWN_TYPES:

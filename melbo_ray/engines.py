@@ -5,6 +5,7 @@ They are chosen by themselves, and where one cannot be had a warning says so and
 
 import contextlib
 import functools
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Generator
@@ -16,7 +17,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from melbo_ray.config import first_line
-from melbo_ray.products import opaque, pack
+from melbo_ray.products import MOST_PACKED, opaque, pack
 
 _WARM_UP = 3
 # Of the largest value: far above what another order of sums changes, in bfloat16 too.
@@ -35,10 +36,11 @@ class Recorded:
     Args:
         function: it must not look at values, nor wait for the device.
         compiled: whether to compile.
+        packed: whether copies of the weights may be made; None: no more than 4 GiB of them.
     """
 
-    def __init__(self, function: _Step, compiled: bool = False) -> None:
-        self.function, self.compiled = function, compiled
+    def __init__(self, function: _Step, compiled: bool = False, packed: bool | None = None) -> None:
+        self.function, self.compiled, self.packed = function, compiled, packed
         self._recordings: dict[Any, _Step] = {}
         weakref.finalize(self, _release, self._recordings)
 
@@ -55,9 +57,12 @@ class Recorded:
         if self.compiled or not cuda:
             step = _better("recorded", lambda plain: make_fx(plain)(*inputs), step, inputs)
         if isinstance(step, GraphModule):
-            step = step if cuda else _better("packed", pack, step, inputs)
+            step = step if cuda or self.packed is False else _better("packed", self._pack, step, inputs)
             step = _better("compiled", _compiled, step, inputs) if self.compiled else step
         return _better("a CUDA graph", lambda plain: _cuda_graph(plain, inputs), step, inputs) if cuda else step
+
+    def _pack(self, recording: GraphModule) -> GraphModule:
+        return pack(recording, math.inf if self.packed else MOST_PACKED)
 
 
 def _release(recordings: dict[Any, _Step]) -> None:

@@ -58,7 +58,7 @@ def generate(
         FloatingPointError: logits that are not finite, as under a vector that is not.
     """
     waiting = [_row(model, index, job, max_new_tokens) for index, job in enumerate(jobs)][::-1]
-    places = places or _PLACES.get(model.device.type, _PLACES_ON_A_GPU)
+    places = places or usual_places(model.device.type)
     batch = _batch(model, source, places, max((len(row.job.tokens) + row.limit for row in waiting), default=0))
     done: dict[int, Continuation] = {}
     ends = set(model.end_tokens)
@@ -80,11 +80,21 @@ def generate(
     return [done[index] for index in range(len(jobs))]
 
 
+def usual_places(device: str) -> int:
+    """Rows at work at once on a device of this type."""
+    return _PLACES.get(device, _PLACES_ON_A_GPU)
+
+
+def width(length: int) -> int:
+    """Tokens that a place of a batch for texts of this length holds."""
+    return -(-length // _WIDTH) * _WIDTH
+
+
 def _batch(model: LanguageModel, source: int, places: int, length: int) -> Batch:
     """The model's batch for texts of this length, empty; the one in use before, if it will do."""
     batch = model.kept.get("batch")
     if batch is None or batch.source != source or batch.shape[0] != places or batch.shape[1] < length:
-        batch = model.kept["batch"] = Batch(model, source, places, -(-length // _WIDTH) * _WIDTH)
+        batch = model.kept["batch"] = Batch(model, source, places, width(length))
     batch.rows = {}
     return batch
 

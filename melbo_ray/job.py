@@ -1,6 +1,7 @@
 """A whole run from a configuration: check everything, take the lease, drive, publish, audit, sum up."""
 
 import contextlib
+import dataclasses
 import datetime
 import importlib.metadata
 import platform
@@ -16,7 +17,7 @@ from melbo_ray import cluster
 from melbo_ray.agenda import UNFINISHED, Agenda
 from melbo_ray.check import Checked, compare, identity
 from melbo_ray.config import UserError
-from melbo_ray.layout import lay_out
+from melbo_ray.layout import Packed, lay_out
 from melbo_ray.lease import Lease
 from melbo_ray.progress import Display
 from melbo_ray.storage import StorageError
@@ -55,8 +56,13 @@ def _run(checked: Checked, console: Console, chains: bool) -> tuple[Run, dict[st
         console.print(f"run {config.run_id} in {first_look.storage.url}", highlight=False, soft_wrap=True)
         stored = Run.open(url)
         with cluster.connected() as resources:
-            layout = lay_out(config, len(checked.concepts) if chains else 0, checked.weight_bytes, *resources)
-            job = _Job(stored, checked, _begin(stored, checked), lease, console)
+            allowed = Packed(**(manifest or {}).get("packed", {}))
+            chains_due = len(checked.concepts) if chains else 0
+            layout = lay_out(config, chains_due, checked.demands, *resources, allowed=allowed)
+            if layout.packed != allowed:
+                console.print(_given_up(layout.packed), highlight=False, soft_wrap=True)
+            begun = _begin(stored, checked) | {"packed": dataclasses.asdict(layout.packed)}
+            job = _Job(stored, checked, begun, lease, console)
             with Display(console, config.num_vectors) as job.display:
                 job.drive(layout, chains)
         return stored, job.manifest
@@ -146,6 +152,12 @@ class _Job:
         self.run.storage.sweep()
         self.lease.check()
         self.run.write_manifest(self.manifest)
+
+
+def _given_up(packed: Packed) -> str:
+    """What is said where some weights are not packed: slower, and other last bits than where they are."""
+    without = " and ".join(name for name, yes in dataclasses.asdict(packed).items() if not yes)
+    return f"memory is short for packed copies of the weights: none for {without}, which costs time only"
 
 
 @contextlib.contextmanager

@@ -1,16 +1,22 @@
 """How a run is laid out on what the cluster has: how many actors of which size."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from melbo_ray.config import Config, UserError
-from melbo_ray.products import MOST_PACKED
+from melbo_ray.memory import Demands
 
 _MOST_THREADS = 8
-# What a process with torch, transformers and Ray takes beside the weights, and what activations add to them.
-_PROCESS_BYTES, _WEIGHTS_FACTOR = 800 << 20, 1.3
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Whether each kind of worker holds packed copies of its weights; results differ in the last bits by it."""
+
+    chain: bool = True
+    evaluator: bool = True
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Layout:
         evaluator_threads: torch threads of an evaluator.
         most_beside_chains: evaluators at most while chain actors are there.
         most_evaluators: evaluators at most when they are gone.
+        packed: which of them hold packed copies.
     """
 
     chain_actors: int
@@ -34,22 +41,26 @@ class Layout:
     evaluator_threads: int
     most_beside_chains: int
     most_evaluators: int
+    packed: Packed
 
 
 def lay_out(
     config: Config,
     concepts: int,
-    weight_bytes: int,
+    demands: Demands,
     cluster: Mapping[str, float],
     roles: bool,
     fixed: bool = False,
+    allowed: Packed = Packed(),
 ) -> Layout:
-    """The layout for `concepts` chains of a model of `weight_bytes` on a cluster's total resources.
+    """The layout for `concepts` chains, whose workers make these demands, on a cluster's total resources.
 
     On the CPU a chain actor has half of a machine's cores and evaluators one each. With GPUs the shares are those of
     the configuration; where it gives none, an actor takes half of the one GPU, or one of several.
     `roles`: the nodes carry labels `role: chain` and `role: eval`, and actors go where they belong.
-    `fixed`: the cluster cannot grow.
+    `fixed`: the cluster cannot grow. `allowed`: what a resumed run has packed until now, and no more than that.
+    Weights are packed where that keeps no actor out; the chain's, which every step of its runs through, before the
+    evaluators'.
 
     Raises:
         UserError: CUDA is asked for, and the cluster has no GPU; or it is fixed and too small to begin.
@@ -66,24 +77,58 @@ def lay_out(
     if cpus < 2:
         chain_cpus = 0.5
     evaluator_cpus = min(1.0, cpus / 2)
-    # Packed for its products, a worker on the CPU holds the weights about twice more.
-    packed = 2 * weight_bytes if weight_bytes <= MOST_PACKED else 0
-    memory = 0 if eval_gpus else int(weight_bytes * _WEIGHTS_FACTOR) + packed + _PROCESS_BYTES
-    chain = _options(chain_cpus, chain_gpus, 0 if chain_gpus else memory, roles, "chain")
-    evaluator = _options(evaluator_cpus, eval_gpus, memory, roles, "eval")
+    chain = _options(chain_cpus, chain_gpus, roles, "chain")
+    evaluator = _options(evaluator_cpus, eval_gpus, roles, "eval")
+
+    def room(packed: Packed) -> tuple[int, int]:
+        """Evaluators that there is room for beside the chains, and when they are gone."""
+        asked = _with_memory(chain, evaluator, demands, packed)
+        return _room(*asked, cluster, actors), _room(*asked, cluster, 0)
+
+    packed = _packed(allowed, Packed(bool(actors and not chain_gpus), not eval_gpus), room)
+    chain, evaluator = _with_memory(chain, evaluator, demands, packed)
     if fixed:
         _check_room(chain if actors else {}, evaluator, cluster)
+    most = (config.max_evaluators or rooms for rooms in room(packed))
+    beside, after = (max(count, config.min_evaluators) for count in most)
+    return Layout(actors, chain, evaluator, threads, 1, beside, after, packed)
 
-    def room(taken: int) -> int:
-        rooms = [
-            int((have - taken * chain.get(what, 0)) // evaluator[what])
-            for what, have in (("num_cpus", cpus), ("num_gpus", gpus), ("memory", cluster.get("memory", 0.0)))
-            if evaluator.get(what)
-        ]
-        most = config.max_evaluators if config.max_evaluators is not None else min(rooms)
-        return max(most, config.min_evaluators)
 
-    return Layout(actors, chain, evaluator, threads, 1, room(actors), room(0))
+def _packed(allowed: Packed, on_cpu: Packed, room: Callable[[Packed], tuple[int, int]]) -> Packed:
+    """What is packed: as much as leaves room for as many evaluators as there is without, and for one at least.
+
+    It takes nothing from workers that are not on the CPU.
+    """
+    nothing = Packed(allowed.chain and not on_cpu.chain, allowed.evaluator and not on_cpu.evaluator)
+    for packed in (allowed, Packed(allowed.chain, nothing.evaluator)):
+        if room(packed) == room(nothing) and min(room(packed)) >= 1:
+            return packed
+    return nothing
+
+
+def _with_memory(
+    chain: Mapping[str, Any], evaluator: Mapping[str, Any], demands: Demands, packed: Packed
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options with the memory of those that run on the CPU."""
+    asked = demands.chain.on_cpu(packed.chain), demands.evaluator.on_cpu(packed.evaluator)
+    first, second = (
+        {**options} if options["num_gpus"] else {**options, "memory": memory}
+        for options, memory in zip((chain, evaluator), asked, strict=True)
+    )
+    return first, second
+
+
+def _room(chain: Mapping[str, Any], evaluator: Mapping[str, Any], cluster: Mapping[str, float], taken: int) -> int:
+    """The evaluators that fit beside so many chain actors; none where one of either is too large for every node."""
+    if max(evaluator.get("memory", 0), chain.get("memory", 0) if taken else 0) > cluster.get(
+        "largest_node_memory", math.inf
+    ):
+        return 0
+    return min(
+        int((cluster.get(have, 0.0) - taken * chain.get(what, 0)) // evaluator[what])
+        for what, have in (("num_cpus", "CPU"), ("num_gpus", "GPU"), ("memory", "memory"))
+        if evaluator.get(what)
+    )
 
 
 def _shares(config: Config, gpus: float) -> tuple[float, float]:
@@ -115,10 +160,6 @@ def _check_room(chain: Mapping[str, Any], evaluator: Mapping[str, Any], cluster:
         )
 
 
-def _options(cpus: float, gpus: float, memory: int, roles: bool, role: str) -> dict[str, Any]:
+def _options(cpus: float, gpus: float, roles: bool, role: str) -> dict[str, Any]:
     options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus}
-    if memory:
-        options["memory"] = memory
-    if roles:
-        options["label_selector"] = {"role": role}
-    return options
+    return options | {"label_selector": {"role": role}} if roles else options

@@ -33,6 +33,8 @@ class LanguageModel:
         layers: its decoder layers, the first at index 0.
         name: as given to `load`.
         revision: the hub revision asked for, if any.
+        packed: whether it may be held in packed copies too, for faster products on the CPU: they cost its own size
+            again. None is yes, but no more than 4 GiB of them.
         kept: what those who use the model made once for all its uses (the batch of `generate`).
     """
 
@@ -41,6 +43,7 @@ class LanguageModel:
     layers: nn.ModuleList
     name: str = ""
     revision: str | None = None
+    packed: bool | None = None
     kept: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @classmethod

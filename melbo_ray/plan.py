@@ -14,15 +14,13 @@ from melbo_ray.check import Checked
 from melbo_ray.config import EVERY, Config
 from melbo_ray.evals import EVALUATIONS
 from melbo_ray.evals.control import COUNT
-from melbo_ray.model import LanguageModel
+from melbo_ray.memory import Demand
 from melbo_ray.partial import sketch
 from melbo_ray.progress import duration
 from melbo_ray.work import cores
 
 _GPU_SIZES = (24, 48, 80, 141)
 _USABLE = 0.9
-# Kept for the backward pass by one decoder layer, in values a token, as multiples of d_model.
-_ACTIVATIONS = 40
 # From a synthetic run of 1,000 vectors (tests/cluster/figures.py storage): the rows of the evaluations, bytes a vector.
 _ROW_BYTES = 2_000
 _VECTOR_BYTES = 4.3
@@ -37,11 +35,10 @@ def plan(checked: Checked, machine: Machine | None = None) -> Table:
     machine = machine or calibrate(checked)
     lengths = [len(model.tokenize(concept.prompt, config.system_prompt)) for concept in checked.concepts]
     upper = _count(model.layers[config.target_layer + 1 :])
+    chain, evaluator = checked.demands.chain, checked.demands.evaluator
     slice_values = _count(model.layers[config.source_layer + 1 : config.target_layer + 1])
     each = model.dtype.itemsize
     whole = _count([model.network])
-    chain = each * (whole - upper) + _chain_work(config, model, lengths)
-    evaluator = each * whole + _evaluator_work(config, model, max(lengths))
     step = max(4 * slice_values * sum(lengths) / machine.flops, 2 * each * slice_values / machine.bandwidth)
     steps = config.num_vectors * config.max_evaluations
     vectors = config.num_vectors * len(lengths)
@@ -51,8 +48,9 @@ def plan(checked: Checked, machine: Machine | None = None) -> Table:
     for name, value in {
         "parameters": f"{whole / 1e9:.2f} billion, {each * whole / 1e9:.1f} GB as {model.dtype}",
         "the chain reads of them": f"{(whole - upper) / 1e9:.2f} billion; a step runs {slice_values / 1e9:.2f} billion",
-        "memory of a chain actor": f"{chain / 1e9:.1f} GB: {_gpus(chain, most=1)}",
-        "memory of an evaluator": f"{evaluator / 1e9:.1f} GB: {_gpus(evaluator)}{_span(config, evaluator)}",
+        "memory of a chain actor": f"{_on_cpu(chain)}; {chain.on_gpu / 1e9:.1f} GB: {_gpus(chain.on_gpu, most=1)}",
+        "memory of an evaluator": f"{_on_cpu(evaluator)}; {evaluator.on_gpu / 1e9:.1f} GB: "
+        f"{_gpus(evaluator.on_gpu)}{_span(config, evaluator.on_gpu)}",
         "a step of the chain": f"at least {1000 * step:.2g} ms on {machine.device} (concepts in it: {len(lengths)})",
         "the chain": f"{vectors} vectors, {steps} steps at most: {duration(steps * step)}",
         "the evaluations": _evaluations(config, machine, vectors, len(lengths)),
@@ -67,21 +65,9 @@ def _count(modules: Iterable[nn.Module]) -> int:
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
-def _chain_work(config: Config, model: LanguageModel, lengths: list[int]) -> int:
-    """Activations that the backward pass needs, and the basis, bytes."""
-    layers = config.target_layer - config.source_layer
-    activations = sum(lengths) * layers * _ACTIVATIONS * model.d_model * model.dtype.itemsize
-    return activations + config.num_vectors * len(lengths) * model.d_model * 4
-
-
-def _evaluator_work(config: Config, model: LanguageModel, length: int) -> int:
-    """Keys and values of a batch of texts, and its logits, bytes."""
-    text = model.network.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    tokens = config.eval_batch * (length + config.max_new_tokens)
-    cache = 2 * tokens * text.num_hidden_layers * width * model.dtype.itemsize
-    return cache + config.eval_batch * length * text.vocab_size * 4
+def _on_cpu(demand: Demand) -> str:
+    """What a worker on the CPU is asked for: with packed copies of the weights, and without."""
+    return f"{demand.on_cpu(True) / 1e9:.1f} GB on a CPU, {demand.on_cpu(False) / 1e9:.1f} where more is not to be had"
 
 
 def _gpus(needed: float, most: int = 8) -> str:

@@ -5,6 +5,7 @@ is recorded makes them faster: which ones share an input, which ones are added u
 """
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ _VIEWS = {_aten.view.default, _aten._unsafe_view.default}
 _TRANSPOSES = {_aten.t.default, _aten.transpose.int, _aten.permute.default}
 
 MOST_PACKED = 4 << 30
-"""Bytes of packed copies of one recording at most."""
+"""Bytes of packed copies of one recording at most, where nobody has seen whether more fit."""
 
 _library = torch.library.Library("melbo_ray", "DEF")
 _library.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -46,21 +47,24 @@ class _Product:
     bias: Tensor | None
 
 
-def pack(recording: GraphModule) -> GraphModule:
+def pack(recording: GraphModule, most: float = math.inf) -> GraphModule:
     """The recording with its products by constant weights merged where they can be, and packed by oneDNN.
 
     Products of one input become one product (q, k, v; gate and up), and sums of products one over the inputs side by
-    side (their gradients). Sums are taken in another order, so the last bits differ. A packed weight is a copy.
+    side (their gradients). Sums are taken in another order, so the last bits differ. A packed weight is a copy; of them
+    `most` bytes are made.
 
     Raises:
-        RuntimeError: no oneDNN, weights that this processor or type cannot pack, or more than 4 GiB of them.
+        RuntimeError: no oneDNN, weights that this processor or type cannot pack, or more than `most` bytes of them.
     """
     if _packed is None:
         raise RuntimeError("this torch is built without oneDNN")
     module = GraphModule(recording, copy.deepcopy(recording.graph))
     products = _find(module)
-    if (size := sum(product.weight.nbytes for product in products.values())) > MOST_PACKED:
-        raise RuntimeError(f"packed copies would take {size / 2**30:.1f} GiB, and at most 4 are given to them")
+    if (size := sum(product.weight.nbytes for product in products.values())) > most:
+        raise RuntimeError(
+            f"packed copies would take {size / 2**30:.1f} GiB, and at most {most / 2**30:.1f} are given to them"
+        )
     _merge_sums(module.graph, products)
     _merge_shared(module.graph, products)
     # Each is let go when it is placed: a merged weight is a copy, too.

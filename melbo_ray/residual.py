@@ -63,7 +63,7 @@ class Slice:
         together = {parameter.device for layer, _ in self._calls for parameter in layer.parameters()} <= {model.device}
         # Held weakly: in a cycle with it, a recording's memory would stay on the GPU until some later collection.
         step = functools.partial(Slice._value_and_grad, weakref.proxy(self))
-        self.value_and_grad = Recorded(step, evaluations >= _WORTH_COMPILING) if together else step
+        self.value_and_grad = Recorded(step, evaluations >= _WORTH_COMPILING, model.packed) if together else step
 
     @property
     def num_prompts(self) -> int:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from melbo_ray.config import UserError
 from melbo_ray.model import LanguageModel
 
-# Tokens of one forward pass: enough to fill two cores or one GPU, few enough for the memory of either.
-_TOKENS = 2048
+PASS_TOKENS = 2048
+"""Tokens of one forward pass: enough to fill two cores or one GPU, few enough for the memory of either."""
 
 
 @contextlib.contextmanager
@@ -88,7 +88,7 @@ class Prompts:
         window = getattr(model.network.config.get_text_config(), "sliding_window", None) or 1 << 30
         if self._mask is not None and self._tokens.shape[1] > window:
             raise ValueError(f"{self._tokens.shape[1]} tokens with several continuations, and a window of {window}")
-        size = max(1, _TOKENS // self._tokens.shape[1])
+        size = max(1, PASS_TOKENS // self._tokens.shape[1])
         parts = [self._below(rows) for rows in torch.arange(len(rows)).split(size)]
         self.h_source: Float[Tensor, "prompts seq d_model"] = torch.cat(parts)
 
@@ -103,7 +103,7 @@ class Prompts:
         """
         if rows is None:
             rows = torch.arange(len(theta)) if len(self._tokens) > 1 else torch.zeros(len(theta), dtype=torch.long)
-        size = max(1, _TOKENS // self._tokens.shape[1])
+        size = max(1, PASS_TOKENS // self._tokens.shape[1])
         for part in (torch.arange(i, min(i + size, len(theta))) for i in range(0, len(theta), size)):
             yield from self._chunk(theta[part.to(theta.device)], rows.cpu()[part])
 

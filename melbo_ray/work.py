@@ -5,6 +5,7 @@ that depends on the work alone, so any worker can be lost, repeated, or outrun b
 """
 
 import contextlib
+import dataclasses
 import os
 import resource
 import socket
@@ -62,6 +63,7 @@ class Worker:
         concepts: the concepts under study.
         threads: torch threads on the CPU; fixed for a worker's life, since results may differ in the last bit.
         whole: load the whole model; a worker that runs chains alone needs its layers up to the target.
+        packed: as of `LanguageModel`; the layout says where packed copies fit.
     """
 
     def __init__(
@@ -72,16 +74,20 @@ class Worker:
         concepts: Sequence[Concept],
         threads: int,
         whole: bool = True,
+        packed: bool | None = None,
     ) -> None:
         self.run, self.run_id, self.config = Run.open(url), run_id, config
         self.concepts = {concept.name: concept for concept in concepts}
-        self.threads, self.whole = threads, whole
+        self.threads, self.whole, self.packed = threads, whole, packed
         self._studies: dict[str, Study] = {}
         torch.set_num_threads(threads)
 
     @cached_property
     def model(self) -> LanguageModel:
         """The model, spread over the worker's GPUs where it has several; or its lower part."""
+        return dataclasses.replace(self._load(), packed=self.packed)
+
+    def _load(self) -> LanguageModel:
         if not self.whole:
             return lower(self.config)
         return LanguageModel.load(

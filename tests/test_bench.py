@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
 import bench
 import bench_chain
 import bench_growth
+import bench_memory
 import bench_reference
 import bench_text
 
@@ -53,7 +54,7 @@ def test_the_reference_takes_the_steps_that_our_adam_takes(small):
         torch.testing.assert_close(reference.theta.detach(), ours, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("part", ["step", "equal-loss", "chain", "growth", "precision", "texts", "logits", "memory"])
+@pytest.mark.parametrize("part", ["step", "equal-loss", "chain", "growth", "precision", "texts", "logits"])
 def test_every_part_measures_something(small, part, monkeypatch):
     width = bench_growth._width
     monkeypatch.setattr(bench_growth, "_width", lambda bench, _d_model, generator: width(bench, 64, generator))
@@ -76,7 +77,7 @@ def test_our_greedy_texts_are_transformers_token_for_token(small):
 
 
 def test_the_table_is_written_as_parquet_and_markdown(tmp_path):
-    rows = bench.main(["--shape", "tiny", "--quick", "--only", "logits,memory", "--out", str(tmp_path)])
+    rows = bench.main(["--shape", "tiny", "--quick", "--only", "logits,texts", "--out", str(tmp_path)])
     table = pq.read_table(tmp_path / "bench.parquet")
     assert table["case"].to_pylist() == [row.case for row in rows]
     assert b"random weights of the shape of tiny" in table.schema.metadata[b"title"]
@@ -92,9 +93,23 @@ def test_a_part_that_fails_is_a_row_that_says_so_and_the_others_go_on(tmp_path, 
         raise RuntimeError("out of memory\nand more")
 
     monkeypatch.setitem(bench.PARTS, "logits", fails)
-    rows = bench.main(["--shape", "tiny", "--quick", "--only", "logits,memory", "--out", str(tmp_path)])
-    assert [row.case for row in rows] == ["first", "stopped", "process"]
+    rows = bench.main(["--shape", "tiny", "--quick", "--only", "logits,texts", "--out", str(tmp_path)])
+    assert [row.case for row in rows][:2] == ["first", "stopped"]
+    assert len(rows) > 2
     assert rows[1].note == "RuntimeError: out of memory"
+
+
+def test_a_tiny_model_is_asked_for_what_its_workers_hold_within_a_quarter(small):
+    rows = list(bench_memory.memory(small))
+    assert [row.case.rpartition(" ")[2] for row in rows] == ["chain", "evaluator"]
+    for row in rows:
+        asked = float(row.note.partition(" ")[0])
+        assert 0.75 < asked / row.value < 1.25
+
+
+def test_a_worker_that_fails_says_why():
+    with pytest.raises(RuntimeError, match=r"the chain failed: .*no-such-model"):
+        bench_memory._measured("chain", Config(model="./no-such-model"), packed=True)
 
 
 def test_a_solver_that_ends_above_the_wanted_loss_has_no_ratio(small):

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"config", "products"},
-    {"chat", "command", "concepts", "fingerprint", "layout", "storage", "subspace", "tables", "units"},
+    {"chat", "command", "concepts", "fingerprint", "storage", "subspace", "tables", "units"},
     {"lease", "model", "query", "solvers", "store"},
     {"engines"},
     {"figures", "partial", "residual", "steer"},
@@ -19,7 +19,8 @@ FLOORS = [
     {"generate"},
     {"melbo"},
     {"evals"},
-    {"agenda", "check", "work"},
+    {"memory"},
+    {"agenda", "check", "layout", "work"},
     {"calibration", "progress"},
     {"plan"},
     {"cluster"},

@@ -1,9 +1,13 @@
+import dataclasses
+
 import pytest
 import torch
 from families import directions, every_family, tiny
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from melbo_ray.decoding import Job
 from melbo_ray.engines import Recorded
+from melbo_ray.generate import generate
 from melbo_ray.products import opaque, pack
 from melbo_ray.residual import Slice
 
@@ -105,7 +109,7 @@ def test_packed_products_are_hidden_from_the_compiler():
 
 
 def test_weights_too_many_for_a_copy_are_not_packed(monkeypatch):
-    monkeypatch.setattr("melbo_ray.products.MOST_PACKED", V.nbytes - 1)
+    monkeypatch.setattr("melbo_ray.engines.MOST_PACKED", V.nbytes - 1)
     with pytest.warns(UserWarning, match="not packed, which costs time only: packed copies would take"):
         torch.testing.assert_close(Recorded(lambda x: (linear(x, V),))(X)[0], linear(X, V))
 
@@ -117,3 +121,24 @@ def test_where_weights_cannot_be_packed_a_warning_says_so_and_the_recording_stay
     monkeypatch.setattr("melbo_ray.engines.pack", refuse)
     with pytest.warns(UserWarning, match="not packed, which costs time only: no such instruction$"):
         torch.testing.assert_close(Recorded(lambda x: (linear(x, V),))(X)[0], linear(X, V))
+
+
+def test_whether_weights_are_packed_can_be_said(monkeypatch, recwarn):
+    monkeypatch.setattr("melbo_ray.engines.MOST_PACKED", V.nbytes - 1)
+    for told in (True, False):
+        recorded = Recorded(lambda x: (linear(x, V),), packed=told)
+        torch.testing.assert_close(recorded(X)[0], linear(X, V))
+        (module,) = recorded._recordings.values()
+        assert bool(count(module, "linear_pointwise")) is told
+    assert not recwarn
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_model_says_whether_its_slice_and_its_texts_are_packed(told):
+    model = dataclasses.replace(tiny(), packed=told)
+    slice = Slice(model, [torch.arange(40, 60)], source=1, target=2)
+    slice.value_and_grad(directions(1), directions(1, seed=1), torch.tensor([0]))
+    generate(model, [Job(torch.arange(40, 60), directions(1)[0])], 1, max_new_tokens=4)
+    for recorded in (slice.value_and_grad, model.kept["batch"].decode):
+        (module,) = recorded._recordings.values()
+        assert bool(count(module, "linear_pointwise")) is told

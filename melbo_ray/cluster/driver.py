@@ -121,19 +121,21 @@ class Driver:
         at_work = bool(self.pool.ready) or any(chain.streaming for chain in self._chains)
         return self._silence.told(at_work, self.layout.evaluator)
 
-    def _actor(self, options: dict[str, Any], threads: int, whole: bool) -> Any:
+    def _actor(self, options: dict[str, Any], threads: int, whole: bool, packed: bool) -> Any:
         # Ray hides no GPU from an actor that takes none.
         config = self.config if options.get("num_gpus") else self.config.model_copy(update={"device": "cpu"})
         worker = ray.remote(self._worker).options(max_restarts=0, max_task_retries=0, **options)
-        return worker.remote(self.run.storage.url, self.run_id, config, self._concepts, threads, whole)
+        return worker.remote(self.run.storage.url, self.run_id, config, self._concepts, threads, whole, packed)
 
     def _start_evaluator(self) -> Any:
-        return self._actor(self.layout.evaluator, self.layout.evaluator_threads, whole=True)
+        layout = self.layout
+        return self._actor(layout.evaluator, layout.evaluator_threads, True, layout.packed.evaluator)
 
     def _start_chain(self, concepts: list[str]) -> None:
         """A chain actor for some concepts, where there are any; it loads its model while the bases are found."""
         if concepts:
-            actor = self._actor(self.layout.chain, self.layout.chain_threads, whole=False)
+            layout = self.layout
+            actor = self._actor(layout.chain, layout.chain_threads, False, layout.packed.chain)
             self._chains.append(_Chain(actor, concepts, actor.ready.remote()))
 
     def _enlist(self, agenda: Agenda) -> None:

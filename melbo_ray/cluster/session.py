@@ -18,6 +18,7 @@ from melbo_ray.config import UserError, first_line
 from melbo_ray.work import cores
 
 _QUIET = 10.0
+_OBJECT_STORE = 512 << 20
 _USELESS = (torch.AcceleratorError, torch.OutOfMemoryError)
 LOST = (RayActorError, ObjectLostError, OutOfMemoryError, *_USELESS)
 """An actor is gone or out of reach, or its GPU fails it: it must end, and its work be handed out again."""
@@ -27,8 +28,8 @@ LOST = (RayActorError, ObjectLostError, OutOfMemoryError, *_USELESS)
 def connected() -> Generator[tuple[dict[str, float], bool, bool]]:
     """Be on the cluster that RAY_ADDRESS names (as `ray job submit` does), or on one that this machine is alone.
 
-    Gives its total resources, with the CPUs and the GPUs of the largest node; whether its nodes are labelled with
-    roles; and whether it can never grow: of one that others have started nobody knows.
+    Gives its total resources, with the CPUs, the GPUs and the memory of the largest node; whether its nodes are
+    labelled with roles; and whether it can never grow: of one that others have started nobody knows.
 
     Raises:
         UserError: the cluster cannot be reached, refuses the token, or does not come up.
@@ -38,6 +39,8 @@ def connected() -> Generator[tuple[dict[str, float], bool, bool]]:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         options |= {"include_dashboard": False, "num_cpus": max(2, cores())}
+        # Ray would keep 30 % of the memory for objects; ours are vectors.
+        options["object_store_memory"] = _OBJECT_STORE
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address or "local", **options)
@@ -50,7 +53,8 @@ def connected() -> Generator[tuple[dict[str, float], bool, bool]]:
     try:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         largest = {
-            f"largest_node_{what}": max(node["Resources"].get(what, 0.0) for node in nodes) for what in ("CPU", "GPU")
+            f"largest_node_{what}": max(node["Resources"].get(what, 0.0) for node in nodes)
+            for what in ("CPU", "GPU", "memory")
         }
         roles = any("role" in node["Labels"] for node in nodes)
         yield ray.cluster_resources() | largest, roles, address is None

@@ -25,6 +25,7 @@ from melbo_ray.agenda import Agenda
 from melbo_ray.cluster import Driver
 from melbo_ray.config import Config
 from melbo_ray.layout import lay_out
+from melbo_ray.memory import Demand, Demands
 from melbo_ray.model import LanguageModel
 from melbo_ray.store import Run
 from melbo_ray.units import Unit
@@ -33,6 +34,7 @@ from tests.cluster.head import head, submission
 from tests.cluster.simulated import D_MODEL, Sleeper
 
 GPU_SECONDS = 4.0
+NO_DEMANDS = Demands(Demand(0, 0, 0, 0), Demand(0, 0, 0, 0))
 WORDS = ["def", "return", "model", "steering", "vector", "import", "print", "range", "was", "not", "they", "said"]
 
 
@@ -55,7 +57,9 @@ def drive(evaluators: int, units: int, seconds: float) -> float:
                 begun.append(time.perf_counter())
 
         cluster = {"CPU": 64.0, "memory": 64 << 30}
-        Driver(run, "run", config, [], {"code": agenda}, lay_out(config, 1, 0, cluster, False), tick, Sleeper).drive()
+        Driver(
+            run, "run", config, [], {"code": agenda}, lay_out(config, 1, NO_DEMANDS, cluster, False), tick, Sleeper
+        ).drive()
         return time.perf_counter() - begun[0]
 
 

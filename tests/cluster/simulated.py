@@ -31,7 +31,14 @@ class Sleeper:
     """
 
     def __init__(
-        self, url: str, run_id: str, config: Config, concepts: Sequence[object], threads: int, whole: bool
+        self,
+        url: str,
+        run_id: str,
+        config: Config,
+        concepts: Sequence[object],
+        threads: int,
+        whole: bool,
+        packed: bool,
     ) -> None:
         self.device, self.whole, self.broken = config.device, whole, False
         self.run, self.run_id, self.url = Run.open(url), run_id, Path(url)

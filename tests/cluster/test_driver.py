@@ -11,9 +11,12 @@ from melbo_ray.agenda import Agenda
 from melbo_ray.cluster import Driver, driver, pool, session
 from melbo_ray.config import Config, UserError
 from melbo_ray.layout import lay_out
+from melbo_ray.memory import Demand, Demands
 from melbo_ray.store import Run
 from melbo_ray.units import WHOLE, Unit
 from tests.cluster.simulated import D_MODEL, Sleeper
+
+NO_DEMANDS = Demands(Demand(0, 0, 0, 0), Demand(0, 0, 0, 0))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,7 @@ def drive(ray_here, tmp_path):
                 agenda.learn("base", 0, np.ones(D_MODEL, np.float32))
             for index in range(1, vectors + 1):
                 agenda.learn("chain", index, np.full(D_MODEL, index, np.float32))
-        layout = lay_out(config, len(concepts), 0, {"CPU": 8.0, "memory": 64 << 30}, roles=False)
+        layout = lay_out(config, len(concepts), NO_DEMANDS, {"CPU": 8.0, "memory": 64 << 30}, roles=False)
         layout = dataclasses.replace(
             layout,
             chain={"num_cpus": chain_cpus, "num_gpus": gpus},

@@ -34,6 +34,7 @@ def test_a_study_ends_with_tables_a_manifest_and_a_summary(undisturbed):
     assert manifest["concepts"]["code"]["failures"] == 0
     assert len(manifest["fingerprint"]) == 64
     assert {"torch", "ray", "python"} <= set(manifest["versions"])
+    assert manifest["packed"] == {"chain": True, "evaluator": True}
     assert all(2e8 < manifest["peak_memory"][role] < 4e9 for role in ("chain", "evaluator"))
     found = rows(url)
     assert [row["index"] for row in found["code", "vectors"] if row["kind"] == "chain"] != []
