@@ -5,44 +5,22 @@ fixed norm that change the target layer's activations the most.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from melbo_ray.candidates import Candidate, judge
 from melbo_ray.concepts import Concept
 from melbo_ray.config import Config, UserError
-from melbo_ray.generate import Job, generate
 from melbo_ray.model import LanguageModel
 from melbo_ray.ortho import derive_seed
 from melbo_ray.residual import Slice
-from melbo_ray.steer import Prompts, continuation_score
+from melbo_ray.steer import Prompts
 
 _STEP = 0.05
 _MOMENTUM = 0.7
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A possible base vector.
-
-    Attributes:
-        index: position among the candidates.
-        theta: (d_model,) float32 on the CPU, of norm R.
-        objective: MELBO's objective, the change at the target layer (residual-stream units).
-        radius: R (residual-stream units).
-        concept_score: mean log-probability per token of the concept's continuations, steered minus unsteered (nats).
-        text: a continuation of the prompt sampled under the vector.
-    """
-
-    index: int
-    theta: Float[Tensor, " d_model"]
-    objective: float
-    radius: float
-    concept_score: float
-    text: str
 
 
 def base_vector(
@@ -50,7 +28,7 @@ def base_vector(
 ) -> tuple[Float[Tensor, " d_model"], list[Candidate]]:
     """θ₀ as `config.base` asks for it, of norm R, and all the candidates it was chosen from.
 
-    `config.base_index` takes one; without it the highest concept score does.
+    `config.base_index` takes one; without it what the candidates write decides (`candidates.judge`).
 
     Raises:
         UserError: an index out of range, a file that cannot be read or does not fit, or a direction of norm 0.
@@ -67,14 +45,14 @@ def base_vector(
     norms = thetas.norm(dim=-1, keepdim=True)
     if not (torch.isfinite(norms) & (norms > 0)).all():
         raise UserError(f"the base {config.base!r} has a vector of norm 0 or not finite: leave it out")
-    candidates = describe(slice, concept, config, thetas / norms * config.radius)
-    if config.base_index is None:
-        return max(candidates, key=lambda candidate: candidate.concept_score).theta, candidates
-    if config.base_index >= len(candidates):
-        raise UserError(
-            f"base index {config.base_index} is out of range: there are {len(candidates)} candidates, from 0"
-        )
-    return candidates[config.base_index].theta, candidates
+    thetas = thetas / norms * config.radius
+    if config.base_index is not None and config.base_index >= len(thetas):
+        raise UserError(f"base index {config.base_index} is out of range: there are {len(thetas)} candidates, from 0")
+    with torch.no_grad():
+        unsteered = slice.h_target(torch.zeros(1, model.d_model, device=model.device)).float()
+        changes = objective(slice, thetas.to(model.device), config, unsteered).tolist()
+    candidates = judge(model, concept, config, thetas, changes)
+    return next(candidate.theta for candidate in candidates if candidate.taken), candidates
 
 
 def objective(
@@ -179,29 +157,3 @@ def read_vectors(path: str, d_model: int) -> Float[Tensor, "n d_model"]:
     if vectors.shape[-1] != d_model:
         raise UserError(f"the vectors in {path!r} have {vectors.shape[-1]} entries, the model's d_model is {d_model}")
     return vectors
-
-
-def describe(slice: Slice, concept: Concept, config: Config, thetas: Float[Tensor, "n d_model"]) -> list[Candidate]:
-    """Each vector with its objective, its concept score and a text sampled under it at temperature 1."""
-    model = slice.model
-    prompt = model.tokenize(concept.prompt, config.system_prompt)
-    with torch.no_grad():
-        unsteered = slice.h_target(torch.zeros(1, model.d_model, device=model.device)).float()
-        changes = objective(slice, thetas.to(model.device), config, unsteered).tolist()
-    scores = continuation_score(model, prompt, concept.continuations, config.source_layer, thetas).tolist()
-    jobs = [
-        Job(prompt, theta, derive_seed(config.seed, concept.name, index, "candidate text"))
-        for index, theta in enumerate(thetas)
-    ]
-    texts = generate(model, jobs, config.source_layer, max_new_tokens=config.max_new_tokens)
-    return [
-        Candidate(
-            index,
-            thetas[index],
-            changes[index],
-            config.radius,
-            scores[index],
-            str(model.tokenizer.decode(text.tokens, skip_special_tokens=True)),
-        )
-        for index, text in enumerate(texts)
-    ]

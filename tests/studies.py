@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from melbo_ray.tables import SCHEMAS, table
+from melbo_ray.tables import SCHEMA_VERSION, SCHEMAS, table
 
 UNSTEERED = 2.0
 """KL of the unsteered model from the base in every study here, nats."""
@@ -57,7 +57,7 @@ def write_part(run: Path, name: str, concept: str, rows: Sequence[dict[str, Any]
 
 def manifest(run_id: str, concepts: Sequence[str], prompts: Sequence[str]) -> dict[str, Any]:
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "run_id": run_id,
         "config": {
             "model": "tiny", "source_layer": 8, "target_layer": 16, "radius": 10.0, "seed": 0,

@@ -11,12 +11,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"config", "products"},
-    {"command", "concepts", "fingerprint", "layout", "storage", "subspace", "tables", "units"},
-    {"lease", "model", "query", "solvers", "store"},
+    {"command", "concepts", "fingerprint", "layout", "source_code", "storage", "subspace", "tables", "units"},
+    {"detectors", "lease", "model", "query", "solvers", "store"},
     {"engines"},
     {"figures", "partial", "residual", "steer"},
     {"decoding", "ortho", "report"},
     {"generate"},
+    {"candidates"},
     {"melbo"},
     {"evals"},
     {"agenda", "check", "work"},
