@@ -80,10 +80,10 @@ def test_candidates_are_repeatable_and_depend_on_the_seed():
     assert not torch.equal(one, other)
 
 
-def test_the_concept_score_picks_the_base_and_is_the_steered_log_probability_minus_the_unsteered():
+def test_the_concept_score_is_the_steered_log_probability_minus_the_unsteered():
     config = Config(melbo_steps=3, **OPTIONS)
     base, candidates = base_vector(tiny(), CONCEPT, config)
-    best = max(candidates, key=lambda candidate: candidate.concept_score)
+    (best,) = (candidate for candidate in candidates if candidate.taken)
     assert torch.equal(base, best.theta)
     assert [candidate.index for candidate in candidates] == list(range(5))
     prompt, scores = tiny().tokenize(CONCEPT.prompt), []
