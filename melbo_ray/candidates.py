@@ -122,8 +122,10 @@ def judge(
     config: Config,
     thetas: Float[Tensor, "n d_model"],
     objectives: Sequence[float],
-) -> list[Candidate]:
-    """All the candidates in the order of `thetas`, ranked, with the one that `config` or the ranking takes."""
+    first: int = 0,
+) -> tuple[list[Candidate], bool]:
+    """The candidates in the order of `thetas`, counted from `first`, not ranked yet; whether the unsteered model shows
+    the concept, too."""
     tokens = {
         prompt: model.tokenize(prompt, config.system_prompt)
         for prompt in [concept.prompt, *list(concept.held_out.values())[:_HELD_OUT]]
@@ -138,7 +140,7 @@ def judge(
     waiting = iter(texts)
     found = [
         Candidate(index, theta, change, config.radius, score, next(waiting) if isfinite(score) else _NOTHING)
-        for index, (theta, change, score) in enumerate(zip(thetas, objectives, scores, strict=True))
+        for index, (theta, change, score) in enumerate(zip(thetas, objectives, scores, strict=True), first)
     ]
     best = sorted((c for c in found if c.written.shows), key=lambda c: c.merit, reverse=True)[:_FINALISTS]
     if best and held_out:
@@ -147,8 +149,8 @@ def judge(
         plain, *others = (tuple(written[i : i + len(held_out)]) for i in range(0, len(written), len(held_out)))
         for candidate, own in zip(best, others, strict=True):
             gained = sum(text.shows and not before.shows for text, before in zip(own, plain, strict=True))
-            found[candidate.index] = replace(candidate, held_out=own, gained=gained)
-    return rank(found, config.base_index, unsteered.shows)
+            found[candidate.index - first] = replace(candidate, held_out=own, gained=gained)
+    return found, unsteered.shows
 
 
 def rank(found: Sequence[Candidate], wanted: int | None, unsteered_shows: bool) -> list[Candidate]:

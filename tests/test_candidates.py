@@ -105,7 +105,7 @@ def test_candidates_are_judged_by_greedy_texts_on_the_training_and_the_held_out_
     texts = [greedy(CONCEPT.prompt, theta) for theta in thetas]
     marks = {texts[2], texts[5]}  # the concept is what these two write
     monkeypatch.setattr("melbo_ray.candidates.score_text", lambda _concept, text: {"detected": text in marks})
-    found = judge(tiny(), CONCEPT, CONFIG, thetas, [0.0] * 7)
+    found = rank(judge(tiny(), CONCEPT, CONFIG, thetas, [0.0] * 7)[0], None, False)
     assert [c.written.text for c in found] == texts
     assert [c.written.detected for c in found] == [text in marks for text in texts]
     best = max((c for c in found if c.written.text in marks), key=lambda c: (c.gained, c.concept_score))
@@ -118,7 +118,7 @@ def test_candidates_are_judged_by_greedy_texts_on_the_training_and_the_held_out_
 def test_a_vector_that_is_not_finite_for_the_model_loses_and_stops_nobody():
     thetas = directions(3, norm=4.0)
     thetas[1] = math.inf
-    found = judge(tiny(), CONCEPT, CONFIG, thetas, [0.0] * 3)
+    found = rank(judge(tiny(), CONCEPT, CONFIG, thetas, [0.0] * 3)[0], None, False)
     assert found[1].rank == 3
     assert found[1].reason.startswith("breaks the model")
     assert not found[1].taken
