@@ -7,13 +7,12 @@ python jobs/ortho.py --concepts code --base-index 3       # a chain from the one
 import sys
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from melbo_ray.check import check
 from melbo_ray.command import exit_code
 from melbo_ray.config import parse
 from melbo_ray.job import run
+from melbo_ray.progress import candidates
 
 
 def main() -> None:
@@ -22,14 +21,7 @@ def main() -> None:
     checked = check(parse(__doc__ or "").model_copy(update={"evals": []}))
     stored, manifest = run(checked, console, chains=False)
     for concept in manifest["concepts"]:
-        base = stored.read("vectors", concept).to_pylist()[0]["vector"]
-        title = f"{concept} (→ the base)"
-        table = Table("index", "objective", "concept score", "text", title=title, title_justify="left")
-        for row in stored.read("candidates", concept).to_pylist():
-            index = f"{'→ ' if row['vector'] == base else ''}{row['index']}"
-            # A model's text is no markup.
-            table.add_row(index, f"{row['objective']:.4g}", f"{row['concept_score']:.3f}", Text(row["text"]))
-        console.print(table)
+        console.print(candidates(stored, concept))
     console.print(f"results: {stored.storage.url}", highlight=False, soft_wrap=True)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 # Loaded when asked for: a job that only reads a run shall not wait for torch and transformers.
 _HOMES = {
-    "Candidate": "melbo",
+    "Candidate": "candidates",
     "Concept": "concepts",
     "Config": "config",
     "LanguageModel": "model",

@@ -96,9 +96,10 @@ class Config(BaseSettings):
     """The base vector: `melbo`, `contrast` (mean difference of concept and neutral prompts), or a file of vectors
     (.safetensors, .npy, .pt)."""
     base_index: NonNegativeInt | None = None
-    """Which candidate, or which row of the file, is the base; without it the concept score picks."""
+    """Which candidate, or which row of the file, is the base; without it what they write decides."""
     candidates: PositiveInt = 20
-    """MELBO candidates to find, each orthogonal to the earlier ones."""
+    """MELBO candidates to find at a time, each orthogonal to the earlier ones: once, and up to six times where none
+    writes the concept."""
     melbo_steps: PositiveInt = 30
     """Steps of ascent for each MELBO candidate."""
     melbo_p: Positive = 2.0

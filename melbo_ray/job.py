@@ -19,7 +19,7 @@ from melbo_ray.check import Checked, compare, identity
 from melbo_ray.config import UserError
 from melbo_ray.layout import Packed, lay_out
 from melbo_ray.lease import Lease
-from melbo_ray.progress import Display
+from melbo_ray.progress import Display, base_reason
 from melbo_ray.storage import StorageError
 from melbo_ray.store import Run
 from melbo_ray.subspace import max_abs_cos
@@ -76,6 +76,8 @@ class _Job:
         self.display = Display(console, checked.config.num_vectors)
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._publishing: Future | None = None
+        # Concepts whose base was told.
+        self._told: set[str] = set()
         self._next_publication = time.monotonic() + _PUBLISH_EVERY
 
     def drive(self, layout: Any, chains: bool) -> None:
@@ -115,6 +117,11 @@ class _Job:
         return agenda
 
     def _tick(self, driver: cluster.Driver) -> None:
+        for name, agenda in driver.agendas.items():
+            if agenda.base is not None and name not in self._told:
+                self._told.add(name)
+                if reason := base_reason(self.run, name):
+                    self.display.say(f"{name}: the base is {reason}")
         self.display.update(driver.agendas, driver.last, driver.pool.ready)
         if (line := driver.silence()) is not None:
             self.display.say(line)

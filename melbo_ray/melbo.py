@@ -5,44 +5,24 @@ fixed norm that change the target layer's activations the most.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from melbo_ray.candidates import Candidate, judge, rank
 from melbo_ray.concepts import Concept
 from melbo_ray.config import Config, UserError
-from melbo_ray.generate import Job, generate
 from melbo_ray.model import LanguageModel
 from melbo_ray.ortho import derive_seed
 from melbo_ray.residual import Slice
-from melbo_ray.steer import Prompts, continuation_score
+from melbo_ray.steer import Prompts
 
 _STEP = 0.05
 _MOMENTUM = 0.7
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A possible base vector.
-
-    Attributes:
-        index: position among the candidates.
-        theta: (d_model,) float32 on the CPU, of norm R.
-        objective: MELBO's objective, the change at the target layer (residual-stream units).
-        radius: R (residual-stream units).
-        concept_score: mean log-probability per token of the concept's continuations, steered minus unsteered (nats).
-        text: a continuation of the prompt sampled under the vector.
-    """
-
-    index: int
-    theta: Float[Tensor, " d_model"]
-    objective: float
-    radius: float
-    concept_score: float
-    text: str
+# Few candidates write a given concept (of 20 on Qwen2.5-Coder-0.5B none to four): so many times they are sought.
+_ROUNDS = 6
 
 
 def base_vector(
@@ -50,7 +30,7 @@ def base_vector(
 ) -> tuple[Float[Tensor, " d_model"], list[Candidate]]:
     """θ₀ as `config.base` asks for it, of norm R, and all the candidates it was chosen from.
 
-    `config.base_index` takes one; without it the highest concept score does.
+    `config.base_index` takes one; without it what the candidates write decides (`candidates`).
 
     Raises:
         UserError: an index out of range, a file that cannot be read or does not fit, or a direction of norm 0.
@@ -59,22 +39,39 @@ def base_vector(
         model, [model.tokenize(concept.prompt, config.system_prompt)], config.source_layer, config.target_layer
     )
     if config.base == "melbo":
-        thetas = maximise(slice, config, concept.name)
-    elif config.base == "contrast":
-        thetas = contrast(model, concept, config)[None]
+        found, unsteered_shows = _until_one_shows(slice, concept, config)
     else:
-        thetas = read_vectors(config.base, model.d_model)
+        contrasting = config.base == "contrast"
+        thetas = contrast(model, concept, config)[None] if contrasting else read_vectors(config.base, model.d_model)
+        found, unsteered_shows = _judged(slice, concept, config, thetas)
+    if config.base_index is not None and config.base_index >= len(found):
+        raise UserError(f"base index {config.base_index} is out of range: there are {len(found)} candidates, from 0")
+    ranked = rank(found, config.base_index, unsteered_shows)
+    return next(candidate.theta for candidate in ranked if candidate.taken), ranked
+
+
+def _until_one_shows(slice: Slice, concept: Concept, config: Config) -> tuple[list[Candidate], bool]:
+    """MELBO's candidates, `config.candidates` at a time, until one of them shows the concept or `_ROUNDS` are over."""
+    found, unsteered_shows = _judged(slice, concept, config, maximise(slice, config, concept.name))
+    most = min(_ROUNDS * config.candidates, slice.model.d_model)
+    while not any(candidate.written.shows for candidate in found) and len(found) + config.candidates <= most:
+        thetas = maximise(slice, config, concept.name, torch.stack([candidate.theta for candidate in found]))
+        found += _judged(slice, concept, config, thetas, len(found))[0]
+    return found, unsteered_shows
+
+
+def _judged(
+    slice: Slice, concept: Concept, config: Config, thetas: Float[Tensor, "n d_model"], first: int = 0
+) -> tuple[list[Candidate], bool]:
+    """These vectors at norm R as candidates, counted from `first`; whether the unsteered model shows the concept."""
     norms = thetas.norm(dim=-1, keepdim=True)
     if not (torch.isfinite(norms) & (norms > 0)).all():
         raise UserError(f"the base {config.base!r} has a vector of norm 0 or not finite: leave it out")
-    candidates = describe(slice, concept, config, thetas / norms * config.radius)
-    if config.base_index is None:
-        return max(candidates, key=lambda candidate: candidate.concept_score).theta, candidates
-    if config.base_index >= len(candidates):
-        raise UserError(
-            f"base index {config.base_index} is out of range: there are {len(candidates)} candidates, from 0"
-        )
-    return candidates[config.base_index].theta, candidates
+    thetas, device = thetas / norms * config.radius, slice.model.device
+    with torch.no_grad():
+        unsteered = slice.h_target(torch.zeros(1, slice.model.d_model, device=device)).float()
+        changes = objective(slice, thetas.to(device), config, unsteered).tolist()
+    return judge(slice.model, concept, config, thetas, changes, first)
 
 
 def objective(
@@ -89,8 +86,12 @@ def objective(
     return change.norm(dim=1).pow(config.melbo_p).sum(-1).pow(1 / config.melbo_q)
 
 
-def maximise(slice: Slice, config: Config, concept: str) -> Float[Tensor, "candidates d_model"]:
-    """The candidates: orthogonal vectors of norm R, each a maximum of `objective` in the complement of those before it.
+def maximise(
+    slice: Slice, config: Config, concept: str, earlier: Float[Tensor, "n d_model"] | None = None
+) -> Float[Tensor, "candidates d_model"]:
+    """Candidates: orthogonal vectors of norm R, each a maximum of `objective` in the complement of those before it.
+
+    `earlier` (orthogonal, of norm R) come before all of them.
 
     All ascend at once from seeded random starts. A step follows the gradient's tangent part, of unit length and with
     momentum; then every vector is made orthogonal to those before it and brought back to norm R.
@@ -100,8 +101,11 @@ def maximise(slice: Slice, config: Config, concept: str) -> Float[Tensor, "candi
         raise UserError(f"{config.candidates} candidates cannot be orthogonal in d_model = {d_model}")
     if config.melbo_from >= slice.h_source.shape[1]:
         raise UserError(f"--melbo-from {config.melbo_from}: the prompt has only {slice.h_source.shape[1]} tokens")
-    generator = torch.Generator().manual_seed(derive_seed(config.seed, concept, 0, "melbo"))
-    theta = retract(torch.randn(config.candidates, d_model, generator=generator), config.radius).to(device)
+    taken = torch.empty(0, d_model) if earlier is None else earlier
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, concept, len(taken), "melbo"))
+    start = torch.cat([taken, torch.randn(config.candidates, d_model, generator=generator)])
+    theta = retract(start, config.radius)[len(taken) :].to(device)
+    taken = taken.to(device)
     with torch.no_grad():
         unsteered = slice.h_target(torch.zeros(1, d_model, device=device)).float()
     velocity = torch.zeros_like(theta)
@@ -112,7 +116,8 @@ def maximise(slice: Slice, config: Config, concept: str) -> Float[Tensor, "candi
         gradient = tangent(gradient, theta)
         gradient = gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(1e-30)
         velocity = _MOMENTUM * velocity + gradient
-        theta = retract(theta + _STEP * config.radius * velocity, config.radius)
+        moved = torch.cat([taken, theta + _STEP * config.radius * velocity])
+        theta = retract(moved, config.radius)[len(taken) :]
     return theta.cpu()
 
 
@@ -183,29 +188,3 @@ def read_vectors(path: str, d_model: int) -> Float[Tensor, "n d_model"]:
     if vectors.shape[-1] != d_model:
         raise UserError(f"the vectors in {path!r} have {vectors.shape[-1]} entries, the model's d_model is {d_model}")
     return vectors
-
-
-def describe(slice: Slice, concept: Concept, config: Config, thetas: Float[Tensor, "n d_model"]) -> list[Candidate]:
-    """Each vector with its objective, its concept score and a text sampled under it at temperature 1."""
-    model = slice.model
-    prompt = model.tokenize(concept.prompt, config.system_prompt)
-    with torch.no_grad():
-        unsteered = slice.h_target(torch.zeros(1, model.d_model, device=model.device)).float()
-        changes = objective(slice, thetas.to(model.device), config, unsteered).tolist()
-    scores = continuation_score(model, prompt, concept.continuations, config.source_layer, thetas).tolist()
-    jobs = [
-        Job(prompt, theta, derive_seed(config.seed, concept.name, index, "candidate text"))
-        for index, theta in enumerate(thetas)
-    ]
-    texts = generate(model, jobs, config.source_layer, max_new_tokens=config.max_new_tokens)
-    return [
-        Candidate(
-            index,
-            thetas[index],
-            changes[index],
-            config.radius,
-            scores[index],
-            str(model.tokenizer.decode(text.tokens, skip_special_tokens=True)),
-        )
-        for index, text in enumerate(texts)
-    ]

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from melbo_ray.config import EVERY
 from melbo_ray.store import Run
@@ -161,6 +162,7 @@ def _facts(run: Run, concept: str, facts: Mapping[str, Any]) -> dict[str, str]:
     norms, seconds = chain["norm"].to_pylist(), chain["seconds"].to_pylist()
     below_10, below_50, unsteered = _kl_counts(run, concept)
     return {
+        "the base": base_reason(run, concept) or "–",
         "vectors found": str(len(chain)),
         "why the chain stopped": str(facts["stop_reason"]),
         "KL below 10 % of unsteered": below_10,
@@ -172,6 +174,34 @@ def _facts(run: Run, concept: str, facts: Mapping[str, Any]) -> dict[str, str]:
         "seconds per vector, median": f"{statistics.median(seconds):.2f}" if seconds else "–",
         "failed evaluations": str(facts["failures"]),
     }
+
+
+def base_reason(run: Run, concept: str) -> str:
+    """Which candidate the base is, and why, in one line; empty where there were none."""
+    taken = [row for row in run.read("candidates", concept).to_pylist() if row["taken"]]
+    return f"candidate {taken[0]['index']}: {taken[0]['reason']}" if taken else ""
+
+
+def candidates(run: Run, concept: str) -> Table:
+    """All the candidates for the base, the best first: how each was judged, what it writes, why it was taken or not.
+
+    `coherence` is in nats a token under the unsteered model; `held out` counts the held-out prompts on which it newly
+    shows the concept.
+    """
+    columns = ("", "objective", "concept score", "coherence", "held out", "greedy text", "why")
+    table = Table(*columns, title=f"{concept} (→ the base)", title_justify="left")
+    for row in sorted(run.read("candidates", concept).to_pylist(), key=lambda row: row["rank"]):
+        numbers = (f"{row['objective']:.4g}", f"{row['concept_score']:.3f}", f"{row['coherence']:.2f}")
+        gained = "–" if row["held_out_texts"] is None else f"{row['held_out_gained']} of {len(row['held_out_texts'])}"
+        index = f"{'→ ' if row['taken'] else ''}{row['index']}"
+        # A model's text is no markup, and commands nobody's terminal.
+        table.add_row(index, *numbers, gained, Text(printable(row["text"])), row["reason"])
+    return table
+
+
+def printable(text: str) -> str:
+    """The text with every control or format character but the line break shown as �: escapes, bells, reversed order."""
+    return "".join(mark if mark.isprintable() or mark == "\n" else "�" for mark in text)
 
 
 def _kl_counts(run: Run, concept: str) -> tuple[str, str, str]:

@@ -27,8 +27,12 @@ SCHEMAS: dict[str, pa.Schema] = {
         vector=pa.list_(_float), norm=_float, loss=_float, relative_loss=_float, relative_loss_from_0=_float,
         relative_loss_from_1=_float, evaluations=_int, stop_reason=_text, max_abs_cos=_double, seconds=_float, seed=pa.int64(),
     ),
-    "candidates": _schema(vector=pa.list_(_float), objective=_float, radius=_float, concept_score=_float, text=_text),
     "radius": _schema(radius=_float, nonlinearity=_float),
+    "candidates": _schema(
+        vector=pa.list_(_float), objective=_float, radius=_float, concept_score=_float, text=_text, detected=_bool,
+        coherence=_float, distinct_trigrams=_float, held_out_texts=pa.list_(_text), held_out_gained=_int, rank=_int,
+        taken=_bool, reason=_text,
+    ),
     "kl": _schema(
         prompt_id=_text, scale=_text, norm=_float, **_KL, top_tokens=pa.list_(_text), top_probs=pa.list_(_float),
         top1_agrees=_bool,

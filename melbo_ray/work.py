@@ -124,12 +124,7 @@ class Worker:
         theta, candidates = melbo.base_vector(self.model, self.concepts[concept], self.config)
         torch.set_num_threads(self.threads)
         keys = {"run_id": self.run_id, "kind": "candidate"}
-        found = [
-            keys
-            | {"index": c.index, "vector": c.theta.tolist(), "objective": c.objective, "radius": c.radius}
-            | {"concept_score": c.concept_score, "text": c.text}
-            for c in candidates
-        ]
+        found = [keys | candidate.row() for candidate in candidates]
         written = {
             "vectors": tables.table("vectors", [self._row("base", 0, theta)]),
             "candidates": tables.table("candidates", found),

@@ -11,12 +11,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"config", "products"},
-    {"chat", "command", "concepts", "fingerprint", "storage", "subspace", "tables", "units"},
-    {"lease", "model", "query", "solvers", "store"},
+    {"chat", "command", "concepts", "fingerprint", "source_code", "storage", "subspace", "tables", "units"},
+    {"detectors", "lease", "model", "query", "solvers", "store"},
     {"engines"},
     {"figures", "partial", "residual", "steer"},
-    {"decoding", "ortho", "report"},
+    {"decoding", "ortho", "radius", "report"},
     {"generate"},
+    {"candidates"},
     {"melbo"},
     {"evals"},
     {"memory"},

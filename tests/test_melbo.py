@@ -80,12 +80,12 @@ def test_candidates_are_repeatable_and_depend_on_the_seed():
     assert not torch.equal(one, other)
 
 
-def test_the_concept_score_picks_the_base_and_is_the_steered_log_probability_minus_the_unsteered():
+def test_the_concept_score_is_the_steered_log_probability_minus_the_unsteered():
     config = Config(melbo_steps=3, **OPTIONS)
     base, candidates = base_vector(tiny(), CONCEPT, config)
-    best = max(candidates, key=lambda candidate: candidate.concept_score)
+    (best,) = (candidate for candidate in candidates if candidate.taken)
     assert torch.equal(base, best.theta)
-    assert [candidate.index for candidate in candidates] == list(range(5))
+    assert [candidate.index for candidate in candidates] == list(range(len(candidates)))
     prompt, scores = tiny().tokenize(CONCEPT.prompt), []
     for theta in (best.theta, torch.zeros(D_MODEL)):
         log_probs = []
@@ -100,8 +100,29 @@ def test_the_concept_score_picks_the_base_and_is_the_steered_log_probability_min
 def test_base_index_takes_one():
     base, candidates = base_vector(tiny(), CONCEPT, Config(melbo_steps=2, base_index=3, **OPTIONS))
     assert torch.equal(base, candidates[3].theta)
-    with pytest.raises(UserError, match="5 candidates"):
-        base_vector(tiny(), CONCEPT, Config(melbo_steps=1, base_index=5, **OPTIONS))
+    assert [candidate.index for candidate in candidates if candidate.taken] == [3]
+    with pytest.raises(UserError, match="30 candidates"):
+        base_vector(tiny(), CONCEPT, Config(melbo_steps=1, base_index=30, **OPTIONS))
+
+
+def test_candidates_are_sought_again_beside_the_earlier_ones_until_one_writes_the_concept(monkeypatch):
+    monkeypatch.setattr("melbo_ray.candidates._SENSE", -np.inf)
+    monkeypatch.setattr("melbo_ray.candidates._LOOP", 0.0)
+    config = Config(melbo_steps=3, **OPTIONS)
+    first = maximise(a_slice(), config, "letters")
+    _, all_there_are = base_vector(tiny(), CONCEPT, config)
+    assert len(all_there_are) == 30  # nothing writes it: six times five
+    thetas = torch.stack([candidate.theta for candidate in all_there_are])
+    torch.testing.assert_close(thetas @ thetas.T, 16 * torch.eye(30), atol=1e-3, rtol=0)
+    torch.testing.assert_close(thetas[:5], first)
+    assert all_there_are[0].reason.endswith("does not write the concept")
+    wanted = all_there_are[12].written.text
+    monkeypatch.setattr("melbo_ray.candidates.score_text", lambda _concept, text: {"detected": text == wanted})
+    _, found = base_vector(tiny(), CONCEPT, config)
+    place = next(c.index for c in all_there_are if c.written.text == wanted)
+    assert len(found) == 5 * (place // 5 + 1)
+    assert next(candidate for candidate in found if candidate.taken).written.text == wanted
+    assert all(torch.equal(c.theta, d.theta) for c, d in zip(found, all_there_are, strict=False))
 
 
 def test_contrast_is_the_difference_of_mean_activations_without_the_first_position():

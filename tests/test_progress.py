@@ -10,7 +10,9 @@ from rich.console import Console
 from melbo_ray import progress
 from melbo_ray.agenda import Agenda
 from melbo_ray.progress import Display
+from melbo_ray.store import Run
 from melbo_ray.units import cover
+from tests.studies import write_part
 
 VECTORS, BATCH = 24, 8
 EVALS = ["kl", "generations", "dose", "control", "geometry"]
@@ -85,3 +87,36 @@ def test_the_time_left_follows_what_has_changed_of_late(told):
     units = len(agenda.due())
     lines = told(agenda, [(20, evaluate)] * (units // 2) + [(10, evaluate)] * (units // 4))
     assert seconds(lines[-1]) == pytest.approx(10 * (units - units // 2 - units // 4), rel=0.1)
+
+
+def judged(index, rank, text, **columns):
+    none = {"objective": 1.0, "concept_score": 0.5, "coherence": -1.0, "held_out_texts": None, "taken": False}
+    return {"kind": "candidate", "index": index, "rank": rank, "text": text, "reason": f"why {index}"} | none | columns
+
+
+def shown(table):
+    out = StringIO()
+    Console(file=out, width=200).print(table)
+    return out.getvalue()
+
+
+def test_the_table_of_candidates_has_all_of_them_the_best_first_and_says_why_one_was_taken(tmp_path):
+    rows = [
+        judged(0, 2, "no [bold]markup[/bold]"),
+        judged(1, 1, "print(1)", taken=True, held_out_texts=["a", "b"], held_out_gained=1),
+    ]
+    write_part(tmp_path / "study", "candidates", "code", rows)
+    run = Run.open(str(tmp_path / "study"))
+    text = shown(progress.candidates(run, "code"))
+    assert text.index("print(1)") < text.index("no [bold]markup[/bold]")
+    assert re.search(r"→ 1 .* 1 of 2 .* why 1", text)
+    assert progress.base_reason(run, "code") == "candidate 1: why 1"
+    assert progress.base_reason(run, "alien") == ""
+
+
+def test_a_models_text_commands_no_terminal(tmp_path):
+    hostile = "a\x1b[2J\x1b]0;title\x07b\x9b31mc\u202ed\re\nf"
+    write_part(tmp_path / "study", "candidates", "code", [judged(0, 1, hostile)])
+    text = shown(progress.candidates(Run.open(str(tmp_path / "study")), "code"))
+    assert not set(text) & set("\x1b\x07\x9b\u202e\r")
+    assert progress.printable("é\n→ 字") == "é\n→ 字"

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
+from melbo_ray.detectors import score_text
 from melbo_ray.evals.kl import at_norm
-from melbo_ray.evals.scores import score_text
 from melbo_ray.evals.study import TRAINING, Row, Rows, Study, Vectors
 from melbo_ray.generate import Continuation, Job, generate
 from melbo_ray.ortho import derive_seed

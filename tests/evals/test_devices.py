@@ -31,4 +31,4 @@ def test_the_base_is_the_same(concept, config):
     with pretending():
         found, others = base_vector(spread(tiny()), concept, config)
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
-    assert [other.text for other in others] == [candidate.text for candidate in candidates]
+    assert [other.written.text for other in others] == [candidate.written.text for candidate in candidates]

@@ -3,8 +3,8 @@ import dataclasses
 import numpy as np
 import torch
 
+from melbo_ray.detectors import score_text
 from melbo_ray.evals import Vectors, evaluate
-from melbo_ray.evals.scores import score_text
 from melbo_ray.ortho import derive_seed
 from tests.evals import reference
 
