@@ -129,7 +129,7 @@ def retract(theta: Float[Tensor, "batch d_model"], radius: float) -> Float[Tenso
 
 
 def contrast(model: LanguageModel, concept: Concept, config: Config) -> Float[Tensor, " d_model"]:
-    """Mean source-layer activation over the concept's `contrast` prompts minus that over neutral (held-out) prompts.
+    """Mean source-layer activation over the concept's `contrast` prompts minus that over its `neutral` ones.
 
     A prompt's activation is the mean over its positions but the first, which in many models is an attention sink.
     """
@@ -144,7 +144,7 @@ def contrast(model: LanguageModel, concept: Concept, config: Config) -> Float[Te
         raise UserError(
             f"the concept {concept.name!r} has no contrast prompts: add `contrast` to it, or use --base melbo"
         )
-    return mean(concept.contrast) - mean(list(concept.held_out.values()))
+    return mean(concept.contrast) - mean(concept.neutral)
 
 
 def read_vectors(path: str, d_model: int) -> Float[Tensor, "n d_model"]:

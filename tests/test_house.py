@@ -10,10 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"config", "products"},
+    {"config", "intervals", "products"},
     {"command", "concepts", "fingerprint", "layout", "storage", "subspace", "tables", "units"},
     {"lease", "model", "query", "solvers", "store"},
-    {"engines"},
+    {"comparison", "engines"},
     {"figures", "partial", "residual", "steer"},
     {"decoding", "ortho", "report"},
     {"generate"},

@@ -3,12 +3,13 @@ import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from scipy import stats
 
 from melbo_ray import query
 from melbo_ray.config import UserError
 from melbo_ray.tables import SCHEMAS
 from tests.s3 import environment, serve
-from tests.studies import UNSTEERED, kl_of, norm_of, write_part, write_study
+from tests.studies import UNSTEERED, auroc_of, kl_of, norm_of, write_part, write_study
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,31 @@ def test_dose_response_is_the_median_at_each_dose(db):
     here = rows["at_norm"].round(1) == 6.0
     assert rows["directions"][here] == [len(at_6)]
     assert rows["median_kl"][here] == pytest.approx([np.median(at_6)], rel=1e-6)
+
+
+def test_a_vectors_presence_is_ranked_among_random_directions_on_both_sides(db):
+    rows = db.sql(f"FROM ({query.EXAMPLES['presence_p_values']}) WHERE run_id = 'short'").fetchall()
+    random = np.array([abs(auroc_of("random", n) - 0.5) for n in range(1, 5)])
+    expected = {
+        (kind, n): np.append(random, away)[np.append(random, away) >= away].size / 5
+        for kind, n in [("base", 0), ("contrast", 0), *(("chain", n) for n in range(1, 5))]
+        for away in [abs(auroc_of(kind, n) - 0.5)]
+    }
+    assert {row[3:5]: row[6] for row in rows} == pytest.approx(expected)
+    assert len(set(expected.values())) > 2
+    assert {row[7] for row in rows} == {4}
+
+
+def test_p_values_of_directions_like_the_random_ones_are_uniform(tmp_path):
+    run, draws = write_study(tmp_path, num_vectors=0, without=["presence"]), np.random.default_rng(0)
+    rows = [
+        {"kind": kind, "index": n, "texts": "concept", "sinks": "dropped", "auroc": 0.5 + draws.normal() / 10}
+        for kind in ("chain", "random")
+        for n in range(1, 400)
+    ]
+    write_part(run, "presence", "code", rows)
+    found = query.connect(str(run)).sql(query.EXAMPLES["presence_p_values"]).fetchnumpy()["p_value"]
+    assert stats.kstest(found, "uniform").pvalue > 0.01
 
 
 def test_plain_sql_over_the_folder_gives_the_same_rows(prefix, db):
