@@ -16,8 +16,8 @@ _KINDS = ("base", "chain", "random", "shuffled", "contrast", "unsteered")
 
 # One row a vector and figure; of prompts the median over them, so that every vector counts once.
 _MEDIANS = {
-    "KL from the base, nats": "SELECT *, kl_from_base AS value FROM kl WHERE scale = 'own'",
-    "the same at the radius": "SELECT *, kl_from_base AS value FROM kl WHERE scale = 'radius'",
+    "KL from the base, nats": "SELECT *, kl_from_base AS value FROM kl WHERE prompt_id = 'training' AND scale = 'own'",
+    "KL at the radius": "SELECT *, kl_from_base AS value FROM kl WHERE prompt_id = 'training' AND scale = 'radius'",
     "concept score": "SELECT *, concept_score AS value FROM generalization WHERE prompt_id = 'training'",
     "KL on held-out prompts": """SELECT run_id, concept, kind, index, median(kl_from_base) AS value FROM generalization
         WHERE prompt_id <> 'training' GROUP BY ALL""",

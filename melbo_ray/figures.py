@@ -147,7 +147,7 @@ def draw_presence(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | No
     if not at["chain"].any():
         return None
     fig = _figure("n (position in the chain)", "AUROC, concept against neutral")
-    ends = np.array([0, int(rows["n"].max())])
+    ends = np.array([0, int(rows["n"][at["chain"]].max())])
     if at["random"].any():
         low, high = np.quantile(rows["auroc"][at["random"]], [0.025, 0.975])
         _band(fig, ends, np.full(2, low), np.full(2, high), "random, 95 % of them")

@@ -6,7 +6,7 @@ from scipy import stats
 
 from melbo_ray import comparison, query
 from melbo_ray.intervals import median_interval
-from tests.studies import UNSTEERED, directions, kl_of, write_study
+from tests.studies import UNSTEERED, directions, kl_of, write_part, write_study
 
 N = 40
 
@@ -14,7 +14,14 @@ N = 40
 @pytest.fixture(scope="module")
 def db(tmp_path_factory):
     storage = tmp_path_factory.mktemp("runs")
-    write_study(storage, "one", num_vectors=N)
+    run = write_study(storage, "one", num_vectors=N)
+    greedy = {"prompt_id": "training", "scale": "own", "temperature": 0.0, "sample": 0}
+    rows = [
+        {"kind": kind, "index": n, "detected": kl < 1, "concept_score": -kl, **greedy}
+        for kind, n, _, kl in directions(N)
+    ]
+    write_part(run, "generations", "code", rows, "part-1")
+    write_part(run, "generalization", "code", rows, "part-1")
     write_study(storage, "other", concepts=("alien",), num_vectors=3, without=("presence", "composition"))
     return query.connect(str(storage))
 
@@ -36,6 +43,7 @@ def kls(kind):
         ("KL from the base, nats", lambda kl: kl),
         # Prompts of 1, 1.1 and 1.2 times the KL: a vector counts once, with its median.
         ("KL on held-out prompts", lambda kl: 1.1 * kl),
+        ("concept score", lambda kl: -kl),
         ("concept score on held-out prompts", lambda kl: UNSTEERED - kl),
     ],
 )
@@ -47,7 +55,7 @@ def test_medians_and_their_intervals_are_those_of_the_vectors(found, kind, figur
 
 
 def test_a_share_has_wilsons_interval(found):
-    row, hits = found["one", "greedy texts with the concept", "chain"], int((UNSTEERED - kls("chain") > 1).sum())
+    row, hits = found["one", "greedy texts with the concept", "chain"], int((kls("chain") < 1).sum())
     assert 0 < hits < N
     ends = stats.binomtest(hits, N).proportion_ci(method="wilson")
     assert (row["value"], row["low"], row["high"]) == pytest.approx((hits / N, ends.low, ends.high))
