@@ -82,7 +82,7 @@ def equal_loss(bench: Bench) -> Iterator[Row]:
             reference.step()
         reference_seconds = now(device) - begin
         wanted = float((reference.z(reference.theta.detach()) - reference.z_base).norm())
-        case, share = f"vector {index}: ", wanted / link.unsteered_loss
+        case, share = f"vector {index}: ", wanted / link.unsteered_losses[0]
         note = f"relative loss {share:.3f}, norm {float(reference.theta.detach().norm()):.1f}"
         yield Row("equal loss", f"{case}reference, {steps} Adam steps", reference_seconds, "s", 1.0, None, note)
         begin = now(device)

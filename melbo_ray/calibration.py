@@ -92,7 +92,7 @@ def _time(checked: Checked, whole: LanguageModel, layers: int, batch: int, devic
         network = AutoModelForCausalLM.from_config(shape, dtype=whole.dtype, trust_remote_code=config.trust_remote_code)
     model = LanguageModel.wrap(network, whole.tokenizer, name=config.model)
     draws = torch.randn(batch + 2, model.d_model, generator=torch.Generator().manual_seed(0))
-    base, first, *_ = thetas = normalize(draws, dim=-1) * config.radius
+    base, first, *_ = thetas = normalize(draws, dim=-1)
     study = Study(model, config.model_copy(update={"source_layer": 0}), checked.concepts[0], "plan", base)
     found = {}
     for name in (name for name, evaluation in EVALUATIONS.items() if evaluation.scope == "vector"):

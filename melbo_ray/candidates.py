@@ -25,6 +25,8 @@ from melbo_ray.steer import Prompts, continuation_score, target_log_probs
 _SENSE = -3.5
 # A text with a smaller share of distinct trigrams goes round in circles; the unsteered model finds that likely.
 _LOOP = 0.4
+# A base that only just turns the answer is followed by vectors that do not: its effect must outlast a weaker dose.
+_WEAKER = 0.8
 # So many of those that write the concept, at most, write on so many held-out prompts too.
 _FINALISTS, _HELD_OUT = 5, 3
 
@@ -68,9 +70,10 @@ class Candidate:
         index: position among the candidates.
         theta: (d_model,) float32 on the CPU, of norm R.
         objective: MELBO's objective, the change at the target layer (residual-stream units).
-        radius: R (residual-stream units).
+        radius: ‖θ‖ = R (residual-stream units).
         concept_score: mean log-probability per token of the concept's continuations, steered minus unsteered (nats).
         written: the greedy text on the training prompt.
+        weaker: the same under 0.8 θ.
         held_out: greedy texts on held-out prompts; only of the best of those that show the concept.
         gained: held-out prompts on which it shows the concept and the unsteered model does not.
         rank: 1 for the best.
@@ -84,6 +87,7 @@ class Candidate:
     radius: float
     concept_score: float
     written: Written
+    weaker: Written
     held_out: tuple[Written, ...] = ()
     gained: int = 0
     rank: int = 0
@@ -91,10 +95,15 @@ class Candidate:
     reason: str = ""
 
     @property
-    def merit(self) -> tuple[bool, bool, int, float]:
-        """Candidates compare by this: shows the concept, is sound, on how many other prompts, concept score."""
+    def firm(self) -> bool:
+        """It shows the concept, and does under 0.8 θ too."""
+        return self.written.shows and self.weaker.shows
+
+    @property
+    def merit(self) -> tuple[bool, bool, bool, int, float]:
+        """Candidates compare by this: shows, firmly; is sound; on how many other prompts it shows; concept score."""
         score = self.concept_score if isfinite(self.concept_score) else -inf
-        return self.written.shows, self.written.sound, self.gained, score
+        return self.written.shows, self.firm, self.written.sound, self.gained, score
 
     def row(self) -> dict[str, Any]:
         """Its columns of the table `candidates`, keys but `index` aside; texts on held-out prompts where there are."""
@@ -105,6 +114,8 @@ class Candidate:
             "radius": self.radius,
             "concept_score": self.concept_score,
             "text": self.written.text,
+            "weaker_text": self.weaker.text,
+            "firm": self.firm,
             "detected": self.written.detected,
             "coherence": self.written.coherence,
             "distinct_trigrams": self.written.distinct,
@@ -132,19 +143,20 @@ def judge(
     }
     training, *held_out = tokens.values()
     scores = continuation_score(model, training, concept.continuations, config.source_layer, thetas).tolist()
-    rows = [
-        torch.zeros(model.d_model),
-        *(theta for theta, score in zip(thetas, scores, strict=True) if isfinite(score)),
-    ]
-    unsteered, *texts = _write(model, concept, config, [(training, theta) for theta in rows])
+    usable = [theta for theta, score in zip(thetas, scores, strict=True) if isfinite(score)]
+    doses = [torch.zeros(model.d_model), *(dose * theta for theta in usable for dose in (1.0, _WEAKER))]
+    unsteered, *texts = _write(model, concept, config, [(training, theta) for theta in doses])
     waiting = iter(texts)
     found = [
-        Candidate(index, theta, change, config.radius, score, next(waiting) if isfinite(score) else _NOTHING)
+        Candidate(
+            index, theta, change, float(theta.norm()), score,
+            *((next(waiting), next(waiting)) if isfinite(score) else (_NOTHING, _NOTHING)),
+        )
         for index, (theta, change, score) in enumerate(zip(thetas, objectives, scores, strict=True), first)
-    ]
+    ]  # fmt: skip
     best = sorted((c for c in found if c.written.shows), key=lambda c: c.merit, reverse=True)[:_FINALISTS]
     if best and held_out:
-        rows = [rows[0], *(candidate.theta for candidate in best)]
+        rows = [doses[0], *(candidate.theta for candidate in best)]
         written = _write(model, concept, config, [(prompt, theta) for theta in rows for prompt in held_out])
         plain, *others = (tuple(written[i : i + len(held_out)]) for i in range(0, len(written), len(held_out)))
         for candidate, own in zip(best, others, strict=True):
@@ -180,7 +192,9 @@ def _verdict(candidate: Candidate) -> str:
         return f"writes in circles: {text.distinct:.0%} of its trigrams are distinct".replace("%", " %", 1)
     if not text.detected:
         return "does not write the concept"
-    return f"writes the concept, and newly so on {candidate.gained} of {len(candidate.held_out)} held-out prompts"
+    firmly = "and under 0.8 of it too" if candidate.firm else "but not under 0.8 of it"
+    elsewhere = f"newly so on {candidate.gained} of {len(candidate.held_out)} held-out prompts"
+    return f"writes the concept, {firmly}, and {elsewhere}"
 
 
 def _write(

@@ -86,11 +86,11 @@ class Config(BaseSettings):
     target_layer: NonNegativeInt = 16
     """Layer whose output is compared, counted from 0."""
     z_from: NonNegativeInt = 1
-    """First token position that z, the mean the chain matches, takes in; 0 is the post's. The first position often is an
-    attention sink, whose massive activation is then most of the loss."""
+    """First token position that z, the mean that the chain matches, takes in; 0 is the post's. The first position often
+    is an attention sink: its massive activation is then most of the loss."""
     radius: Positive | Literal["auto"] = "auto"
     """R, norm of the base vector (residual-stream units); `auto` calibrates it: the norm at which a random vector's
-    effect at the target layer departs from its linear part by a quarter. A file's vectors then keep their norms."""
+    effect at the target layer departs from its linear part by three tenths. A file's vectors then keep their norms."""
 
     base: str = "melbo"
     """The base vector: `melbo`, `contrast` (mean difference of concept and neutral prompts), or a file of vectors

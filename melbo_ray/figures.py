@@ -134,49 +134,54 @@ def draw_generalization(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figur
 
 
 def draw_presence(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
-    """How many chain vectors tell concept text from neutral text how well, beside random directions."""
+    """How well each chain vector tells concept text from neutral text, over the band of random directions."""
     rows = select(
         db,
-        """SELECT kind, sinks, auroc FROM presence
+        """SELECT kind, sinks, index AS n, auroc FROM presence
            WHERE concept = $1 AND isfinite(auroc) AND texts = (SELECT min(texts) FROM presence
-                WHERE concept = $1 AND texts IN ('concept', 'written_concept'))""",
+                WHERE concept = $1 AND texts IN ('concept', 'written_concept')) ORDER BY kind, n""",
         concept,
     )
     dropped = rows["sinks"] == "dropped"
-    shown = [
-        ("random directions", CONTROL, dropped & (rows["kind"] == "random"), True),
-        ("chain vectors", CHAIN, dropped & (rows["kind"] == "chain"), True),
-        ("chain, sinks kept", AVERAGE, ~dropped & (rows["kind"] == "chain"), "legendonly"),
-    ]
-    if not shown[1][2].any():
+    at = {kind: dropped & (rows["kind"] == kind) for kind in ("chain", "random", "base", "contrast")}
+    if not at["chain"].any():
         return None
-    fig = _figure("AUROC, concept against neutral", "share of directions")
-    bins = {"histnorm": "probability", "xbins": {"start": 0, "end": 1, "size": 0.025}, "opacity": 0.65}
-    for name, colour, at, visible in shown:
-        fig.add_histogram(x=rows["auroc"][at], name=name, marker_color=colour, visible=visible, **bins)
+    fig = _figure("n (position in the chain)", "AUROC, concept against neutral")
+    ends = np.array([0, int(rows["n"][at["chain"]].max())])
+    if at["random"].any():
+        low, high = np.quantile(rows["auroc"][at["random"]], [0.025, 0.975])
+        _band(fig, ends, np.full(2, low), np.full(2, high), "random, 95 % of them")
+    _marks(fig, rows["n"][at["chain"]], rows["auroc"][at["chain"]], "chain vectors", CHAIN, "circle")
+    kept = ~dropped & (rows["kind"] == "chain")
+    _marks(fig, rows["n"][kept], rows["auroc"][kept], "chain, sinks kept", AVERAGE, "circle")
+    fig.data[-1].visible = "legendonly"
+    fig.update_traces(marker_size=7 if at["chain"].sum() < 100 else 4, selector={"mode": "markers"})
     for kind, name, colour in (("base", "base", BASE), ("contrast", "mean difference", CONTRAST)):
-        for value in rows["auroc"][dropped & (rows["kind"] == kind)]:
-            line = {"color": colour, "width": 3}
-            fig.add_shape(x0=value, x1=value, y0=0, y1=1, yref="paper", name=name, showlegend=True, line=line)
-    return fig.update_layout(barmode="overlay", xaxis_range=[0, 1.01])
+        for value in rows["auroc"][at[kind]]:
+            _curve(fig, ends, np.full(2, value), name, colour, line_width=3)
+    return fig
 
 
 def draw_composition(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
-    """KL from the base of means of k vectors, against k."""
+    """KL from the base of means of k vectors, against k, and in grey of means of as many random directions."""
     rows = select(
         db,
-        """SELECT rule, scale, k, median(kl_from_base) AS kl, min(kl_from_base) AS low, max(kl_from_base) AS high
-           FROM composition WHERE concept = ? GROUP BY rule, scale, k ORDER BY rule, scale, k""",
+        """SELECT of, scale, k, median(kl_from_base) AS kl
+           FROM (SELECT *, if(kind = 'random', 'null', rule) AS of FROM composition WHERE concept = ?)
+           GROUP BY of, scale, k ORDER BY of, scale, k""",
         concept,
     )
     if not len(rows["k"]):
         return None
     fig = _figure("k, vectors in the mean", "KL(P ‖ P_base), nats")
     colours = dict(zip(["own", "typical", "ablated"], [CHAIN, AVERAGE, CONTRAST], strict=True))
-    for rule, scale in sorted(set(zip(rows["rule"], rows["scale"], strict=True))):
-        at = (rows["rule"] == rule) & (rows["scale"] == scale)
-        name, colour = html.escape(f"{rule}, {scale}"), colours.get(scale, CONTROL)
-        dash = "solid" if rule == "first" else "dot"
+    dashes = dict(zip(colours, ["dot", "dash", "dashdot"], strict=True))
+    for of, scale in sorted(set(zip(rows["of"], rows["scale"], strict=True))):
+        at = (rows["of"] == of) & (rows["scale"] == scale)
+        name, colour = (
+            (f"random directions, {scale}", CONTROL) if of == "null" else (f"{of} k, {scale}", colours[scale])
+        )
+        dash = "solid" if of == "first" else dashes[scale] if of == "null" else "dot"
         _curve(fig, rows["k"][at], rows["kl"][at], name, colour, mode="lines+markers", line_dash=dash)
     return fig.update_layout(xaxis={"type": "log", "tickvals": np.unique(rows["k"]).tolist()})
 

@@ -5,6 +5,7 @@ fixed norm that change the target layer's activations the most.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ from melbo_ray.candidates import Candidate, judge, rank
 from melbo_ray.concepts import Concept
 from melbo_ray.config import Config, UserError
 from melbo_ray.model import LanguageModel
-from melbo_ray.ortho import derive_seed
+from melbo_ray.ortho import derive_seed, target_shares
+from melbo_ray.radius import Calibration, calibrate
 from melbo_ray.residual import Slice
 from melbo_ray.steer import Prompts
 
@@ -25,37 +27,63 @@ _MOMENTUM = 0.7
 _ROUNDS = 6
 
 
-def base_vector(
-    model: LanguageModel, concept: Concept, config: Config
-) -> tuple[Float[Tensor, " d_model"], list[Candidate]]:
-    """θ₀ as `config.base` asks for it, of norm R, and all the candidates it was chosen from.
+@dataclass(frozen=True)
+class Base:
+    """What was found for a concept before its chain begins.
+
+    Attributes:
+        theta: θ₀, (d_model,) float32 on the CPU, of norm R.
+        candidates: all that it was chosen from, ranked.
+        calibration: what R was read from; None where R was given, or a file's vector keeps its norm.
+        shares: what the target displacement is made of (`ortho.target_shares`).
+    """
+
+    theta: Float[Tensor, " d_model"]
+    candidates: list[Candidate]
+    calibration: Calibration | None
+    shares: dict[str, float]
+
+
+def base_vector(model: LanguageModel, concept: Concept, config: Config) -> Base:
+    """θ₀ as `config.base` asks for it, and all the candidates it was chosen from.
 
     `config.base_index` takes one; without it what the candidates write decides (`candidates`).
 
     Raises:
-        UserError: an index out of range, a file that cannot be read or does not fit, or a direction of norm 0.
+        UserError: an index out of range, a file that cannot be read or does not fit, a direction of norm 0, or no
+            usable radius.
     """
     slice = Slice(
         model, [model.tokenize(concept.prompt, config.system_prompt)], config.source_layer, config.target_layer
     )
+    given = None if config.base in ("melbo", "contrast") else read_vectors(config.base, model.d_model)
+    calibration = None
+    if config.radius == "auto" and given is None:
+        calibration = calibrate(slice, derive_seed(config.seed, concept.name, 0, "radius"))
+    radius = calibration.radius if calibration else config.radius
     if config.base == "melbo":
-        found, unsteered_shows = _until_one_shows(slice, concept, config)
+        found, unsteered_shows = _until_one_shows(slice, concept, config, float(radius))
     else:
-        contrasting = config.base == "contrast"
-        thetas = contrast(model, concept, config)[None] if contrasting else read_vectors(config.base, model.d_model)
+        thetas = contrast(model, concept, config)[None] if given is None else given
+        norms = thetas.norm(dim=-1, keepdim=True)
+        if not (torch.isfinite(norms) & (norms > 0)).all():
+            raise UserError(f"the base {config.base!r} has a vector of norm 0 or not finite: leave it out")
+        thetas = thetas if radius == "auto" else thetas / norms * radius
         found, unsteered_shows = _judged(slice, concept, config, thetas)
     if config.base_index is not None and config.base_index >= len(found):
         raise UserError(f"base index {config.base_index} is out of range: there are {len(found)} candidates, from 0")
     ranked = rank(found, config.base_index, unsteered_shows)
-    return next(candidate.theta for candidate in ranked if candidate.taken), ranked
+    theta = next(candidate.theta for candidate in ranked if candidate.taken)
+    return Base(theta, ranked, calibration, target_shares(slice, theta))
 
 
-def _until_one_shows(slice: Slice, concept: Concept, config: Config) -> tuple[list[Candidate], bool]:
-    """MELBO's candidates, `config.candidates` at a time, until one of them shows the concept or `_ROUNDS` are over."""
-    found, unsteered_shows = _judged(slice, concept, config, maximise(slice, config, concept.name))
+def _until_one_shows(slice: Slice, concept: Concept, config: Config, radius: float) -> tuple[list[Candidate], bool]:
+    """MELBO's candidates, `config.candidates` at a time, until one shows the concept firmly or `_ROUNDS` are over."""
+    found, unsteered_shows = _judged(slice, concept, config, maximise(slice, config, concept.name, radius))
     most = min(_ROUNDS * config.candidates, slice.model.d_model)
-    while not any(candidate.written.shows for candidate in found) and len(found) + config.candidates <= most:
-        thetas = maximise(slice, config, concept.name, torch.stack([candidate.theta for candidate in found]))
+    while not any(candidate.firm for candidate in found) and len(found) + config.candidates <= most:
+        earlier = torch.stack([candidate.theta for candidate in found])
+        thetas = maximise(slice, config, concept.name, radius, earlier)
         found += _judged(slice, concept, config, thetas, len(found))[0]
     return found, unsteered_shows
 
@@ -63,11 +91,7 @@ def _until_one_shows(slice: Slice, concept: Concept, config: Config) -> tuple[li
 def _judged(
     slice: Slice, concept: Concept, config: Config, thetas: Float[Tensor, "n d_model"], first: int = 0
 ) -> tuple[list[Candidate], bool]:
-    """These vectors at norm R as candidates, counted from `first`; whether the unsteered model shows the concept."""
-    norms = thetas.norm(dim=-1, keepdim=True)
-    if not (torch.isfinite(norms) & (norms > 0)).all():
-        raise UserError(f"the base {config.base!r} has a vector of norm 0 or not finite: leave it out")
-    thetas, device = thetas / norms * config.radius, slice.model.device
+    device = slice.model.device
     with torch.no_grad():
         unsteered = slice.h_target(torch.zeros(1, slice.model.d_model, device=device)).float()
         changes = objective(slice, thetas.to(device), config, unsteered).tolist()
@@ -87,7 +111,7 @@ def objective(
 
 
 def maximise(
-    slice: Slice, config: Config, concept: str, earlier: Float[Tensor, "n d_model"] | None = None
+    slice: Slice, config: Config, concept: str, radius: float, earlier: Float[Tensor, "n d_model"] | None = None
 ) -> Float[Tensor, "candidates d_model"]:
     """Candidates: orthogonal vectors of norm R, each a maximum of `objective` in the complement of those before it.
 
@@ -104,7 +128,7 @@ def maximise(
     taken = torch.empty(0, d_model) if earlier is None else earlier
     generator = torch.Generator().manual_seed(derive_seed(config.seed, concept, len(taken), "melbo"))
     start = torch.cat([taken, torch.randn(config.candidates, d_model, generator=generator)])
-    theta = retract(start, config.radius)[len(taken) :].to(device)
+    theta = retract(start, radius)[len(taken) :].to(device)
     taken = taken.to(device)
     with torch.no_grad():
         unsteered = slice.h_target(torch.zeros(1, d_model, device=device)).float()
@@ -116,8 +140,8 @@ def maximise(
         gradient = tangent(gradient, theta)
         gradient = gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(1e-30)
         velocity = _MOMENTUM * velocity + gradient
-        moved = torch.cat([taken, theta + _STEP * config.radius * velocity])
-        theta = retract(moved, config.radius)[len(taken) :]
+        moved = torch.cat([taken, theta + _STEP * radius * velocity])
+        theta = retract(moved, radius)[len(taken) :]
     return theta.cpu()
 
 
@@ -134,7 +158,7 @@ def retract(theta: Float[Tensor, "batch d_model"], radius: float) -> Float[Tenso
 
 
 def contrast(model: LanguageModel, concept: Concept, config: Config) -> Float[Tensor, " d_model"]:
-    """Mean source-layer activation over the concept's `contrast` prompts minus that over neutral (held-out) prompts.
+    """Mean source-layer activation over the concept's `contrast` prompts minus that over its `neutral` ones.
 
     A prompt's activation is the mean over its positions but the first, which in many models is an attention sink.
     """
@@ -153,7 +177,7 @@ def contrast(model: LanguageModel, concept: Concept, config: Config) -> Float[Te
         raise UserError(
             f"the concept {concept.name!r} has no contrast prompts: add `contrast` to it, or use --base melbo"
         )
-    return mean(concept.contrast) - mean(list(concept.held_out.values()))
+    return mean(concept.contrast) - mean(concept.neutral)
 
 
 def read_vectors(path: str, d_model: int) -> Float[Tensor, "n d_model"]:

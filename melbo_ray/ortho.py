@@ -8,7 +8,7 @@ Here z leaves the first position out by default (`z_from`): in many models it is
 import hashlib
 import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,13 +62,14 @@ def derive_seed(seed: int, concept: str, index: int, purpose: str) -> int:
 
 def chain(
     slice: Slice,
-    base: Float[Tensor, " d_model"],
+    base: Float[Tensor, "*more d_model"],
     config: Config,
     concept: str = "code",
     earlier: Sequence[SteeringVector] = (),
 ) -> Generator[SteeringVector, None, str]:
     """The vectors of one concept's chain, in order, after those in `earlier`; returns why it stopped.
 
+    `base` is θ₀, whose z is the target; where it has more rows, their directions are out of bounds as θ₀'s is.
     A chain stops at `num_vectors`, or when a vector's norm or effect has vanished (`min_norm`, `max_relative_loss`;
     that vector is still given). The same seed gives the same vectors whether or not the chain was interrupted.
 
@@ -83,7 +84,7 @@ def chain(
 
 def chains(
     slice: Slice,
-    bases: Mapping[str, Float[Tensor, " d_model"]],
+    bases: Mapping[str, Float[Tensor, "*more d_model"]],
     config: Config,
     earlier: Mapping[str, Sequence[SteeringVector]],
     stopped: dict[str, str],
@@ -165,29 +166,29 @@ class _Chain:
                 f"expected at most d_model - 1 = {d_model - 1}"
             )
         self.slice, self.row, self.config, self.concept = slice, torch.tensor([row]), config, concept
-        self.base = base
-        self.subspace = Subspace(d_model, min(d_model, config.num_vectors + config.block), slice.model.device)
-        self.subspace.add(base)
+        self.base, *others = base.view(-1, d_model)
+        size = min(d_model, config.num_vectors + config.block + len(others))
+        self.subspace = Subspace(d_model, size, slice.model.device)
         # A block that was interrupted is sought anew: its vectors depend on each other.
         whole = len(earlier) // config.block * config.block
         self.stored = list(earlier)
-        for vector in self.stored[:whole]:
-            self.subspace.add(vector.theta)
+        for direction in (self.base, *others, *(vector.theta for vector in self.stored[:whole])):
+            self.subspace.add(direction)
         self.last = self.stored[whole - 1] if whole else None
-        self.radius = float(base.norm())
+        self.radius = float(self.base.norm())
         length = int(slice.lengths[row])
         if config.z_from >= length:
             raise UserError(f"z would start at position {config.z_from}, and the prompt has {length}: start it earlier")
         self._from = [config.z_from, *range(min(2, length))]
-        self._z_base = self._z(base)
+        self._z_base = self._z(self.base)
         self.z_base = self._z_base[0]
-        self.unsteered_losses = self._losses(torch.zeros_like(base))
+        self.unsteered_losses = self._losses(torch.zeros_like(self.base))
         if self.unsteered_losses[0] == 0:
             raise UserError(f"the base vector of {concept!r} changes nothing at layer {slice.target}: choose another")
 
     @torch.no_grad()
     def _z(self, theta: Tensor) -> Float[Tensor, "means d_model"]:
-        """z of θ from `config.z_from`, from 0, and from 1 where there is another position."""
+        """The means of θ from `config.z_from`, from 0, and from 1 where there is another position."""
         device = self.slice.model.device
         row = self.row.to(device)
         h = self.slice.h_target(theta[None].to(device), row)

@@ -1,5 +1,6 @@
 """How a run is going, on a terminal as bars that live, elsewhere as plain lines; and its summary at the end."""
 
+import math
 import statistics
 import time
 from collections import deque
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from melbo_ray.config import EVERY
+from melbo_ray.intervals import median_interval
 from melbo_ray.store import Run
 from melbo_ray.units import WHOLE, Coverage, Unit, count, progress
 
@@ -161,10 +163,14 @@ def _facts(run: Run, concept: str, facts: Mapping[str, Any]) -> dict[str, str]:
     chain = vectors.filter(pc.field("kind") == "chain")
     norms, seconds = chain["norm"].to_pylist(), chain["seconds"].to_pylist()
     below_10, below_50, unsteered = _kl_counts(run, concept)
+    medians = {kind: _median_kl(run, concept, kind) for kind in ("chain", "random", "shuffled")}
     return {
         "the base": base_reason(run, concept) or "–",
         "vectors found": str(len(chain)),
         "why the chain stopped": str(facts["stop_reason"]),
+        "KL from the base, nats: median [95 %]": medians["chain"],
+        "the same, random directions": medians["random"],
+        "the same, shuffled targets": medians["shuffled"],
         "KL below 10 % of unsteered": below_10,
         "KL below 50 % of unsteered": below_50,
         "KL unsteered, nats": unsteered,
@@ -212,6 +218,16 @@ def _kl_counts(run: Run, concept: str) -> tuple[str, str, str]:
         return "–", "–", "–"
     below = [sum(value < share * unsteered[0] for value in values) for share in (0.1, 0.5)]
     return str(below[0]), str(below[1]), f"{unsteered[0]:.3f}"
+
+
+def _median_kl(run: Run, concept: str, kind: str) -> str:
+    """At the vectors' own norms, with its interval over vectors."""
+    rows = run.read("kl", concept).filter((pc.field("kind") == kind) & (pc.field("scale") == "own"))
+    values = [value for value in rows["kl_from_base"].to_pylist() if math.isfinite(value)]
+    if not values:
+        return "–"
+    low, high = median_interval(values)
+    return f"{statistics.median(values):.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _greedy_texts(run: Run, concept: str) -> str:

@@ -65,6 +65,19 @@ EXAMPLES = {
         FROM generalization WHERE kind = 'chain' AND prompt_id <> 'training'
         GROUP BY run_id, concept, n ORDER BY share_of_prompts DESC, median_kl, run_id, concept, n
     """,
+    # Does the model use these directions itself? The two-sided p-value of each: the share of random directions (and it)
+    # whose AUROC lies as far from 1/2 as its own.
+    "presence_p_values": """
+        WITH p AS (
+            SELECT run_id, concept, texts, kind, index, auroc, abs(auroc::DOUBLE - 0.5) AS away
+            FROM presence WHERE sinks = 'dropped' AND isfinite(auroc)
+        )
+        SELECT v.run_id, v.concept, v.texts, v.kind, v.index AS n, v.auroc,
+               (1 + count(*) FILTER (r.away >= v.away)) / (1 + count(*)) AS p_value, count(*) AS random_directions
+        FROM p v JOIN p r ON (v.run_id, v.concept, v.texts) = (r.run_id, r.concept, r.texts) AND r.kind = 'random'
+        WHERE v.kind <> 'random'
+        GROUP BY ALL ORDER BY v.run_id, v.concept, v.texts, v.kind, n
+    """,
     # Dose-response: KL(P_n ‖ P_base) against the norm that directions are scaled to, chain and controls.
     "dose_response": """
         SELECT concept, kind, round(norm, 1) AS at_norm, count(*) AS directions, median(kl_from_base) AS median_kl,

@@ -1,7 +1,7 @@
 """The radius R, calibrated: how far random vectors can go before their effect departs from its linear part.
 
-Source: the calibration of Mack's DCT (2024, "Deep causal transcoding"), which solves for a ratio of 0.5. A quarter is
-the ratio at the radii that give usable base vectors on the two models that this was tried on; 0.5 breaks both.
+Source: the calibration of Mack's DCT (2024, "Deep causal transcoding"), which solves for a ratio of 0.5. Three
+tenths give usable base vectors on the two models that this was tried on; 0.5 breaks both, at a quarter few hold.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from melbo_ray.config import UserError
 from melbo_ray.residual import Slice
 
-TARGET = 0.25
+TARGET = 0.3
 _DIRECTIONS = 16
 # Norms tried, relative to the residual stream's: from far below every usable one to the stream itself, √2 apart.
 _RELATIVE = [2 ** (step / 2) for step in range(-16, 1)]

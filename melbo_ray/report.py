@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from melbo_ray import figures, query
+from melbo_ray import comparison, figures, query
 from melbo_ray.config import UserError, first_line
 from melbo_ray.query import select
 from melbo_ray.storage import Storage
@@ -83,7 +83,7 @@ def _page(db: duckdb.DuckDBPyConnection, manifest: dict[str, Any], url: str) -> 
         get_plotlyjs(),
         *((assets / f"{name}.js").read_text("utf-8") for name in ("report", "explorer", "start")),
     ]
-    comparison = figures.draw_comparison(db, concepts)
+    together = figures.draw_comparison(db, concepts)
     drawn = {concept: {name: draw(db, concept) for name, draw in figures.FIGURES.items()} for concept in concepts}
     prompts = manifest.get("prompts", {})
     return environment.get_template("report.html").render(
@@ -91,9 +91,10 @@ def _page(db: duckdb.DuckDBPyConnection, manifest: dict[str, Any], url: str) -> 
         facts=_facts(manifest),
         concepts=concepts,
         summaries={c: summary(db, c, manifest.get("concepts", {}).get(c, {})) for c in concepts},
+        comparisons={concept: comparison.cells(db, concept) for concept in concepts},
         figures={
             "concepts": {c: {name: _json(fig) for name, fig in drawn[c].items() if fig} for c in concepts},
-            "comparison": comparison and _json(comparison),
+            "comparison": together and _json(together),
         },
         prompts=prompts,
         texts={c: _texts(db, c, prompts.get(c, {}), _ROOM // len(concepts)) for c in concepts},

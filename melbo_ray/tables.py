@@ -25,11 +25,13 @@ _KL = {"kl_from_base": _float, "kl_to_base": _float, "kl_from_unsteered": _float
 SCHEMAS: dict[str, pa.Schema] = {
     "vectors": _schema(
         vector=pa.list_(_float), norm=_float, loss=_float, relative_loss=_float, relative_loss_from_0=_float,
-        relative_loss_from_1=_float, evaluations=_int, stop_reason=_text, max_abs_cos=_double, seconds=_float, seed=pa.int64(),
+        relative_loss_from_1=_float, evaluations=_int, stop_reason=_text, max_abs_cos=_double, seconds=_float,
+        seed=pa.int64(),
     ),
     "radius": _schema(radius=_float, nonlinearity=_float),
     "candidates": _schema(
-        vector=pa.list_(_float), objective=_float, radius=_float, concept_score=_float, text=_text, detected=_bool,
+        vector=pa.list_(_float), objective=_float, radius=_float, concept_score=_float, text=_text, weaker_text=_text,
+        firm=_bool, detected=_bool,
         coherence=_float, distinct_trigrams=_float, held_out_texts=pa.list_(_text), held_out_gained=_int, rank=_int,
         taken=_bool, reason=_text,
     ),

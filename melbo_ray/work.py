@@ -25,6 +25,7 @@ from melbo_ray.evals import Study, Vectors
 from melbo_ray.model import BALANCED, LanguageModel
 from melbo_ray.ortho import SteeringVector
 from melbo_ray.partial import lower, lower_fingerprint
+from melbo_ray.radius import Calibration
 from melbo_ray.residual import Slice
 from melbo_ray.store import Run
 from melbo_ray.units import WHOLE, Unit
@@ -118,16 +119,20 @@ class Worker:
         return {"fingerprints": fingerprints, "host": socket.gethostname(), "device": name}
 
     def find_base(self, concept: str) -> None:
-        """The base vector, durable in `vectors`, and its candidates in `candidates`."""
+        """The base vector, durable in `vectors`, its `candidates`, the `radius` curve, and figures in `summary`."""
         # Nothing of this concept can run beside it, so it may have the whole machine.
         torch.set_num_threads(cores())
-        theta, candidates = melbo.base_vector(self.model, self.concepts[concept], self.config)
+        base = melbo.base_vector(self.model, self.concepts[concept], self.config)
         torch.set_num_threads(self.threads)
         keys = {"run_id": self.run_id, "kind": "candidate"}
-        found = [keys | candidate.row() for candidate in candidates]
+        found = [keys | candidate.row() for candidate in base.candidates]
+        figures = {"radius": float(base.theta.norm()), **base.shares}
+        facts = {"run_id": self.run_id, "kind": "base", "index": 0}
         written = {
-            "vectors": tables.table("vectors", [self._row("base", 0, theta)]),
+            "vectors": tables.table("vectors", [self._row("base", 0, base.theta)]),
             "candidates": tables.table("candidates", found),
+            "radius": tables.table("radius", self._curve(base.calibration)),
+            "summary": tables.table("summary", [facts | {"figure": k, "value": v} for k, v in figures.items()]),
         }
         with contextlib.suppress(FileExistsError):  # another worker was first; what it wrote is the base
             self.run.commit(Unit(concept, "base", "base", 0, 0), written, exclusive=True)
@@ -198,6 +203,11 @@ class Worker:
         if self.model.device.type == "cuda":
             return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
         return resident_peak()
+
+    def _curve(self, calibration: Calibration | None) -> list[dict[str, Any]]:
+        curve = zip(calibration.radii, calibration.nonlinearity, strict=True) if calibration else ()
+        keys = {"run_id": self.run_id, "kind": "random"}
+        return [keys | {"index": i, "radius": r, "nonlinearity": share} for i, (r, share) in enumerate(curve)]
 
     def _row(self, kind: str, index: int, theta: torch.Tensor) -> dict[str, Any]:
         empty = dict.fromkeys(tables.SCHEMAS["vectors"].names)

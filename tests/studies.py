@@ -23,6 +23,11 @@ def norm_of(n: int, num_vectors: int) -> float:
     return 10.0 - 6.0 * n / max(num_vectors, 1)
 
 
+def auroc_of(kind: str, n: int) -> float:
+    """Presence: above chance along the chain, on both sides of it along random directions."""
+    return 0.5 + (0.1 * math.sin(n) if kind == "random" else 0.3 * math.sin(n) ** 2)
+
+
 def write_study(
     storage: Path,
     run_id: str = "study",
@@ -132,16 +137,20 @@ def _rows(
                 row | {
                     "texts": texts, "sinks": sinks, "mean_projection": 0.1, "max_projection": 1.0, "mean_cos": 0.02,
                     "effect_size": 0.2, "num_tokens": 900,
-                    "auroc": 0.5 + 0.3 * math.sin(row["index"]) ** 2 if texts == "concept" else None,
+                    "auroc": auroc_of(row["kind"], row["index"]) if texts == "concept" else None,
                 }
                 for sinks in ("kept", "dropped")
             ]  # fmt: skip
     for figure, value in {"change_point": num_vectors // 2, "bessel_rms_component": 0.7}.items():
         rows["summary"].append({"kind": "chain", "index": 0, "figure": figure, "value": value})
     for k in (k for k in (2, 3, 5, 10, 20) if k <= num_vectors):
-        for rule in ("first", "random"):
-            rows["composition"].append({
-                "kind": "chain", "index": k, "k": k, "members": list(range(1, k + 1)), "rule": rule, "scale": "own",
-                "norm": 5.0, "kl_from_base": 0.1 * k**0.5, "concept_score": 1.0, "text": "composed",
-            })  # fmt: skip
+        rows["composition"] += [
+            {
+                "kind": kind, "index": k, "k": k, "members": list(range(1, k + 1)), "rule": rule, "scale": "own",
+                "norm": 5.0, "kl_from_base": 0.1 * k**0.5 + (kind == "random"), "concept_score": 1.0,
+                "text": "composed",
+            }
+            for rule in ("first", "random")
+            for kind in ("chain", "random")
+        ]  # fmt: skip
     return rows

@@ -3,6 +3,7 @@ import pytest
 from melbo_ray.concepts import load_concept
 from melbo_ray.config import UserError
 
+_WHOLE = 'name = "a"\nprompt = "p"\ncontinuations = ["c"]\nwords = ["w"]\n'
 SHIPPED = ["code", "alien", "stem", "jailbreak"]
 
 
@@ -13,6 +14,8 @@ def test_every_shipped_concept_is_whole(name):
     assert len(concept.held_out) >= 32
     assert concept.prompt not in concept.held_out.values()
     assert len(set(concept.held_out.values())) == len(concept.held_out)
+    assert len(set(concept.neutral)) == len(concept.neutral) >= 12
+    assert not {*concept.neutral} & {concept.prompt, *concept.held_out.values(), *concept.contrast}
     assert min(map(len, (concept.continuations, concept.contrast, concept.texts, concept.neutral_texts))) >= 4
 
 
@@ -32,6 +35,8 @@ def test_a_concept_of_ones_own_needs_five_lines(tmp_path):
         ('name = "a"\nprompt = ""\ncontinuations = ["c"]\nwords = ["w"]\n', "prompt"),
         ('name = "a"\nprompt = "p"\ncontinuations = []\nwords = ["w"]\n', "continuations"),
         ('name = "a"\nprompt = "p"\ncontinuations = ["c"]\nwords = ["w"]\npromt = 1\n', "promt"),
+        (_WHOLE + 'neutral = ["Hi?"]\n[held_out]\nx = "Hi?"\n', r"neutral: .*'Hi\?' is a held-out prompt"),
+        (_WHOLE + '[held_out]\nx = "What do penguins eat?"\n', "neutral: .*penguins"),
         ("name: a", "cannot read"),
     ],
 )

@@ -10,10 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"config", "products"},
+    {"config", "intervals", "products"},
     {"chat", "command", "concepts", "fingerprint", "source_code", "storage", "subspace", "tables", "units"},
     {"detectors", "lease", "model", "query", "solvers", "store"},
-    {"engines"},
+    {"comparison", "engines"},
     {"figures", "partial", "residual", "steer"},
     {"decoding", "ortho", "radius", "report"},
     {"generate"},

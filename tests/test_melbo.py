@@ -11,7 +11,7 @@ from melbo_ray.residual import Slice
 
 CONCEPT = Concept(
     name="letters", prompt="a prompt of bytes", continuations=["xyz", "uvw"], words=["x"], contrast=["xxxx", "xyxy"],
-    held_out={"one": "abcd", "two": "bcda e"}, neutral_texts=[],
+    neutral=["abcd", "bcda e"], held_out={"one": "dcba", "two": "e bcd"}, neutral_texts=[],
 )  # fmt: skip
 OPTIONS = {"source_layer": 1, "target_layer": 3, "radius": 4.0, "candidates": 5, "max_new_tokens": 4}
 
@@ -134,7 +134,7 @@ def test_contrast_is_the_difference_of_mean_activations_without_the_first_positi
         ]
         return np.mean([state[1:].detach().double().numpy().mean(0) for state in states], axis=0)
 
-    expected = mean(CONCEPT.contrast) - mean(CONCEPT.held_out.values())
+    expected = mean(CONCEPT.contrast) - mean(CONCEPT.neutral)
     np.testing.assert_allclose(contrast(model, CONCEPT, Config(**OPTIONS)).numpy(), expected, atol=1e-5)
     base, (only,) = base_vector(model, CONCEPT, Config(base="contrast", **OPTIONS))
     np.testing.assert_allclose(base.numpy(), expected / np.linalg.norm(expected) * 4, atol=1e-4)

@@ -87,6 +87,20 @@ def test_a_chain_of_d_model_minus_1_vectors_is_orthogonal_and_finite():
     assert all(np.isfinite(vector.norm) for vector in vectors)
 
 
+def test_more_rows_of_a_base_are_out_of_bounds_and_the_first_is_the_target():
+    base, *others = bases = directions(3, seed=6)
+    vectors, _ = finish(chain(a_slice(), bases, Config(num_vectors=2, **EASY)))
+    for vector in vectors:
+        loss = np.linalg.norm(plain_z(vector.theta) - plain_z(base))
+        assert vector.loss == pytest.approx(loss, rel=1e-4)
+        cosines = torch.cosine_similarity(vector.theta[None], bases)
+        assert float(cosines.abs().max()) < 1e-6
+        assert vector.max_abs_cos < 1e-6
+    alone = list(chain(a_slice(), base, Config(num_vectors=2, **EASY)))
+    assert not torch.equal(alone[0].theta, vectors[0].theta)
+    assert float(torch.cosine_similarity(alone[0].theta[None], torch.stack(others)).abs().max()) > 1e-3
+
+
 def test_an_interrupted_chain_gives_the_same_vectors_bit_for_bit():
     base, config = directions(1)[0], Config(num_vectors=4, **EASY)
     whole = list(chain(a_slice(), base, config))

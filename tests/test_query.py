@@ -3,6 +3,7 @@ import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from scipy import stats
 
 from melbo_ray import query
 from melbo_ray.config import UserError
@@ -97,6 +98,35 @@ def test_dose_response_is_the_median_at_each_dose(db):
     here = rows["at_norm"].round(1) == 6.0
     assert rows["directions"][here] == [len(at_6)]
     assert rows["median_kl"][here] == pytest.approx([np.median(at_6)], rel=1e-6)
+
+
+def test_a_vectors_presence_is_ranked_among_random_directions_on_both_sides(tmp_path):
+    run = write_study(tmp_path, num_vectors=0, without=["presence"])
+    aurocs = {"chain": [0.5, 0.56, 0.36, 0.9], "base": [0.05], "random": [0.45, 0.53, 0.6, 0.35]}
+    rows = [
+        {"kind": kind, "index": n, "texts": "concept", "sinks": sinks, "auroc": value if sinks == "dropped" else 0.5}
+        for kind, values in aurocs.items()
+        for n, value in enumerate(values, 1)
+        for sinks in ("kept", "dropped")
+    ]
+    write_part(run, "presence", "code", rows)
+    found = query.connect(str(run)).sql(query.EXAMPLES["presence_p_values"]).fetchall()
+    # Away from chance are random directions by 0.03, 0.05, 0.1, 0.15; the vectors by 0, 0.06, 0.14, 0.4 and 0.45.
+    expected = {("chain", 1): 1, ("chain", 2): 3 / 5, ("chain", 3): 2 / 5, ("chain", 4): 1 / 5, ("base", 1): 1 / 5}
+    assert {row[3:5]: row[6] for row in found} == pytest.approx(expected)
+    assert {row[7] for row in found} == {4}
+
+
+def test_p_values_of_directions_like_the_random_ones_are_uniform(tmp_path):
+    run, draws = write_study(tmp_path, num_vectors=0, without=["presence"]), np.random.default_rng(0)
+    rows = [
+        {"kind": kind, "index": n, "texts": "concept", "sinks": "dropped", "auroc": 0.5 + draws.normal() / 10}
+        for kind in ("chain", "random")
+        for n in range(1, 400)
+    ]
+    write_part(run, "presence", "code", rows)
+    found = query.connect(str(run)).sql(query.EXAMPLES["presence_p_values"]).fetchnumpy()["p_value"]
+    assert stats.kstest(found, "uniform").pvalue > 0.01
 
 
 def test_plain_sql_over_the_folder_gives_the_same_rows(prefix, db):

@@ -12,10 +12,10 @@ from hashlib import sha256
 import numpy as np
 import pytest
 
-from melbo_ray import figures, query, report
+from melbo_ray import comparison, figures, query, report
 from melbo_ray.config import UserError
 from melbo_ray.tables import SCHEMAS
-from tests.studies import UNSTEERED, kl_of, norm_of, write_part, write_study
+from tests.studies import UNSTEERED, auroc_of, kl_of, norm_of, write_part, write_study
 
 HOSTILE = "</script><script>alert(1)</script><!-- \u2028 \u202e <img src=x onerror=alert(1)>"
 
@@ -137,12 +137,29 @@ def test_heat_map_is_the_share_of_each_prompts_unsteered_kl(db):
     assert heat.z[0][13] == pytest.approx(kl_of(14, 120) / UNSTEERED, rel=1e-5)
 
 
-def test_presence_compares_chain_and_random_without_sinks(db):
+def test_presence_stands_over_the_band_of_random_directions_without_sinks(db):
     fig = figures.draw_presence(db, "code")
-    expected = [0.5 + 0.3 * math.sin(n) ** 2 for n in range(1, 121)]
-    assert np.allclose(sorted(trace(fig, "chain vectors").x), sorted(expected), rtol=1e-6)
-    assert len(trace(fig, "random directions").x) == 120
+    assert np.allclose(trace(fig, "chain vectors").y, [auroc_of("chain", n) for n in range(1, 121)], rtol=1e-6)
+    low, high = (trace.y[0] for trace in fig.data if trace.legendgroup == "random, 95 % of them")
+    expected = np.quantile([auroc_of("random", n) for n in range(1, 121)], [0.025, 0.975])
+    assert (low, high) == pytest.approx(tuple(expected), rel=1e-5)
     assert trace(fig, "chain, sinks kept").visible == "legendonly"
+    assert trace(fig, "mean difference").y[0] == pytest.approx(auroc_of("contrast", 0))
+
+
+def test_means_stand_beside_those_of_random_directions(db):
+    fig = figures.draw_composition(db, "code")
+    for name, more in (("first k, own", 0), ("random k, own", 0), ("random directions, own", 1)):
+        assert np.allclose(trace(fig, name).y, [0.1 * k**0.5 + more for k in (2, 3, 5, 10, 20)], rtol=1e-6)
+
+
+def test_the_page_sets_the_chain_beside_its_nulls_with_intervals(tmp_path, db):
+    run = write_study(tmp_path, num_vectors=12)
+    report.render(str(run))
+    page = (run / "report.html").read_text()
+    kinds, lines = comparison.cells(query.connect(str(run)), "code")
+    for text in (*kinds, *lines, *(value for values in lines.values() for value in values)):
+        assert html.escape(text, quote=False) in page
 
 
 def test_summary_counts_what_scipy_would(db):

@@ -4,7 +4,7 @@ import tomllib
 from importlib.resources import files
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from melbo_ray.config import UserError
 
@@ -27,13 +27,22 @@ class Concept(BaseModel):
     words: list[str] = Field(min_length=1)
     """Words and marks (matched whole, case-insensitively) whose presence in a text is evidence of the concept."""
     contrast: list[str] = Field(default=[])
-    """Prompts that ask for the behaviour; against the held-out prompts they give the base `contrast`."""
+    """Prompts that ask for the behaviour; against the neutral prompts they give the base `contrast`."""
     texts: list[str] = Field(default=[])
     """Passages about the concept, for the presence evaluation."""
     held_out: dict[str, str] = Field(default_factory=lambda: _shared()["held_out"], min_length=1)
     """Prompts the chain never sees: name to text."""
+    neutral: list[str] = Field(default_factory=lambda: _shared()["neutral"], min_length=1, validate_default=True)
+    """Prompts that ask for nothing of the kind, none of them held out."""
     neutral_texts: list[str] = Field(default_factory=lambda: _shared()["neutral_texts"])
     """Passages that have nothing to do with the concept."""
+
+    @field_validator("neutral")
+    @classmethod
+    def _check_neutral(cls, neutral: list[str], given: ValidationInfo) -> list[str]:
+        if both := set(neutral) & set(given.data.get("held_out", {}).values()):
+            raise ValueError(f"{min(both)!r} is a held-out prompt, too: a base made of it has seen it")
+        return neutral
 
 
 def load_concept(name: str) -> Concept:

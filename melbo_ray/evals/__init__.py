@@ -55,7 +55,7 @@ EVALUATIONS = {
         Evaluation("dose", ("dose",), "vector", dose.run),
         Evaluation("presence", ("presence",), "vector", presence.run),
         Evaluation("control", ("kl", "generalization", "generations", "dose", "presence"), "chain", control.run),
-        Evaluation("shuffled", ("kl", "generalization"), "chain", shuffled.run),
+        Evaluation("shuffled", ("vectors", "summary", "kl", "generalization"), "chain", shuffled.run),
         Evaluation("composition", ("composition",), "chain", composition.run),
         Evaluation("geometry", ("geometry", "summary"), "chain", geometry.run),
         Evaluation("rescaled", ("kl",), "chain", rescaled.run),

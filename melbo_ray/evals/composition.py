@@ -6,10 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from melbo_ray.evals.control import random_directions
 from melbo_ray.evals.dose import measure_all
 from melbo_ray.evals.generations import write
 from melbo_ray.evals.kl import at_norm
-from melbo_ray.evals.study import TRAINING, Rows, Study, Vectors
+from melbo_ray.evals.study import TRAINING, Row, Rows, Study, Vectors
 from melbo_ray.ortho import derive_seed
 
 _SIZES = (2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
@@ -22,26 +23,46 @@ def run(study: Study, chain: Vectors) -> Rows:
     `scale` is `own` (the mean as it is), `typical` (rescaled to the chain's median norm), or `ablated`: the base
     steers, and the mean's direction is projected out of the source layer's residual stream. `norm` is what is added;
     for `ablated` the base's. `index` counts the rows. A text is sampled for each.
+
+    The null has kind `random`: under the same index the mean of the random directions (`control`) that stand for the
+    same members, of their norms; without a text.
     """
     subsets = _subsets(study, chain)
-    means = torch.stack([chain.theta[places].mean(0) for _, places in subsets]) if subsets else chain.theta[:0]
-    typical = at_norm(means, statistics.median(chain.norms))
+    if not subsets:
+        return {"composition": []}
+    rows = []
+    for vectors in (chain, random_directions(study, chain)):
+        rows += _rows(study, vectors, subsets)
+    return {"composition": rows}
+
+
+def _rows(study: Study, vectors: Vectors, subsets: list[tuple[str, list[int]]]) -> list[Row]:
+    means = torch.stack([vectors.theta[places].mean(0) for _, places in subsets])
+    typical = at_norm(means, statistics.median(vectors.norms))
     rows = []
     for scale, thetas in {"own": means, "typical": typical, "ablated": _ablated(study, means)}.items():
         numbers = range(len(rows), len(rows) + len(subsets))
         norms = [float(study.base.norm())] * len(subsets) if scale == "ablated" else thetas.norm(dim=-1).tolist()
-        keys = [{"index": number, "prompt_id": TRAINING, "scale": scale} for number in numbers]
-        added, units = (
-            ([study.base] * len(subsets), list(at_norm(means, 1.0))) if scale == "ablated" else (thetas, None)
-        )
-        texts = [row["text"] for row in write(study, "composition", keys, list(added), units)]
+        texts = [None] * len(subsets)
+        if vectors.kind == "chain":
+            texts = _texts(study, numbers, scale, means if scale == "ablated" else thetas)
         for number, (rule, places), norm, columns, text in zip(
             numbers, subsets, norms, measure_all(study, thetas), texts, strict=True
         ):
-            members = [chain.index[place] for place in places]
+            members = [vectors.index[place] for place in places]
             keys = {"k": len(places), "members": members, "rule": rule, "scale": scale, "norm": norm, "text": text}
-            rows.append(study.row(chain.kind, number, **keys, **columns))
-    return {"composition": rows}
+            rows.append(study.row(vectors.kind, number, **keys, **columns))
+    return rows
+
+
+def _texts(study: Study, numbers: range, scale: str, thetas: Float[Tensor, "n d_model"]) -> list[str | None]:
+    """A text under each θ, or under the base without each θ's direction."""
+    keys = [{"index": number, "prompt_id": TRAINING, "scale": scale} for number in numbers]
+    if scale == "ablated":
+        written = write(study, "composition", keys, [study.base] * len(keys), list(at_norm(thetas, 1.0)))
+    else:
+        written = write(study, "composition", keys, list(thetas))
+    return [row["text"] for row in written]
 
 
 def _subsets(study: Study, chain: Vectors) -> list[tuple[str, list[int]]]:

@@ -1,6 +1,9 @@
 """The nulls: what directions do that were not found but drawn, and what the mean-difference direction does."""
 
+from collections.abc import Sequence
+
 import torch
+from torch.nn.functional import normalize
 
 from melbo_ray.evals import dose, generalization, generations, kl, presence
 from melbo_ray.evals.kl import at_norm
@@ -8,6 +11,8 @@ from melbo_ray.evals.study import Rows, Study, Vectors, evenly
 from melbo_ray.ortho import derive_seed
 
 COUNT = 8
+# Random directions in presence: of fewer than 20 none could say p = 0.05.
+_IN_PRESENCE = 200
 
 
 def run(study: Study, chain: Vectors) -> Rows:
@@ -15,10 +20,12 @@ def run(study: Study, chain: Vectors) -> Rows:
 
     `random`: for every vector of the chain a random direction of the same norm in the same complement, with the same
     index, through kl and presence; 8 of them, evenly spread, through generalization, generations and dose as well.
+    Where the chain is shorter than 200, presence has as many all the same (`more_directions`).
     `contrast`, index 0: the mean-difference direction (`presence.contrast`) at the radius, through all of them.
     """
     drawn = random_directions(study, chain)
     few = drawn.take(evenly(len(drawn), COUNT))
+    more = more_directions(study, range(max(chain.index) + 1, _IN_PRESENCE + 1))
     contrast = Vectors("contrast", [0], at_norm(study.once(presence.contrast)[None], study.radius))
     rows: Rows = {}
     of_all = (kl.run, presence.run)
@@ -26,7 +33,18 @@ def run(study: Study, chain: Vectors) -> Rows:
         for vectors in (drawn if run_one in of_all else few, contrast):
             for table, part in run_one(study, vectors).items():
                 rows.setdefault(table, []).extend(part)
+    rows["presence"] += presence.run(study, more)["presence"]
     return rows
+
+
+def more_directions(study: Study, index: Sequence[int]) -> Vectors:
+    """Random directions that stand for no vector of the chain: orthogonal to θ₀, of norm R, drawn by seed."""
+    base = normalize(study.base.double(), dim=0)
+    seeds = [derive_seed(study.config.seed, study.concept.name, i, "random direction") for i in index]
+    draws = [torch.randn(len(base), dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    theta = torch.stack(draws) if draws else base.new_zeros(0, len(base))
+    theta = theta - (theta @ base)[:, None] * base
+    return Vectors("random", index, at_norm(theta, study.radius).float())
 
 
 def random_directions(study: Study, chain: Vectors) -> Vectors:

@@ -84,6 +84,8 @@ def change_point(values: list[float]) -> int | None:
 def _of_contrast(study: Study, chain: Vectors, cosines: Tensor, direction: Tensor) -> dict[str, float | None]:
     """Bessel's bound beside the smallest dose of the mean-difference direction that does half of what the base does.
 
+    `bessel_rms_component`: max ‖θ‖ / √n, which no direction's rms component along the vectors exceeds (√(Σ (θ·d)²/n) ≤
+    max ‖θ‖ · √(Σ cos²/n)).
     `contrast_norm_for_half_score`: the smallest of 16 norms up to 2R at which its concept score is half the base's;
     `contrast_norm_for_half_kl`: at which KL(P‖P_base) is half of the unsteered one. Null where none is.
     """
@@ -93,7 +95,7 @@ def _of_contrast(study: Study, chain: Vectors, cosines: Tensor, direction: Tenso
     score, half = measure_all(study, study.base[None])[0]["concept_score"] / 2, unsteered_kl(study) / 2
     return {
         "bessel_rms_cos": 1 / math.sqrt(len(chain)),
-        "bessel_rms_component": statistics.median(chain.norms) / math.sqrt(len(chain)),
+        "bessel_rms_component": max(chain.norms) / math.sqrt(len(chain)),
         "rms_cos_contrast": float(cosines.square().mean().sqrt()),
         "contrast_norm_for_half_score": next((row["norm"] for row in curve if row["concept_score"] >= score > 0), None),
         "contrast_norm_for_half_kl": next((row["norm"] for row in curve if row["kl_from_base"] <= half), None),

@@ -4,6 +4,7 @@ The post's own test of its hypothesis of adversarial vectors: a direction that s
 thinking should stand out in the source layer on concept texts; one that merely drives later layers should not.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melbo_ray import melbo
-from melbo_ray.evals.study import TRAINING, Row, Rows, Study, Vectors
+from melbo_ray.evals.study import Row, Rows, Study, Vectors
 from melbo_ray.generate import Job, generate
 from melbo_ray.ortho import derive_seed
 from melbo_ray.steer import Prompts
 
-_WRITTEN_TEXTS, _WRITTEN_LENGTH = 8, 32
+_WRITTEN_PROMPTS, _WRITTEN_LENGTH = 8, 32
 # Sinks have norms several times the others' (SmolLM2 at layer 8: 632 against about 120).
 _SINK_FACTOR = 3.0
 
@@ -41,9 +42,11 @@ class TextSet:
 def run(study: Study, vectors: Vectors) -> Rows:
     """The projection on each direction over concept texts against neutral texts; sinks kept, and dropped.
 
-    `texts` is what was read (`concept`, `neutral`: the passages that ship) or written by the unsteered model
-    (`written_concept`: it goes on after the concept's own continuations; `written_neutral`: its answers to held-out
-    prompts). Projections are on the unit direction (residual-stream units), `mean_cos` is of single tokens.
+    `texts` is what was read (`concept`, `neutral`: the passages that ship) or what the unsteered model itself writes on
+    the same held-out prompts (`written_concept`: how it goes on after one of the concept's continuations was forced;
+    `written_neutral`: its own answer); prompts and forced tokens are not counted. Random directions miss chance, too,
+    by as much as the sets differ along them: `query.EXAMPLES["presence_p_values"]` ranks a vector among those that
+    `control` draws. Projections are on the unit direction (residual-stream units), `mean_cos` is of single tokens.
     `effect_size` (Cohen's d, pooled) and `auroc` set a concept set against its neutral counterpart, and are null on
     neutral rows.
     """
@@ -116,15 +119,8 @@ def text_sets(study: Study) -> dict[str, tuple[TextSet, TextSet]]:
     sets = {}
     if study.concept.texts and study.concept.neutral_texts:
         sets[""] = _read(study, study.concept.texts), _read(study, study.concept.neutral_texts)
-    starts, answered = _openings(study), list(study.concept.held_out)[:_WRITTEN_TEXTS]
-    asked = [(study.tokens(name), torch.empty(0, dtype=torch.long)) for name in answered]
-    sets["written_"] = _write(study, starts, "concept"), _write(study, asked, "neutral")
+    sets["written_"] = _written(study)
     return sets
-
-
-def _openings(study: Study) -> list[tuple[Tensor, Tensor]]:
-    forced = study.continuations
-    return [(study.tokens(TRAINING), forced[i % len(forced)]) for i in range(_WRITTEN_TEXTS)]
 
 
 def _read(study: Study, texts: list[str]) -> TextSet:
@@ -132,15 +128,22 @@ def _read(study: Study, texts: list[str]) -> TextSet:
     return _text_set(study, [(ids, 0) for ids in tokens])
 
 
-def _write(study: Study, openings: list[tuple[Tensor, Tensor]], purpose: str) -> TextSet:
-    """What the unsteered model writes after each prompt and opening of an answer, the opening included."""
+def _written(study: Study) -> tuple[TextSet, TextSet]:
+    """What the unsteered model writes on the same prompts: after a forced opening of the concept, and by itself."""
+    prompts = [study.tokens(name) for name in list(study.concept.held_out)[:_WRITTEN_PROMPTS]]
+    forced = itertools.cycle(study.continuations)
+    opened = [torch.cat([prompt, next(forced)]) for prompt in prompts]
+    return _write(study, opened, "concept"), _write(study, prompts, "neutral")
+
+
+def _write(study: Study, starts: list[Tensor], purpose: str) -> TextSet:
     zero, config = torch.zeros_like(study.base), study.config
-    starts = [torch.cat(parts) for parts in openings]
     seeds = [derive_seed(config.seed, study.concept.name, i, f"presence/{purpose}") for i in range(len(starts))]
     jobs = [Job(start, zero, seed) for start, seed in zip(starts, seeds, strict=True)]
     texts = generate(study.model, jobs, config.source_layer, max_new_tokens=_WRITTEN_LENGTH)
-    whole = [torch.cat([start, torch.tensor(text.tokens).long()]) for start, text in zip(starts, texts, strict=True)]
-    return _text_set(study, [(ids, len(prompt)) for ids, (prompt, _) in zip(whole, openings, strict=True)])
+    # Where it writes nothing, its end token is what it wrote.
+    written = [torch.tensor(text.tokens or study.model.end_tokens[:1]) for text in texts]
+    return _text_set(study, [(torch.cat(parts), len(parts[0])) for parts in zip(starts, written, strict=True)])
 
 
 def _text_set(study: Study, texts: list[tuple[Tensor, int]]) -> TextSet:

@@ -38,6 +38,19 @@ def forced(study, prompt, continuation, theta):
     return rows, rows[np.arange(len(continuation)), continuation]
 
 
+def written(study, tokens, theta, seed, length, greedy=False):
+    """The likeliest token, or inverse-CDF sampling, from plain forward passes, the whole text read again each time."""
+    found = []
+    for draw in torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).tolist():
+        probabilities = np.exp(log_probs(study, torch.cat([tokens, torch.tensor(found).long()]), theta)[-1])
+        drawn = np.searchsorted(np.cumsum(probabilities), draw, side="right")
+        token = int(probabilities.argmax() if greedy else drawn)
+        if token in study.model.end_tokens:
+            break
+        found.append(token)
+    return found
+
+
 def concept_score(study, theta):
     prompt, total = prompt_tokens(study), []
     for text in study.concept.continuations:

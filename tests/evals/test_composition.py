@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from melbo_ray.evals import evaluate
+from melbo_ray.evals.control import random_directions
 from melbo_ray.generate import Job, generate
 from melbo_ray.ortho import derive_seed
 from tests.evals import reference
@@ -11,19 +12,33 @@ from tests.evals.reference import rows_of
 
 def test_means_of_subsets_are_those_of_plain_forward_passes(study, chain):
     table = evaluate("composition", study, chain)["composition"]
+    drawn = random_directions(study, chain)
     for row in rows_of(table, scale="own") + rows_of(table, scale="typical"):
-        mean = chain.theta[[index - 1 for index in row["members"]]].mean(0)
+        theta = drawn.theta if row["kind"] == "random" else chain.theta
+        mean = theta[[index - 1 for index in row["members"]]].mean(0)
         if row["scale"] == "typical":
             mean = mean / mean.norm() * float(np.median(chain.norms))
         expected = reference.divergences(study, mean) | {
             "norm": float(mean.norm()), "concept_score": reference.concept_score(study, mean),
         }  # fmt: skip
         assert {name: row[name] for name in expected} == pytest.approx(expected, abs=2e-4)
-        assert row["text"] is not None
+        assert (row["text"] is None) == (row["kind"] == "random")
+
+
+def test_every_mean_has_one_of_random_directions_of_the_same_number_and_norms_beside_it(study, chain):
+    table = evaluate("composition", study, chain)["composition"]
+    ours, null = ({row["index"]: row for row in rows_of(table, kind=kind)} for kind in ("chain", "random"))
+    assert ours.keys() == null.keys()
+    for index, row in ours.items():
+        same = ("k", "members", "rule", "scale")
+        assert [row[name] for name in same] == [null[index][name] for name in same]
+        if row["scale"] != "own":
+            assert null[index]["norm"] == pytest.approx(row["norm"], rel=1e-5)
+        assert null[index]["kl_from_base"] != pytest.approx(row["kl_from_base"], rel=1e-3)
 
 
 def test_subsets_are_the_first_k_and_random_ones_of_the_same_sizes(study, chain):
-    rows = rows_of(evaluate("composition", study, chain)["composition"], scale="own")
+    rows = rows_of(evaluate("composition", study, chain)["composition"], kind="chain", scale="own")
     assert [(row["rule"], row["k"]) for row in rows] == [
         ("first", 2), ("random", 2), ("random", 2), ("first", 3), ("random", 3), ("random", 3), ("first", 5),
     ]  # fmt: skip
@@ -33,8 +48,10 @@ def test_subsets_are_the_first_k_and_random_ones_of_the_same_sizes(study, chain)
 
 
 def test_ablating_projects_the_mean_out_of_the_stream_under_the_base(study, chain):
+    drawn = random_directions(study, chain)
     for row in rows_of(evaluate("composition", study, chain)["composition"], scale="ablated"):
-        mean = chain.theta[[index - 1 for index in row["members"]]].mean(0)
+        theta = drawn.theta if row["kind"] == "random" else chain.theta
+        mean = theta[[index - 1 for index in row["members"]]].mean(0)
         unit = mean / mean.norm()
 
         def ablate(_layer, _args, output, unit=unit):
@@ -50,6 +67,9 @@ def test_ablating_projects_the_mean_out_of_the_stream_under_the_base(study, chai
             reference.kl(log_p, reference.next_token(study, study.base)), abs=1e-4
         )
         assert row["norm"] == pytest.approx(5)
+        if row["kind"] == "random":
+            assert row["text"] is None
+            continue
         seed = derive_seed(study.config.seed, "code", row["index"], "generations/composition/training/ablated")
         job = Job(reference.prompt_tokens(study), study.base, seed, unit)
         (text,) = generate(study.model, [job], 1, max_new_tokens=8)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from melbo_ray.evals import evaluate
-from melbo_ray.evals.control import random_directions
+from melbo_ray.evals.control import more_directions, random_directions
 from melbo_ray.evals.study import evenly
 from melbo_ray.subspace import max_abs_cos
 
@@ -30,6 +30,20 @@ def test_it_is_a_null_of_every_evaluation_and_never_of_kind_chain(study, chain):
     written = evaluate("control", study, chain)
     assert set(written["kl"]["index"].to_pylist()) == {0, *chain.index}
     assert all(written[name].num_rows for name in ("kl", "generalization", "generations", "dose", "presence"))
+
+
+def test_presence_has_200_random_directions_at_least(study, chain):
+    rows = evaluate("control", study, chain)["presence"]
+    assert set(rows_of_random(rows)) == set(range(1, 201))
+    more = more_directions(study, range(6, 9))
+    assert more.norms == pytest.approx([study.config.radius] * 3)
+    assert float(torch.cosine_similarity(more.theta, study.base[None]).abs().max()) < 1e-6
+    assert 1e-3 < max_abs_cos(more.theta) < 0.9
+    assert torch.equal(more.theta[1:], more_directions(study, [7, 8]).theta)
+
+
+def rows_of_random(table):
+    return [row["index"] for row in table.to_pylist() if row["kind"] == "random"]
 
 
 def test_evenly_takes_the_first_and_the_last():

@@ -1,6 +1,5 @@
 import dataclasses
 
-import numpy as np
 import torch
 
 from melbo_ray.detectors import score_text
@@ -10,16 +9,7 @@ from tests.evals import reference
 
 
 def written_by_hand(study, prompt, theta, seed, greedy):
-    """The likeliest token, or inverse-CDF sampling, from plain forward passes, the whole text read again each time."""
-    tokens, written = reference.prompt_tokens(study, prompt), []
-    draws = torch.rand(8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).tolist()
-    for draw in draws:
-        probabilities = np.exp(reference.log_probs(study, torch.cat([tokens, torch.tensor(written).long()]), theta)[-1])
-        drawn = np.searchsorted(np.cumsum(probabilities), draw, side="right")
-        token = int(probabilities.argmax() if greedy else drawn)
-        if token in study.model.end_tokens:
-            break
-        written.append(token)
+    written = reference.written(study, reference.prompt_tokens(study, prompt), theta, seed, 8, greedy)
     return study.model.tokenizer.decode(written, skip_special_tokens=True), len(written)
 
 

@@ -52,7 +52,18 @@ def test_the_figures_of_the_chain(study, chain):
     everything = np.stack([study.base.numpy(), *chain.theta.numpy()])
     gram = [abs(cos(a, b)) for i, a in enumerate(everything) for b in everything[:i]]
     assert figures["max_abs_cos"] == pytest.approx(max(gram), abs=1e-6)
-    assert figures["bessel_rms_component"] == pytest.approx(np.median(chain.norms) / np.sqrt(5), rel=1e-5)
+    assert figures["bessel_rms_component"] == pytest.approx(4 / np.sqrt(5), rel=1e-5)
+
+
+def test_no_direction_has_a_larger_rms_component_than_the_bound(study, chain):
+    """Among directions is the one along the longest vector of a chain with one long vector, which reaches it."""
+    norms = torch.tensor([10.0, 1, 1, 1, 1])
+    uneven = Vectors("chain", chain.index, torch.nn.functional.normalize(chain.theta, dim=-1) * norms[:, None])
+    bound = summary_of(study, uneven)["bessel_rms_component"]
+    tried = torch.cat([directions(100, norm=1.0, seed=5), uneven.theta / norms[:, None]])
+    components = (uneven.theta.double() @ tried.double().T).square().mean(0).sqrt()
+    assert float(components.max()) <= bound * (1 + 1e-6)
+    assert float(components.max()) > 0.99 * bound
 
 
 def test_along_the_base_itself_half_of_its_score_is_reached_by_its_own_norm(study, chain, monkeypatch):

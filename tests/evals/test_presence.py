@@ -10,6 +10,8 @@ from melbo_ray import melbo
 from melbo_ray.evals import evaluate
 from melbo_ray.evals.presence import auroc, contrast, effect_size, text_sets
 from melbo_ray.model import LanguageModel
+from melbo_ray.ortho import derive_seed
+from tests.evals import reference
 from tests.evals.reference import rows_of
 
 
@@ -85,13 +87,17 @@ def test_massive_activations_and_no_others_are_sinks(study):
     assert len(concept.activations("dropped")) == len(read) - read.count(massive) < len(read)
 
 
-def test_the_model_writes_as_many_texts_of_each_and_the_prompt_is_not_counted(study):
-    concept, _ = text_sets(study)["written_"]
-    openings = [study.continuations[i % 2] for i in range(8)]
-    assert len(concept.h) >= sum(len(opening) for opening in openings)
-    prompt = study.tokens("training")
-    expected = stream(study, torch.cat([prompt, openings[0]]))[len(prompt) :]
-    np.testing.assert_allclose(concept.h[: len(openings[0])], expected, atol=1e-4)
+def test_written_sets_differ_in_what_was_forced_and_not_in_the_prompt(study):
+    """Both sets again: sampled from plain forward passes on the same prompts, with and without an opening."""
+    expected = {"concept": [], "neutral": []}
+    for i, text in enumerate(study.concept.held_out.values()):
+        prompt = reference.prompt_tokens(study, text)
+        for side, start in {"concept": torch.cat([prompt, study.continuations[i % 2]]), "neutral": prompt}.items():
+            seed = derive_seed(study.config.seed, "code", i, f"presence/{side}")
+            own = reference.written(study, start, torch.zeros(32), seed, 32) or study.model.end_tokens[:1]
+            expected[side].append(stream(study, torch.cat([start, torch.tensor(own)]))[len(start) :])
+    for found, side in zip(text_sets(study)["written_"], ("concept", "neutral"), strict=True):
+        np.testing.assert_allclose(found.h, np.concatenate(expected[side]), atol=1e-4)
 
 
 def test_a_concept_without_passages_is_judged_by_what_the_model_writes(study, chain, monkeypatch):
