@@ -204,19 +204,23 @@ def _write(
     wanted = [Job(prompt, theta, temperature=0) for prompt, theta in jobs]
     texts = [text.tokens for text in generate(model, wanted, config.source_layer, max_new_tokens=config.max_new_tokens)]
     decoded = [str(model.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in texts]
-    sense = coherence(model, config.source_layer, [prompt for prompt, _ in jobs], texts)
+    pairs = [(tuple(job.tokens.tolist()), tuple(text)) for job, text in zip(wanted, texts, strict=True)]
+    # Many candidates write the same, a refusal above all.
+    unlike = list(dict.fromkeys(pairs))
+    read = coherence(model, config.source_layer, *zip(*unlike, strict=True))
+    sense = dict(zip(unlike, read, strict=True))
     return [
-        Written(text, score_text(concept, text)["detected"], value, distinct(tokens))
-        for text, value, tokens in zip(decoded, sense, texts, strict=True)
+        Written(text, score_text(concept, text)["detected"], sense[pair], distinct(tokens))
+        for text, pair, tokens in zip(decoded, pairs, texts, strict=True)
     ]
 
 
 def coherence(
-    model: LanguageModel, source: int, prompts: Sequence[Int[Tensor, " seq"]], texts: Sequence[Sequence[int]]
+    model: LanguageModel, source: int, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
 ) -> list[float]:
     """Mean log-probability per token (nats) of each text after its prompt, unsteered; of an empty one its end's."""
-    forced = [[torch.tensor(tokens or model.end_tokens[:1])] for tokens in texts]
-    rows = Prompts(model, prompts, source, forced)
+    forced = [[torch.tensor(list(tokens) or model.end_tokens[:1])] for tokens in texts]
+    rows = Prompts(model, [torch.tensor(prompt) for prompt in prompts], source, forced)
     logits = rows.logits(torch.zeros(len(texts), model.d_model, device=model.device))
     pairs = zip(logits, rows.targets, strict=True)
     return [float(target_log_probs(scores, targets).mean()) for scores, targets in pairs]

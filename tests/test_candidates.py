@@ -77,11 +77,11 @@ def test_distinct_trigrams_tell_a_loop():
 
 def test_coherence_is_the_unsteered_log_probability_of_the_text_after_its_prompt():
     model = tiny()
-    prompts = [torch.tensor([5, 6, 7]), torch.tensor([9, 8, 7, 6, 5])]
+    prompts = [[5, 6, 7], [9, 8, 7, 6, 5]]
     texts = [[1, 2, 3, 4], []]
     found = coherence(model, 1, prompts, texts)
     for prompt, text, value in zip(prompts, [texts[0], list(model.end_tokens[:1])], found, strict=True):
-        whole = torch.cat([prompt, torch.tensor(text)])
+        whole = torch.tensor([*prompt, *text])
         log_probs = plain_logits(model, whole, 1, torch.zeros(D_MODEL)).double().log_softmax(-1)
         expected = [float(log_probs[len(prompt) - 1 + i, token]) for i, token in enumerate(text)]
         assert value == pytest.approx(sum(expected) / len(expected), abs=1e-4)
