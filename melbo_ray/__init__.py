@@ -1,7 +1,11 @@
 """How many orthogonal steering vectors do the same thing? MELBO-ortho as a distributed batch job."""
 
 import importlib
+import sys
 from typing import Any
+
+if sys.platform == "win32":
+    raise ImportError("melbo_ray runs on Linux and macOS; on Windows use it inside WSL 2")
 
 # Loaded when asked for: a job that only reads a run shall not wait for torch and transformers.
 _HOMES = {

@@ -99,3 +99,9 @@ def test_every_file_is_short_enough_to_read():
         str(path.relative_to(ROOT)): n for path in MODULES if (n := len(path.read_text("utf-8").splitlines())) > 260
     }
     assert not long
+
+
+def test_where_it_does_not_run_it_says_so():
+    code = "import sys; sys.platform = 'win32'; import melbo_ray"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert ended.stderr.splitlines()[-1].endswith("runs on Linux and macOS; on Windows use it inside WSL 2")
