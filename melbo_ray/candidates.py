@@ -74,6 +74,7 @@ class Candidate:
         concept_score: mean log-probability per token of the concept's continuations, steered minus unsteered (nats).
         written: the greedy text on the training prompt.
         weaker: the same under 0.8 θ.
+        steps: MELBO's steps of ascent until then; None for another base.
         held_out: greedy texts on held-out prompts; only of the best of those that show the concept.
         gained: held-out prompts on which it shows the concept and the unsteered model does not.
         rank: 1 for the best.
@@ -88,6 +89,7 @@ class Candidate:
     concept_score: float
     written: Written
     weaker: Written
+    steps: int | None = None
     held_out: tuple[Written, ...] = ()
     gained: int = 0
     rank: int = 0
@@ -110,6 +112,7 @@ class Candidate:
         return {
             "index": self.index,
             "vector": self.theta.tolist(),
+            "steps": self.steps,
             "objective": self.objective,
             "radius": self.radius,
             "concept_score": self.concept_score,

@@ -98,10 +98,10 @@ class Config(BaseSettings):
     base_index: NonNegativeInt | None = None
     """Which candidate, or which row of the file, is the base; without it what they write decides."""
     candidates: PositiveInt = 20
-    """MELBO candidates to find at a time, each orthogonal to the earlier ones: once, and up to six times where none
-    writes the concept."""
+    """MELBO candidates that ascend at once, each orthogonal to the earlier ones; where none of them writes the concept
+    firmly, as many new ones follow, up to six times."""
     melbo_steps: PositiveInt = 30
-    """Steps of ascent for each MELBO candidate."""
+    """Steps of ascent for each MELBO candidate, at most; every ten it is judged by what it writes."""
     melbo_p: Positive = 2.0
     """MELBO's p: power of the norm that is taken over token positions."""
     melbo_q: Positive = 2.0

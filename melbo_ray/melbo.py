@@ -4,8 +4,8 @@ Source: Mack and Turner (2024), "Mechanistically eliciting latent behaviors in l
 fixed norm that change the target layer's activations the most.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,8 +23,11 @@ from melbo_ray.steer import Prompts
 
 _STEP = 0.05
 _MOMENTUM = 0.7
-# Few candidates write a given concept (of 20 on Qwen2.5-Coder-0.5B none to four): so many times they are sought.
-_ROUNDS = 6
+# Few candidates write a given concept (of 20 on Qwen2.5-Coder-0.5B none to four): so many times they are sought, and in
+# their ascent they are looked at this often.
+_ROUNDS, _LOOK = 6, 10
+# Tokens of one forward and backward pass.
+_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,21 @@ def base_vector(model: LanguageModel, concept: Concept, config: Config) -> Base:
 
 
 def _until_one_shows(slice: Slice, concept: Concept, config: Config, radius: float) -> tuple[list[Candidate], bool]:
-    """MELBO's candidates, `config.candidates` at a time, until one shows the concept firmly or `_ROUNDS` are over."""
-    found, unsteered_shows = _judged(slice, concept, config, maximise(slice, config, concept.name, radius))
-    most = min(_ROUNDS * config.candidates, slice.model.d_model)
-    while not any(candidate.firm for candidate in found) and len(found) + config.candidates <= most:
-        earlier = torch.stack([candidate.theta for candidate in found])
-        thetas = maximise(slice, config, concept.name, radius, earlier)
-        found += _judged(slice, concept, config, thetas, len(found))[0]
+    """MELBO's candidates, at every look at their ascent, until one shows the concept firmly or `_ROUNDS` are over.
+
+    A far ascent breaks one model before its candidates write anything, a short one leaves the next untouched.
+    """
+    found, unsteered_shows, taken = [], False, torch.empty(0, slice.model.d_model)
+    for _ in range(_ROUNDS):
+        if found and len(taken) + config.candidates > slice.model.d_model:
+            break
+        thetas = taken
+        for steps, thetas in maximise(slice, config, concept.name, radius, taken):
+            judged, unsteered_shows = _judged(slice, concept, config, thetas, len(found))
+            found += [replace(candidate, steps=steps) for candidate in judged]
+            if any(candidate.firm for candidate in judged):
+                return found, unsteered_shows
+        taken = torch.cat([taken, thetas])
     return found, unsteered_shows
 
 
@@ -111,38 +122,44 @@ def objective(
 
 
 def maximise(
-    slice: Slice, config: Config, concept: str, radius: float, earlier: Float[Tensor, "n d_model"] | None = None
-) -> Float[Tensor, "candidates d_model"]:
-    """Candidates: orthogonal vectors of norm R, each a maximum of `objective` in the complement of those before it.
+    slice: Slice, config: Config, concept: str, radius: float, taken: Float[Tensor, "n d_model"]
+) -> Iterator[tuple[int, Float[Tensor, "candidates d_model"]]]:
+    """Candidates on their way up, with the steps taken, every ten steps and at the end.
 
-    `earlier` (orthogonal, of norm R) come before all of them.
-
-    All ascend at once from seeded random starts. A step follows the gradient's tangent part, of unit length and with
-    momentum; then every vector is made orthogonal to those before it and brought back to norm R.
+    Orthogonal vectors of norm R, each ascending `objective` in the complement of those before it; `taken` (orthogonal,
+    of norm R; may be empty) come before all of them. All ascend at once from seeded random starts. A step follows the
+    gradient's tangent part, of unit length and with momentum; then every vector is made orthogonal to those before it
+    and brought back to norm R.
     """
     d_model, device = slice.model.d_model, slice.model.device
     if config.candidates > d_model:
         raise UserError(f"{config.candidates} candidates cannot be orthogonal in d_model = {d_model}")
     if config.melbo_from >= slice.h_source.shape[1]:
         raise UserError(f"--melbo-from {config.melbo_from}: the prompt has only {slice.h_source.shape[1]} tokens")
-    taken = torch.empty(0, d_model) if earlier is None else earlier
     generator = torch.Generator().manual_seed(derive_seed(config.seed, concept, len(taken), "melbo"))
     start = torch.cat([taken, torch.randn(config.candidates, d_model, generator=generator)])
-    theta = retract(start, radius)[len(taken) :].to(device)
-    taken = taken.to(device)
+    theta, taken = retract(start, radius)[len(taken) :].to(device), taken.to(device)
     with torch.no_grad():
         unsteered = slice.h_target(torch.zeros(1, d_model, device=device)).float()
     velocity = torch.zeros_like(theta)
-    for _ in range(config.melbo_steps):
-        theta.requires_grad_()
-        (gradient,) = torch.autograd.grad(objective(slice, theta, config, unsteered).sum(), theta)
-        theta = theta.detach()
-        gradient = tangent(gradient, theta)
+    for step in range(1, config.melbo_steps + 1):
+        gradient = tangent(_ascent(slice, theta, config, unsteered), theta)
         gradient = gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(1e-30)
         velocity = _MOMENTUM * velocity + gradient
         moved = torch.cat([taken, theta + _STEP * radius * velocity])
         theta = retract(moved, radius)[len(taken) :]
-    return theta.cpu()
+        if step % _LOOK == 0 or step == config.melbo_steps:
+            yield step, theta.cpu()
+
+
+def _ascent(slice: Slice, theta: Tensor, config: Config, unsteered: Tensor) -> Tensor:
+    """The gradient of every row's objective, in passes of so many tokens that activations stay small."""
+    size = max(1, _TOKENS // slice.h_source.shape[1])
+    gradients = []
+    for part in theta.detach().split(size):
+        free = part.clone().requires_grad_()
+        gradients += torch.autograd.grad(objective(slice, free, config, unsteered).sum(), free)
+    return torch.cat(gradients)
 
 
 def tangent(gradient: Float[Tensor, "batch d_model"], theta: Float[Tensor, "batch d_model"]) -> Tensor:
