@@ -30,10 +30,9 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "radius": _schema(radius=_float, nonlinearity=_float),
     "candidates": _schema(
-        vector=pa.list_(_float), steps=_int, objective=_float, radius=_float, concept_score=_float, text=_text, weaker_text=_text,
-        firm=_bool, detected=_bool,
-        coherence=_float, distinct_trigrams=_float, held_out_texts=pa.list_(_text), held_out_gained=_int, rank=_int,
-        taken=_bool, reason=_text,
+        vector=pa.list_(_float), steps=_int, objective=_float, radius=_float, concept_score=_float, text=_text,
+        weaker_text=_text, firm=_bool, detected=_bool, coherence=_float, distinct_trigrams=_float,
+        held_out_texts=pa.list_(_text), held_out_gained=_int, rank=_int, taken=_bool, reason=_text,
     ),
     "kl": _schema(
         prompt_id=_text, scale=_text, norm=_float, **_KL, top_tokens=pa.list_(_text), top_probs=pa.list_(_float),

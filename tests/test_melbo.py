@@ -63,9 +63,15 @@ def test_retraction_keeps_each_row_orthogonal_to_those_before_it_and_of_norm_r()
     assert all(float(new @ old) > 0 for new, old in zip(kept, rows, strict=True))
 
 
+def climbed(slice, config):
+    """The candidates at the end of their ascent."""
+    *_, (_, thetas) = maximise(slice, config, "letters", config.radius, torch.empty(0, D_MODEL))
+    return thetas
+
+
 def test_candidates_rise_above_random_vectors_of_the_same_norm():
     slice, config = a_slice(), Config(**OPTIONS)
-    found = maximise(slice, config, "letters")
+    found = climbed(slice, config)
     unsteered = slice.h_target(torch.zeros(1, D_MODEL)).float()
     torch.testing.assert_close(found @ found.T, 16 * torch.eye(5), atol=1e-3, rtol=0)
     random = objective(slice, directions(20, norm=4.0), config, unsteered).detach()
@@ -73,16 +79,28 @@ def test_candidates_rise_above_random_vectors_of_the_same_norm():
 
 
 def test_candidates_are_repeatable_and_depend_on_the_seed():
-    one, same, other = (
-        maximise(a_slice(), Config(seed=seed, melbo_steps=3, **OPTIONS), "letters") for seed in (0, 0, 1)
-    )
+    one, same, other = (climbed(a_slice(), Config(seed=seed, melbo_steps=3, **OPTIONS)) for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
 
+def test_candidates_are_judged_every_ten_steps_of_one_ascent():
+    looks = list(maximise(a_slice(), Config(melbo_steps=25, **OPTIONS), "letters", 4.0, torch.empty(0, D_MODEL)))
+    assert [steps for steps, _ in looks] == [10, 20, 25]
+    shorter = climbed(a_slice(), Config(melbo_steps=20, **OPTIONS))
+    torch.testing.assert_close(looks[1][1], shorter)
+
+
+def test_an_ascent_in_small_passes_is_the_same(monkeypatch):
+    whole = climbed(a_slice(), Config(melbo_steps=3, **OPTIONS))
+    monkeypatch.setattr("melbo_ray.melbo._TOKENS", 30)
+    torch.testing.assert_close(climbed(a_slice(), Config(melbo_steps=3, **OPTIONS)), whole, rtol=1e-4, atol=1e-4)
+
+
 def test_the_concept_score_is_the_steered_log_probability_minus_the_unsteered():
     config = Config(melbo_steps=3, **OPTIONS)
-    base, candidates = base_vector(tiny(), CONCEPT, config)
+    found = base_vector(tiny(), CONCEPT, config)
+    base, candidates = found.theta, found.candidates
     (best,) = (candidate for candidate in candidates if candidate.taken)
     assert torch.equal(base, best.theta)
     assert [candidate.index for candidate in candidates] == list(range(len(candidates)))
@@ -98,7 +116,8 @@ def test_the_concept_score_is_the_steered_log_probability_minus_the_unsteered():
 
 
 def test_base_index_takes_one():
-    base, candidates = base_vector(tiny(), CONCEPT, Config(melbo_steps=2, base_index=3, **OPTIONS))
+    found = base_vector(tiny(), CONCEPT, Config(melbo_steps=2, base_index=3, **OPTIONS))
+    base, candidates = found.theta, found.candidates
     assert torch.equal(base, candidates[3].theta)
     assert [candidate.index for candidate in candidates if candidate.taken] == [3]
     with pytest.raises(UserError, match="30 candidates"):
@@ -109,8 +128,8 @@ def test_candidates_are_sought_again_beside_the_earlier_ones_until_one_writes_th
     monkeypatch.setattr("melbo_ray.candidates._SENSE", -np.inf)
     monkeypatch.setattr("melbo_ray.candidates._LOOP", 0.0)
     config = Config(melbo_steps=3, **OPTIONS)
-    first = maximise(a_slice(), config, "letters")
-    _, all_there_are = base_vector(tiny(), CONCEPT, config)
+    first = climbed(a_slice(), config)
+    all_there_are = base_vector(tiny(), CONCEPT, config).candidates
     assert len(all_there_are) == 30  # nothing writes it: six times five
     thetas = torch.stack([candidate.theta for candidate in all_there_are])
     torch.testing.assert_close(thetas @ thetas.T, 16 * torch.eye(30), atol=1e-3, rtol=0)
@@ -118,7 +137,7 @@ def test_candidates_are_sought_again_beside_the_earlier_ones_until_one_writes_th
     assert all_there_are[0].reason.endswith("does not write the concept")
     wanted = all_there_are[12].written.text
     monkeypatch.setattr("melbo_ray.candidates.score_text", lambda _concept, text: {"detected": text == wanted})
-    _, found = base_vector(tiny(), CONCEPT, config)
+    found = base_vector(tiny(), CONCEPT, config).candidates
     place = next(c.index for c in all_there_are if c.written.text == wanted)
     assert len(found) == 5 * (place // 5 + 1)
     assert next(candidate for candidate in found if candidate.taken).written.text == wanted
@@ -136,7 +155,8 @@ def test_contrast_is_the_difference_of_mean_activations_without_the_first_positi
 
     expected = mean(CONCEPT.contrast) - mean(CONCEPT.neutral)
     np.testing.assert_allclose(contrast(model, CONCEPT, Config(**OPTIONS)).numpy(), expected, atol=1e-5)
-    base, (only,) = base_vector(model, CONCEPT, Config(base="contrast", **OPTIONS))
+    found = base_vector(model, CONCEPT, Config(base="contrast", **OPTIONS))
+    base, (only,) = found.theta, found.candidates
     np.testing.assert_allclose(base.numpy(), expected / np.linalg.norm(expected) * 4, atol=1e-4)
     assert only.radius == 4.0
 
@@ -199,5 +219,5 @@ def test_a_contrast_with_a_prompt_of_one_token_is_refused_in_a_line():
 
 def test_a_prompt_of_one_token_has_a_base_where_its_token_counts():
     short = CONCEPT.model_copy(update={"prompt": "x"})
-    base, _ = base_vector(tiny(), short, Config(melbo_from=0, melbo_steps=1, **OPTIONS))
+    base = base_vector(tiny(), short, Config(melbo_from=0, melbo_steps=1, **OPTIONS)).theta
     assert torch.isfinite(base).all()
