@@ -89,6 +89,11 @@ def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
                 f"--melbo-from {config.melbo_from}: the prompt {_short(concept.prompt)} has only {len(tokens)} tokens, "
                 "so none is left: give a longer prompt, or a smaller --melbo-from"
             )
+        if len(tokens) <= config.z_from:
+            raise UserError(
+                f"--z-from {config.z_from}: the prompt {_short(concept.prompt)} has only {len(tokens)} tokens, so none "
+                "is left: give a longer prompt, or a smaller --z-from"
+            )
     naming = "" if config.run_id else f" with --run-id {run_id}"
     return Checked(config.model_copy(update={"run_id": run_id}), concepts, demands(shape, config, concepts), naming)
 

@@ -6,7 +6,7 @@ import datetime
 import importlib.metadata
 import platform
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -19,7 +19,7 @@ from melbo_ray.check import Checked, compare, identity
 from melbo_ray.config import UserError
 from melbo_ray.layout import Packed, lay_out
 from melbo_ray.lease import Lease
-from melbo_ray.progress import Display, base_reason
+from melbo_ray.progress import SINK, Display, base_figures, base_reason
 from melbo_ray.storage import StorageError
 from melbo_ray.store import Run
 from melbo_ray.subspace import max_abs_cos
@@ -122,6 +122,8 @@ class _Job:
                 self._told.add(name)
                 if reason := base_reason(self.run, name):
                     self.display.say(f"{name}: the base is {reason}")
+                if figures := base_figures(self.run, name):
+                    self.display.say(_told_of_base(name, figures))
         self.display.update(driver.agendas, driver.last, driver.pool.ready)
         if (line := driver.silence()) is not None:
             self.display.say(line)
@@ -159,6 +161,13 @@ class _Job:
         self.run.storage.sweep()
         self.lease.check()
         self.run.write_manifest(self.manifest)
+
+
+def _told_of_base(concept: str, figures: Mapping[str, float]) -> str:
+    line = f"{concept}: R = {figures['radius']:.4g}, {figures['sink_share']:.0%} of the target at the first position"
+    if figures["sink_share"] < SINK:
+        return line
+    return f"{line}, an attention sink's activation: z from 0 (--z-from 0) would mostly match that"
 
 
 def _given_up(packed: Packed) -> str:

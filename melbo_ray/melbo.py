@@ -26,8 +26,8 @@ _MOMENTUM = 0.7
 # Few candidates write a given concept (of 20 on Qwen2.5-Coder-0.5B none to four): so many times they are sought, and in
 # their ascent they are looked at this often.
 _ROUNDS, _LOOK = 6, 10
-# Tokens of one forward and backward pass.
-_TOKENS = 1024
+ASCENT_TOKENS = 1024
+"""Tokens of one forward and backward pass of the ascent."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def maximise(
 
 def _ascent(slice: Slice, theta: Tensor, config: Config, unsteered: Tensor) -> Tensor:
     """The gradient of every row's objective, in passes of so many tokens that activations stay small."""
-    size = max(1, _TOKENS // slice.h_source.shape[1])
+    size = max(1, ASCENT_TOKENS // slice.h_source.shape[1])
     gradients = []
     for part in theta.detach().split(size):
         free = part.clone().requires_grad_()

@@ -12,6 +12,7 @@ from melbo_ray.concepts import Concept
 from melbo_ray.config import Config
 from melbo_ray.evals.generalization import LENGTH
 from melbo_ray.generate import usual_places, width
+from melbo_ray.melbo import ASCENT_TOKENS
 from melbo_ray.model import LanguageModel
 from melbo_ray.steer import PASS_TOKENS
 
@@ -73,7 +74,8 @@ def _chain(model: LanguageModel, config: Config, concepts: Sequence[Concept]) ->
 def _evaluator(model: LanguageModel, config: Config, concepts: Sequence[Concept]) -> Demand:
     """The whole model; the products of decoding; the base's search, then texts and logits beside them."""
     prompts = [_length(model, config, concept.prompt) for concept in concepts]
-    search = config.candidates * max(prompts) * _kept(_slice(model, config), model) if config.base == "melbo" else 0
+    ascending = max(*prompts, min(config.candidates * max(prompts), ASCENT_TOKENS))
+    search = ascending * _kept(_slice(model, config), model) if config.base == "melbo" else 0
     head = model.network.get_output_embeddings()
     packed = _bytes(model.layers, products=True) + _bytes([head], products=True)
     work = [max(search, _logits(model, config, concepts) + _texts(model, config, concepts, d)) for d in ("cpu", "cuda")]

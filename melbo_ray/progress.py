@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # a look at a run's storage needs neither
     from melbo_ray.agenda import Agenda
     from melbo_ray.ortho import SteeringVector
 
+SINK = 0.3
+"""Share of the target displacement from which on the first position, often an attention sink, is warned of."""
 _LINE_EVERY, _BAR_EVERY = 5.0, 0.5
 _FEWEST_STEPS, _STEPS = 4, 16
 
@@ -166,6 +168,7 @@ def _facts(run: Run, concept: str, facts: Mapping[str, Any]) -> dict[str, str]:
     medians = {kind: _median_kl(run, concept, kind) for kind in ("chain", "random", "shuffled")}
     return {
         "the base": base_reason(run, concept) or "–",
+        "R, and the first position's share of the target": _of_base(run, concept),
         "vectors found": str(len(chain)),
         "why the chain stopped": str(facts["stop_reason"]),
         "KL from the base, nats: median [95 %]": medians["chain"],
@@ -186,6 +189,19 @@ def base_reason(run: Run, concept: str) -> str:
     """Which candidate the base is, and why, in one line; empty where there were none."""
     taken = [row for row in run.read("candidates", concept).to_pylist() if row["taken"]]
     return f"candidate {taken[0]['index']}: {taken[0]['reason']}" if taken else ""
+
+
+def base_figures(run: Run, concept: str) -> dict[str, float]:
+    """What `summary` has of the base: `radius`, `sink_share`, `coordinate_share`."""
+    return {row["figure"]: row["value"] for row in run.read("summary", concept).to_pylist() if row["kind"] == "base"}
+
+
+def _of_base(run: Run, concept: str) -> str:
+    figures = base_figures(run, concept)
+    if not figures:
+        return "–"
+    warning = "" if figures["sink_share"] < SINK else ": READ relative_loss_from_1"
+    return f"{figures['radius']:.3g}, {figures['sink_share']:.0%}{warning}"
 
 
 def candidates(run: Run, concept: str) -> Table:
