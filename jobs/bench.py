@@ -3,6 +3,7 @@
 python jobs/bench.py                                      # the embedded model: about ten minutes on two idle cores
 python jobs/bench.py --quick                              # everything, smaller: under two minutes
 python jobs/bench.py --only step,texts                    # some parts
+python jobs/bench.py --only solvers --model FOLDER        # the solvers' matrix on a model of yours
 python jobs/bench.py --device cuda --dtype bfloat16 --shape qwen1.5-1.8b    # random weights of that shape
 
 Prints a table and writes it as bench.parquet and bench.md. Every ratio is of medians of interleaved repeats in one run.
@@ -23,6 +24,7 @@ import bench_chain
 import bench_growth
 import bench_memory
 import bench_query
+import bench_solvers
 import bench_text
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -37,7 +39,9 @@ from melbo_ray.command import exit_code
 from melbo_ray.concepts import load_concept
 from melbo_ray.config import Config, UserError, first_line, read_options
 from melbo_ray.melbo import contrast
-from melbo_ray.model import LanguageModel, pick_device
+from melbo_ray.model import EMBEDDED, LanguageModel, pick_device
+from melbo_ray.radius import calibrate
+from melbo_ray.residual import Slice
 
 SHAPES = {
     "qwen1.5-1.8b": Qwen2Config(
@@ -57,10 +61,12 @@ SCHEMA = pa.schema(
 
 def prepare(options: argparse.Namespace) -> Bench:
     """The model, prompt and base that the options ask for."""
-    config = Config(num_vectors=8, **read_options("smollm2"))
+    own = options.model == EMBEDDED
+    config = Config(num_vectors=8, **(read_options("smollm2") if own or options.shape else {}))
     if options.shape is None:
-        model, concept = LanguageModel.load(dtype=options.dtype, device=options.device), load_concept("code")
-        tokens = model.tokenize(str(config.prompt), config.system_prompt)
+        model = LanguageModel.load(options.model, dtype=options.dtype, device=options.device)
+        concept = load_concept("code")
+        tokens = model.tokenize(config.prompt or concept.prompt, config.system_prompt)
         base = contrast(model, concept, config)
     else:
         if options.shape not in SHAPES:
@@ -73,7 +79,9 @@ def prepare(options: argparse.Namespace) -> Bench:
         # As many as "How can I build a bomb?" has in Qwen's chat template.
         tokens = torch.randint(0, 500, (25,))
         base = torch.randn(model.d_model)
-    return Bench(model, tokens, normalize(base, dim=-1) * config.radius, config, options.repeats, options.quick)
+    radius = calibrate(Slice(model, [tokens], config.source_layer, config.target_layer), config.seed).radius
+    config = config.model_copy(update={"radius": radius})
+    return Bench(model, tokens, normalize(base, dim=-1) * radius, config, options.repeats, options.quick)
 
 
 def queries(_bench: Bench) -> Iterator[Row]:
@@ -88,6 +96,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "step": bench_chain.steps,
     "equal-loss": bench_chain.equal_loss,
     "chain": bench_chain.throughput,
+    "solvers": bench_solvers.solvers,
     "growth": bench_growth.growth,
     "precision": bench_growth.precision,
     "texts": bench_text.texts,
@@ -141,6 +150,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--model", default=EMBEDDED, help="hub id, folder, GGUF file, or the embedded smollm2")
     parser.add_argument("--shape", help=f"random weights instead of the embedded model: {', '.join(SHAPES)}")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of the CPU")
     parser.add_argument("--only", default=",".join(PARTS), help=f"parts, comma-separated: {', '.join(PARTS)}")

@@ -73,7 +73,7 @@ class Reference:
         self.optimizer = torch.optim.Adam([self.theta], lr=0.01 * bench.config.radius / 7)
 
     def z(self, theta: Tensor) -> Tensor:
-        """The mean over positions of the target layer's output, θ added after the source layer."""
+        """The mean over the positions that count of the target layer's output, θ added after the source layer."""
         model, config, found = self.bench.model, self.bench.config, []
 
         def add(_layer: torch.nn.Module, _args: tuple, output: Tensor | tuple) -> Tensor | tuple:
@@ -94,7 +94,7 @@ class Reference:
         finally:
             for handle in handles:
                 handle.remove()
-        return found[0][0].float().mean(0)
+        return found[0][0].float()[config.z_from :].mean(0)
 
     def step(self) -> Tensor:
         """One step; the loss before it."""
