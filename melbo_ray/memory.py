@@ -10,14 +10,15 @@ from torch import nn
 
 from melbo_ray.concepts import Concept
 from melbo_ray.config import Config
+from melbo_ray.evals.dose import DOSES
 from melbo_ray.evals.generalization import LENGTH
 from melbo_ray.generate import usual_places, width
 from melbo_ray.model import LanguageModel
 from melbo_ray.residual import PULLBACK_TOKENS
-from melbo_ray.steer import PASS_TOKENS
+from melbo_ray.steer import PASS_TOKENS, encode
 
 # What a process with torch, transformers and Ray takes before it has read a weight.
-_PROCESS = 450 << 20
+_PROCESS = 480 << 20
 # Norms, rotary embeddings and residual sums of a decoder layer keep this many values of d_model a token.
 _KEPT_BESIDE_PRODUCTS = 4
 _FLOAT32 = 4
@@ -97,10 +98,12 @@ def _logits(model: LanguageModel, config: Config, concepts: Sequence[Concept]) -
     """Log-probabilities along the base's texts, which an evaluator keeps, and the logits of one pass, float32."""
     kept = read = 0
     for concept in concepts:
-        forced = LENGTH + len(model.tokenizer(concept.continuations[0], add_special_tokens=False)["input_ids"])
-        row = _length(model, config, concept.prompt) + forced
-        kept += (1 + len(concept.held_out)) * LENGTH
-        read = max(read, min(1 + len(concept.held_out), PASS_TOKENS // row) * forced)
+        prompts, length = 1 + len(concept.held_out), _length(model, config, concept.prompt)
+        texts = [len(encode(model, text)) for text in concept.continuations]
+        kept += prompts * LENGTH
+        # `generalization` forces the base's text and one more on every prompt, `dose` all of them at every dose.
+        for rows, forced in ((prompts, LENGTH + texts[0]), (DOSES, sum(texts))):
+            read = max(read, min(rows, max(1, PASS_TOKENS // (length + forced))) * forced)
     return (kept + read) * model.network.config.get_text_config().vocab_size * _FLOAT32
 
 

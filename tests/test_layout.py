@@ -106,7 +106,7 @@ def test_evaluations_alone_need_no_room_for_a_chain():
     assert (found.chain_actors, found.most_evaluators) == (0, 2)
 
 
-# In units of the weights W a chain asks for 1.5 W and W packed, an evaluator for 2 W and W packed; a process 0.44 GiB.
+# In units of the weights W a chain asks for 1.5 W and W packed, an evaluator for 2 W and W packed; a process 0.47 GiB.
 @pytest.mark.parametrize(
     ("memory", "cpus", "packed"),
     [
