@@ -32,8 +32,7 @@ class LanguageModel:
         layers: its decoder layers, the first at index 0.
         name: as given to `load`.
         revision: the hub revision asked for, if any.
-        packed: whether it may be held in packed copies too, for faster products on the CPU: they cost its own size
-            again. None is yes, but no more than 4 GiB of them.
+        packed: whether products on the CPU may have packed copies of it; None: of 4 GiB at most.
         kept: what those who use the model made once for all its uses (the batch of `generate`).
     """
 

@@ -91,7 +91,7 @@ def test_a_share_that_is_not_given_is_the_usual_one(cluster, options, shares):
         (ONE_GPU, {"chain_gpus": 1}, r"1\.5 GPUs together"),
         (LAPTOP, {"eval_gpus": 1, "chain_gpus": 0}, "--eval-gpus is 1, and there are 0 GPUs"),
         (BIG | {"largest_node_GPU": 1.0}, {"eval_gpus": 2}, "--eval-gpus is 2, and there are 1 GPUs"),
-        ({"CPU": 2.0, "memory": 2.5 * GIB}, {}, r"need 2\.8 GB of memory together"),
+        ({"CPU": 2.0, "memory": 2.5 * GIB}, {}, r"need 2\.9 GB of memory together"),
     ],
 )
 def test_what_can_never_begin_is_refused_unless_the_cluster_may_grow(cluster, options, message):
