@@ -6,6 +6,7 @@ Calibrated against the resident peaks of fresh processes (`jobs/bench.py --only 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from melbo_ray.concepts import Concept
@@ -30,19 +31,21 @@ class Demand:
 
     Attributes:
         weights: the parameters that it loads.
+        loading: the file's pages that are resident beside them while it does, where they are of another type.
         packed: the copies of them for its products, which it makes on the CPU where it is let.
         work: activations, basis, keys and values, logits, and what evaluations keep, on the CPU.
         work_on_gpu: the same on a GPU, where more texts are written at once.
     """
 
     weights: int
+    loading: int
     packed: int
     work: int
     work_on_gpu: int
 
     def on_cpu(self, packed: bool) -> int:
         """Resident memory of a worker on the CPU, its process included."""
-        return _PROCESS + self.weights + self.work + (self.packed if packed else 0)
+        return _PROCESS + self.weights + max(self.loading, self.work + (self.packed if packed else 0))
 
     @property
     def on_gpu(self) -> int:
@@ -58,12 +61,18 @@ class Demands:
     evaluator: Demand
 
 
-def demands(model: LanguageModel, config: Config, concepts: Sequence[Concept]) -> Demands:
-    """What each worker of a study of these concepts holds; the model may be a sketch."""
-    return Demands(_chain(model, config, concepts), _evaluator(model, config, concepts))
+def demands(
+    model: LanguageModel, config: Config, concepts: Sequence[Concept], published: torch.dtype | None = None
+) -> Demands:
+    """What each worker of a study of these concepts holds; the model may be a sketch.
+
+    `published`: the type of the weights in their file. Those of the model's own type are the file's pages.
+    """
+    share = published.itemsize / model.dtype.itemsize if published not in (None, model.dtype) else 0.0
+    return Demands(_chain(model, config, concepts, share), _evaluator(model, config, concepts, share))
 
 
-def _chain(model: LanguageModel, config: Config, concepts: Sequence[Concept]) -> Demand:
+def _chain(model: LanguageModel, config: Config, concepts: Sequence[Concept], share: float) -> Demand:
     """The layers up to the target and all that is no layer; the slice's products, forward and backward."""
     upper, slice_ = model.layers[config.target_layer + 1 :], _slice(model, config)
     prompts = sum(_length(model, config, concept.prompt) for concept in concepts)
@@ -71,17 +80,19 @@ def _chain(model: LanguageModel, config: Config, concepts: Sequence[Concept]) ->
     tokens = max(PULLBACK_TOKENS, config.block * prompts)
     basis = len(concepts) * config.num_vectors * model.d_model * _FLOAT32
     work = tokens * _kept(slice_, model) + basis
-    return Demand(_bytes([model.network]) - _bytes(upper), 2 * _bytes(slice_, products=True), work, work)
+    weights = _bytes([model.network]) - _bytes(upper)
+    return Demand(weights, int(share * weights), 2 * _bytes(slice_, products=True), work, work)
 
 
-def _evaluator(model: LanguageModel, config: Config, concepts: Sequence[Concept]) -> Demand:
+def _evaluator(model: LanguageModel, config: Config, concepts: Sequence[Concept], share: float) -> Demand:
     """The whole model; the products of decoding; the base's search, then texts and logits beside them."""
     prompts = [_length(model, config, concept.prompt) for concept in concepts]
     search = config.candidates * max(prompts) * _kept(_slice(model, config), model) if config.base == "melbo" else 0
     head = model.network.get_output_embeddings()
     packed = _bytes(model.layers, products=True) + _bytes([head], products=True)
     work = [max(search, _logits(model, config, concepts) + _texts(model, config, concepts, d)) for d in ("cpu", "cuda")]
-    return Demand(_bytes([model.network]), packed, *work)
+    weights = _bytes([model.network])
+    return Demand(weights, int(share * weights), packed, *work)
 
 
 def _texts(model: LanguageModel, config: Config, concepts: Sequence[Concept], device: str) -> int:

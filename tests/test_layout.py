@@ -16,7 +16,9 @@ ONE_GPU = {"CPU": 8.0, "GPU": 1.0, "memory": 64.0 * GIB}
 
 
 def layout(cluster, concepts=1, weights=GIB // 2, roles=False, fixed=False, allowed=ALL, **options):
-    demands = Demands(Demand(weights, weights, weights // 2, weights // 2), Demand(weights, weights, weights, weights))
+    demands = Demands(
+        Demand(weights, 0, weights, weights // 2, weights // 2), Demand(weights, 0, weights, weights, weights)
+    )
     return lay_out(Config(**options), concepts, demands, cluster, roles, fixed, allowed)
 
 
