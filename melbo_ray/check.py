@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from melbo_ray.concepts import Concept, load_concept
 from melbo_ray.config import EVALUATIONS, Config, UserError
 from melbo_ray.memory import Demands, demands
-from melbo_ray.model import pick_device
+from melbo_ray.model import load_config, pick_device
 from melbo_ray.partial import sketch
 from melbo_ray.residual import check_layers
 from melbo_ray.store import Run
@@ -94,8 +94,10 @@ def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
                 f"--z-from {config.z_from}: the prompt {_short(concept.prompt)} has only {len(tokens)} tokens, so none "
                 "is left: give a longer prompt, or a smaller --z-from"
             )
+    published = load_config(config.model, config.revision, config.trust_remote_code).dtype
+    needed = demands(shape, config, concepts, published)
     naming = "" if config.run_id else f" with --run-id {run_id}"
-    return Checked(config.model_copy(update={"run_id": run_id}), concepts, demands(shape, config, concepts), naming)
+    return Checked(config.model_copy(update={"run_id": run_id}), concepts, needed, naming)
 
 
 def _trained_on(concept: Concept, prompt: str) -> Concept:

@@ -6,18 +6,20 @@ Calibrated against the resident peaks of fresh processes (`jobs/bench.py --only 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from melbo_ray.concepts import Concept
 from melbo_ray.config import Config
+from melbo_ray.evals.dose import DOSES
 from melbo_ray.evals.generalization import LENGTH
 from melbo_ray.generate import usual_places, width
 from melbo_ray.melbo import ASCENT_TOKENS
 from melbo_ray.model import LanguageModel
-from melbo_ray.steer import PASS_TOKENS
+from melbo_ray.steer import PASS_TOKENS, encode
 
 # What a process with torch, transformers and Ray takes before it has read a weight.
-_PROCESS = 450 << 20
+_PROCESS = 480 << 20
 # Norms, rotary embeddings and residual sums of a decoder layer keep this many values of d_model a token.
 _KEPT_BESIDE_PRODUCTS = 4
 _FLOAT32 = 4
@@ -29,19 +31,21 @@ class Demand:
 
     Attributes:
         weights: the parameters that it loads.
+        loading: the file's pages that are resident beside them while it does, where they are of another type.
         packed: the copies of them for its products, which it makes on the CPU where it is let.
         work: activations, basis, keys and values, logits, and what evaluations keep, on the CPU.
         work_on_gpu: the same on a GPU, where more texts are written at once.
     """
 
     weights: int
+    loading: int
     packed: int
     work: int
     work_on_gpu: int
 
     def on_cpu(self, packed: bool) -> int:
         """Resident memory of a worker on the CPU, its process included."""
-        return _PROCESS + self.weights + self.work + (self.packed if packed else 0)
+        return _PROCESS + self.weights + max(self.loading, self.work + (self.packed if packed else 0))
 
     @property
     def on_gpu(self) -> int:
@@ -57,21 +61,28 @@ class Demands:
     evaluator: Demand
 
 
-def demands(model: LanguageModel, config: Config, concepts: Sequence[Concept]) -> Demands:
-    """What each worker of a study of these concepts holds; the model may be a sketch."""
-    return Demands(_chain(model, config, concepts), _evaluator(model, config, concepts))
+def demands(
+    model: LanguageModel, config: Config, concepts: Sequence[Concept], published: torch.dtype | None = None
+) -> Demands:
+    """What each worker of a study of these concepts holds; the model may be a sketch.
+
+    `published`: the type of the weights in their file. Those of the model's own type are the file's pages.
+    """
+    share = published.itemsize / model.dtype.itemsize if published not in (None, model.dtype) else 0.0
+    return Demands(_chain(model, config, concepts, share), _evaluator(model, config, concepts, share))
 
 
-def _chain(model: LanguageModel, config: Config, concepts: Sequence[Concept]) -> Demand:
+def _chain(model: LanguageModel, config: Config, concepts: Sequence[Concept], share: float) -> Demand:
     """The layers up to the target and all that is no layer; the slice's products, forward and backward."""
     upper, slice_ = model.layers[config.target_layer + 1 :], _slice(model, config)
     tokens = config.block * sum(_length(model, config, concept.prompt) for concept in concepts)
     basis = len(concepts) * config.num_vectors * model.d_model * _FLOAT32
     work = tokens * _kept(slice_, model) + basis
-    return Demand(_bytes([model.network]) - _bytes(upper), 2 * _bytes(slice_, products=True), work, work)
+    weights = _bytes([model.network]) - _bytes(upper)
+    return Demand(weights, int(share * weights), 2 * _bytes(slice_, products=True), work, work)
 
 
-def _evaluator(model: LanguageModel, config: Config, concepts: Sequence[Concept]) -> Demand:
+def _evaluator(model: LanguageModel, config: Config, concepts: Sequence[Concept], share: float) -> Demand:
     """The whole model; the products of decoding; the base's search, then texts and logits beside them."""
     prompts = [_length(model, config, concept.prompt) for concept in concepts]
     ascending = max(*prompts, min(config.candidates * max(prompts), ASCENT_TOKENS))
@@ -79,7 +90,8 @@ def _evaluator(model: LanguageModel, config: Config, concepts: Sequence[Concept]
     head = model.network.get_output_embeddings()
     packed = _bytes(model.layers, products=True) + _bytes([head], products=True)
     work = [max(search, _logits(model, config, concepts) + _texts(model, config, concepts, d)) for d in ("cpu", "cuda")]
-    return Demand(_bytes([model.network]), packed, *work)
+    weights = _bytes([model.network])
+    return Demand(weights, int(share * weights), packed, *work)
 
 
 def _texts(model: LanguageModel, config: Config, concepts: Sequence[Concept], device: str) -> int:
@@ -96,10 +108,12 @@ def _logits(model: LanguageModel, config: Config, concepts: Sequence[Concept]) -
     """Log-probabilities along the base's texts, which an evaluator keeps, and the logits of one pass, float32."""
     kept = read = 0
     for concept in concepts:
-        forced = LENGTH + len(model.tokenizer(concept.continuations[0], add_special_tokens=False)["input_ids"])
-        row = _length(model, config, concept.prompt) + forced
-        kept += (1 + len(concept.held_out)) * LENGTH
-        read = max(read, min(1 + len(concept.held_out), PASS_TOKENS // row) * forced)
+        prompts, length = 1 + len(concept.held_out), _length(model, config, concept.prompt)
+        texts = [len(encode(model, text)) for text in concept.continuations]
+        kept += prompts * LENGTH
+        # `generalization` forces the base's text and one more on every prompt, `dose` all of them at every dose.
+        for rows, forced in ((prompts, LENGTH + texts[0]), (DOSES, sum(texts))):
+            read = max(read, min(rows, max(1, PASS_TOKENS // (length + forced))) * forced)
     return (kept + read) * model.network.config.get_text_config().vocab_size * _FLOAT32
 
 

@@ -33,8 +33,7 @@ class LanguageModel:
         layers: its decoder layers, the first at index 0.
         name: as given to `load`.
         revision: the hub revision asked for, if any.
-        packed: whether it may be held in packed copies too, for faster products on the CPU: they cost its own size
-            again. None is yes, but no more than 4 GiB of them.
+        packed: whether products on the CPU may have packed copies of it; None: of 4 GiB at most.
         kept: what those who use the model made once for all its uses (the batch of `generate`).
     """
 
@@ -60,8 +59,7 @@ class LanguageModel:
         """Load a hub id, a local directory, a GGUF file, or `smollm2` (SmolLM2-135M-Instruct from the package index).
 
         Weights come from safetensors or GGUF only, neither of which can execute code. With `device_map` accelerate
-        places the layers, instead of `device`: `balanced` spreads them over all the GPUs that this process sees (tested
-        with pretended devices and with layers on disk, not yet on several real GPUs).
+        places the layers, instead of `device`: `balanced` spreads them over all the GPUs that this process sees.
 
         Raises:
             UserError: no such model, CUDA asked for and absent, or GPUs that do not hold the model.
@@ -100,11 +98,7 @@ class LanguageModel:
         name: str = "",
         revision: str | None = None,
     ) -> "LanguageModel":
-        """Freeze a transformers model that is already in memory.
-
-        Raises:
-            UserError: its decoder layers cannot be told apart from its other modules.
-        """
+        """Freeze a transformers model that is already in memory; UserError where its layers cannot be told apart."""
         network.eval().requires_grad_(False)
         return cls(network, tokenizer, decoder_layers(network), name or str(network.config.name_or_path), revision)
 

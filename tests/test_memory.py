@@ -103,3 +103,11 @@ def test_what_is_asked_grows_with_what_is_done(more, worker):
     before, after = (getattr(demanded(tiny(), **options), worker) for options in ({"num_vectors": 3}, more))
     assert after.work > before.work
     assert after.weights == before.weights
+
+
+def test_weights_of_another_type_than_their_file_have_its_pages_beside_them():
+    config = Config(**LAYERS)
+    half, same = (demands(tiny(), config, [CODE], dtype).evaluator for dtype in (torch.bfloat16, torch.float32))
+    assert (half.loading, same.loading) == (half.weights // 2, 0)
+    large = dataclasses.replace(half, loading=1 << 40)
+    assert large.on_cpu(True) - (1 << 40) == half.on_cpu(False) - half.work

@@ -10,6 +10,8 @@ from melbo_ray.steer import target_log_probs
 
 ALPHAS = tuple(i / 4 for i in range(1, 9))
 _STEPS_TO_RADIUS = 3
+DOSES = len(ALPHAS) + _STEPS_TO_RADIUS
+"""Of one vector, in one pass."""
 _HALVINGS = 6
 
 

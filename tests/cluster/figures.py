@@ -34,7 +34,7 @@ from tests.cluster.head import head, submission
 from tests.cluster.simulated import D_MODEL, Sleeper
 
 GPU_SECONDS = 4.0
-NO_DEMANDS = Demands(Demand(0, 0, 0, 0), Demand(0, 0, 0, 0))
+NO_DEMANDS = Demands(Demand(0, 0, 0, 0, 0), Demand(0, 0, 0, 0, 0))
 WORDS = ["def", "return", "model", "steering", "vector", "import", "print", "range", "was", "not", "they", "said"]
 
 

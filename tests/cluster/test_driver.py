@@ -16,7 +16,7 @@ from melbo_ray.store import Run
 from melbo_ray.units import WHOLE, Unit
 from tests.cluster.simulated import D_MODEL, Sleeper
 
-NO_DEMANDS = Demands(Demand(0, 0, 0, 0), Demand(0, 0, 0, 0))
+NO_DEMANDS = Demands(Demand(0, 0, 0, 0, 0), Demand(0, 0, 0, 0, 0))
 
 
 @pytest.fixture(scope="module")
