@@ -1,5 +1,6 @@
 """How a run is going: the time that is left."""
 
+import json
 import re
 from io import StringIO
 
@@ -9,8 +10,11 @@ from rich.console import Console
 
 from melbo_ray import progress
 from melbo_ray.agenda import Agenda
+from melbo_ray.intervals import median_interval
 from melbo_ray.progress import Display
+from melbo_ray.store import Run
 from melbo_ray.units import cover
+from tests.studies import directions, write_study
 
 VECTORS, BATCH = 24, 8
 EVALS = ["kl", "generations", "dose", "control", "geometry"]
@@ -85,3 +89,14 @@ def test_the_time_left_follows_what_has_changed_of_late(told):
     units = len(agenda.due())
     lines = told(agenda, [(20, evaluate)] * (units // 2) + [(10, evaluate)] * (units // 4))
     assert seconds(lines[-1]) == pytest.approx(10 * (units - units // 2 - units // 4), rel=0.1)
+
+
+def test_the_summary_sets_the_chains_median_kl_beside_its_nulls(tmp_path):
+    run = write_study(tmp_path, num_vectors=25)
+    table = progress.summary(Run.open(str(run)), json.loads((run / "run.json").read_text()))
+    lines = dict(zip(*(column.cells for column in table.columns), strict=True))
+    values = [kl for kind, _, _, kl in directions(25) if kind == "chain"]
+    low, high = median_interval(values)
+    assert lines["KL from the base, nats: median [95 %]"] == f"{np.median(values):.2f} [{low:.2f}, {high:.2f}]"
+    assert lines["the same, random directions"].startswith("2.")
+    assert lines["the same, shuffled targets"] == "1.90"
