@@ -15,11 +15,11 @@ from melbo_ray.evals.study import TRAINING, Row, Rows, Study, Vectors
 from melbo_ray.ortho import SteeringVector, derive_seed
 from melbo_ray.residual import Slice
 from melbo_ray.subspace import Subspace
-from melbo_ray.tables import SCHEMAS
 
 _COUNT = 8
 # Norms of a target's direction up to 64 R are tried, and halved this often between two.
 _DOUBLINGS, _HALVINGS = 6, 12
+_CERTIFICATE = ("norm", "loss", "relative_loss", "evaluations", "stop_reason", "max_abs_cos", "seed")
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,6 @@ def random_target(study: Study, part: Slice, taken: Subspace, seed: int) -> Targ
 
 
 def _row(study: Study, vector: SteeringVector) -> Row:
-    columns = {name: getattr(vector, name) for name in SCHEMAS["vectors"].names if hasattr(vector, name)}
+    columns = {name: getattr(vector, name) for name in _CERTIFICATE}
     # The rows of an evaluation are the same whoever wrote them: no times.
-    return study.row("shuffled", **columns | {"vector": vector.theta.tolist(), "seconds": None})
+    return study.row("shuffled", vector.index, vector=vector.theta.tolist(), seconds=None, **columns)
