@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -52,6 +53,11 @@ class SteeringVector:
     max_abs_cos: float
     seconds: float
     seed: int
+
+    @property
+    def certificate(self) -> dict[str, Any]:
+        """The columns of the table `vectors` beside the vector itself and its keys."""
+        return {name: value for name, value in vars(self).items() if name not in ("index", "theta")}
 
 
 def derive_seed(seed: int, concept: str, index: int, purpose: str) -> int:

@@ -242,8 +242,8 @@ def _median_kl(run: Run, concept: str, kind: str) -> str:
     values = [value for value in rows["kl_from_base"].to_pylist() if math.isfinite(value)]
     if not values:
         return "–"
-    low, high = median_interval(values)
-    return f"{statistics.median(values):.2f} [{low:.2f}, {high:.2f}]"
+    median, (low, high) = statistics.median(values), median_interval(values)
+    return f"{median:.2f} [{low:.2f}, {high:.2f}]" if len(values) > 1 else f"{median:.2f}"
 
 
 def _greedy_texts(run: Run, concept: str) -> str:

@@ -30,11 +30,6 @@ from melbo_ray.residual import Slice
 from melbo_ray.store import Run
 from melbo_ray.units import WHOLE, Unit
 
-_CERTIFICATE = (
-    "loss", "relative_loss", "relative_loss_from_0", "relative_loss_from_1", "evaluations", "stop_reason",
-    "max_abs_cos", "seconds", "seed",
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Found:
@@ -166,9 +161,7 @@ class Worker:
         stopped: dict[str, str] = {}
         told: set[str] = set()
         for concept, vector in ortho.chains(part, bases, self.config, earlier, stopped):
-            row = self._row("chain", vector.index, vector.theta) | {
-                name: getattr(vector, name) for name in _CERTIFICATE
-            }
+            row = self._row("chain", vector.index, vector.theta) | vector.certificate
             unit = Unit(concept, "chain", "chain", vector.index, vector.index)
             self.run.commit(unit, {"vectors": tables.table("vectors", [row])}, exclusive=True)
             yield Found(concept, vector, peak_memory=self._peak_memory())

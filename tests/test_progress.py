@@ -1,5 +1,6 @@
 """How a run is going: the time that is left."""
 
+import json
 import re
 from io import StringIO
 
@@ -9,10 +10,11 @@ from rich.console import Console
 
 from melbo_ray import progress
 from melbo_ray.agenda import Agenda
+from melbo_ray.intervals import median_interval
 from melbo_ray.progress import Display
 from melbo_ray.store import Run
 from melbo_ray.units import cover
-from tests.studies import write_part
+from tests.studies import directions, write_part, write_study
 
 VECTORS, BATCH = 24, 8
 EVALS = ["kl", "generations", "dose", "control", "geometry"]
@@ -120,3 +122,14 @@ def test_a_models_text_commands_no_terminal(tmp_path):
     text = shown(progress.candidates(Run.open(str(tmp_path / "study")), "code"))
     assert not set(text) & set("\x1b\x07\x9b\u202e\r")
     assert progress.printable("é\n→ 字") == "é\n→ 字"
+
+
+def test_the_summary_sets_the_chains_median_kl_beside_its_nulls(tmp_path):
+    run = write_study(tmp_path, num_vectors=25)
+    table = progress.summary(Run.open(str(run)), json.loads((run / "run.json").read_text()))
+    lines = dict(zip(*(column.cells for column in table.columns), strict=True))
+    values = [kl for kind, _, _, kl in directions(25) if kind == "chain"]
+    low, high = median_interval(values)
+    assert lines["KL from the base, nats: median [95 %]"] == f"{np.median(values):.2f} [{low:.2f}, {high:.2f}]"
+    assert lines["the same, random directions"].startswith("2.")
+    assert lines["the same, shuffled targets"] == "1.90"

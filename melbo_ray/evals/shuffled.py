@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,7 +15,6 @@ from melbo_ray.evals.study import TRAINING, Row, Rows, Study, Vectors
 from melbo_ray.ortho import SteeringVector, derive_seed
 from melbo_ray.residual import Slice
 from melbo_ray.subspace import Subspace
-from melbo_ray.tables import SCHEMAS
 
 _COUNT = 8
 # Norms of a target's direction up to 64 R are tried, and halved this often between two.
@@ -109,7 +107,6 @@ def random_target(study: Study, part: Slice, taken: Subspace, seed: int) -> Targ
 
 
 def _row(study: Study, vector: SteeringVector) -> Row:
-    columns: dict[str, Any] = {n: getattr(vector, n) for n in SCHEMAS["vectors"].names if hasattr(vector, n)}
     # The rows of an evaluation are the same whoever wrote them: no times.
-    columns |= {"vector": vector.theta.tolist(), "seconds": None}
-    return study.row("shuffled", **columns)
+    columns = vector.certificate | {"seconds": None}
+    return study.row("shuffled", vector.index, vector=vector.theta.tolist(), **columns)
