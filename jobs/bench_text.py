@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from melbo_ray.generate import Job, generate
-from melbo_ray.steer import Prompts, steering
+from melbo_ray.hooks import steering
+from melbo_ray.steer import Prompts
 
 
 def texts(bench: Bench) -> Iterator[Row]:

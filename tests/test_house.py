@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"config", "products"},
-    {"command", "concepts", "fingerprint", "layout", "storage", "subspace", "tables", "units"},
+    {"arguments", "command", "concepts", "fingerprint", "layout", "storage", "subspace", "tables", "units"},
     {"lease", "model", "query", "solvers", "store"},
-    {"engines"},
+    {"comparison", "engines", "hooks", "rows"},
     {"figures", "partial", "residual", "steer"},
     {"decoding", "ortho", "report"},
     {"generate"},

@@ -3,6 +3,7 @@ import torch
 from families import directions, every_family, tiny
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from melbo_ray import products
 from melbo_ray.engines import Recorded
 from melbo_ray.products import opaque, pack
 from melbo_ray.residual import Slice
@@ -117,3 +118,17 @@ def test_where_weights_cannot_be_packed_a_warning_says_so_and_the_recording_stay
     monkeypatch.setattr("melbo_ray.engines.pack", refuse)
     with pytest.warns(UserWarning, match="not packed, which costs time only: no such instruction$"):
         torch.testing.assert_close(Recorded(lambda x: (linear(x, V),))(X)[0], linear(X, V))
+
+
+@pytest.mark.skipif(products._packed is None, reason="torch is built without oneDNN")
+def test_products_are_onednns_while_it_is_asked_for_and_nothing_is_differentiated(monkeypatch):
+    calls, real = [], products._packed
+    monkeypatch.setattr(products, "_packed", lambda *args: calls.append(len(args[0])) or real(*args))
+    linear, x = torch.nn.Linear(6, 5), torch.randn(2, 6, 3).mT
+    expected = x @ linear.weight.T + linear.bias
+    with products.onednn():
+        torch.testing.assert_close(linear(x), expected)
+        with torch.no_grad():
+            torch.testing.assert_close(linear(x), expected)
+            torch.testing.assert_close(linear.bfloat16()(x.bfloat16()).float(), expected, rtol=0.1, atol=0.1)
+    assert calls == [2]
