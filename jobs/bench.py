@@ -99,6 +99,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "solvers": bench_solvers.solvers,
     "growth": bench_growth.growth,
     "precision": bench_growth.precision,
+    "evaluations": bench_text.evaluations,
     "texts": bench_text.texts,
     "logits": bench_text.logits,
     "query": queries,

@@ -1,14 +1,20 @@
-"""The evaluations' benchmarks: steered logits and steered texts (see jobs/bench.py)."""
+"""The evaluations' benchmarks: whole ones, steered logits and steered texts (see jobs/bench.py)."""
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
+from unittest import mock
 
 import torch
 from bench_reference import Bench, Row, timed
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from melbo_ray import products
+from melbo_ray.concepts import load_concept
+from melbo_ray.evals import EVALUATIONS, Study, Vectors
 from melbo_ray.generate import Job, generate
-from melbo_ray.steer import Prompts, steering
+from melbo_ray.hooks import steering
+from melbo_ray.steer import Prompts
 
 
 def texts(bench: Bench) -> Iterator[Row]:
@@ -65,6 +71,34 @@ def logits(bench: Bench) -> Iterator[Row]:
     median = timed(work, max(2, bench.repeats // 3), model.device)
     for name, seconds in median.items():
         yield Row("logits", name, count / seconds, "vectors/s", median["transformers, one at a time"] / seconds)
+
+
+def evaluations(bench: Bench) -> Iterator[Row]:
+    """A vector's evaluations, against the same with torch's own products and every prompt read from its start."""
+    study = Study(bench.model, bench.config, load_concept("code"), "bench", bench.base)
+    vectors = Vectors("chain", [1], _thetas(bench, 1))
+    for name in ("kl", "dose", "generalization", "generations"):
+
+        def ours(name: str = name) -> None:
+            EVALUATIONS[name].run(study, vectors)
+
+        def plainly(ours: Callable[[], None] = ours) -> None:
+            with _plain(bench):
+                ours()
+
+        ours()
+        work = {f"{name}, plainly": plainly, f"{name}, ours": ours}
+        median = timed(work, 1 if bench.quick else 5, bench.model.device)
+        for case, seconds in median.items():
+            yield Row("evaluations", case, seconds, "s/vector", median[f"{name}, plainly"] / seconds)
+
+
+@contextlib.contextmanager
+def _plain(bench: Bench) -> Iterator[None]:
+    # As where this model had been found not to share what its prompts begin with.
+    forgone = {f"prefix after layer {bench.config.source_layer}": 0}
+    with mock.patch.dict(bench.model.kept, forgone), mock.patch.object(products, "_packed", None):
+        yield
 
 
 def _thetas(bench: Bench, count: int) -> Tensor:

@@ -16,11 +16,10 @@ from transformers import Cache, DynamicCache
 
 from melbo_ray.config import first_line
 from melbo_ray.engines import Recorded, agree
+from melbo_ray.hooks import reading, steering
 from melbo_ray.model import LanguageModel
-from melbo_ray.steer import reading, steering
-
-# Kinds of attention whose masks are known here; other models read everything anew at each token.
-_KNOWN_TYPES = {"full_attention", "sliding_attention"}
+from melbo_ray.products import onednn
+from melbo_ray.rows import KNOWN_TYPES, layer_types, masks
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,8 @@ class Batch:
         self.decode = Recorded(step, packed=model.packed) if together else step
         # Whether keys and values are kept; whether that was compared with reading everything anew.
         self.cached, self.checked = True, False
-        if unknown := set(_layer_types(model)) - _KNOWN_TYPES:
+        # Models with others read everything anew at each token.
+        if unknown := set(layer_types(model)) - KNOWN_TYPES:
             self._forgo(f"the masks of {min(unknown)} are not known here")
 
     def admit(self, rows: list[Row]) -> Float[Tensor, "admitted vocab"]:
@@ -174,7 +174,8 @@ class Batch:
         # Padded on the right, where a causal model does not look.
         tokens = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(self.theta.device)
         last = torch.arange(len(texts)), torch.tensor([len(text) - 1 for text in texts])
-        with steering(self.model, self.source, self.theta[places], self.units[places]), reading(self.model, last):
+        theta, units = self.theta[places], self.units[places]
+        with steering(self.model, self.source, theta, units), reading(self.model, last), onednn():
             output = self.model.network(input_ids=tokens, past_key_values=cache, use_cache=cache is not None)
         return _finite(output.logits[0].float())
 
@@ -188,44 +189,22 @@ class Batch:
 
     def _decode(self, tokens: Tensor, positions: Tensor, theta: Tensor, units: Tensor) -> tuple[Tensor]:
         self.cache.positions = positions
+        columns, here = torch.arange(self.shape[1], device=positions.device)[None], positions[:, None]
         with steering(self.model, self.source, theta, units):
             output = self.model.network(
                 input_ids=tokens[:, None],
-                attention_mask=self._masks(positions),
+                attention_mask=masks(self.model, (columns <= here)[:, None], here, columns),
                 position_ids=positions[:, None],
                 past_key_values=self.cache,
                 use_cache=True,
             )
         return (output.logits[:, -1].float(),)
 
-    def _masks(self, positions: Tensor) -> Tensor | dict[str, Tensor]:
-        """What each row sees, in the form that the model takes: one mask, or one for each type of layer."""
-        config = self.model.network.config.get_text_config()
-        columns, here = torch.arange(self.shape[1], device=positions.device), positions[:, None]
-        window = getattr(config, "sliding_window", None) or self.shape[1]
-
-        def mask(seen: Tensor) -> Tensor:
-            blank = torch.zeros(seen.shape, dtype=self.model.dtype, device=seen.device)
-            return blank.masked_fill(~seen, torch.finfo(self.model.dtype).min)[:, None, None]
-
-        everything = mask(columns <= here)
-        near = mask((columns <= here) & (columns > here - window))
-        # As transformers' own `create_masks_for_generate` tells them apart.
-        types = _layer_types(self.model)
-        return {name: near if name == "sliding_attention" else everything for name in types} if types else near
-
     def drop_finished(self) -> list[Row]:
         """Take the finished rows out."""
         finished = {place: row for place, row in self.rows.items() if row.finish_reason}
         self.rows = {place: row for place, row in self.rows.items() if place not in finished}
         return list(finished.values())
-
-
-def _layer_types(model: LanguageModel) -> list[str]:
-    """The types of layers that a model with several kinds of attention has."""
-    config = model.network.config.get_text_config()
-    chunked = ["chunked_attention"] if getattr(config, "attention_chunk_size", None) else []
-    return sorted({*(getattr(config, "layer_types", None) or []), *chunked})
 
 
 def _finite(logits: Tensor) -> Tensor:

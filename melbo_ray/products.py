@@ -1,4 +1,4 @@
-"""The matrix products of a recorded step on the CPU: fewer, larger, and with weights packed for few rows.
+"""Matrix products on the CPU: oneDNN's; and those of a recorded step fewer, larger, their weights packed for few rows.
 
 A step at the 20 to 40 tokens of a prompt is bound by its products with the model's weights. What is known only when it
 is recorded makes them faster: which ones share an input, which ones are added up, and that the weights never change.
@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.overrides import TorchFunctionMode
 
 _aten = torch.ops.aten
 # None where torch is built without oneDNN.
@@ -36,6 +37,27 @@ _library.impl("product", _product, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "melbo_ray::product", lambda x, weight, bias: x.new_empty(len(x), len(weight)), lib=_library
 )
+
+
+class onednn(TorchFunctionMode):  # noqa: N801 - reads as what lasts
+    """While it lasts, products with float32 weights on the CPU are oneDNN's, where nothing is differentiated.
+
+    torch's own are MKL's, which on processors other than Intel's does without AVX-512: half as fast or less. The last
+    bits differ.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """The product, or whatever else was called."""
+        if func is torch.nn.functional.linear and not kwargs and _suits(*args):
+            x, weight, *bias = args
+            return _packed(x.contiguous(), weight, bias[0] if bias else None, "none", [], "")
+        return func(*args, **(kwargs or {}))
+
+
+def _suits(x: Tensor, weight: Tensor, *_: Any) -> bool:
+    both = (x, weight)
+    plain = all(part.dtype == torch.float32 and part.device.type == "cpu" and part.numel() for part in both)
+    return _packed is not None and plain and weight.is_contiguous() and not torch.is_grad_enabled()
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from melbo_ray.arguments import chosen, together
 from melbo_ray.config import UserError
 from melbo_ray.engines import Recorded
+from melbo_ray.hooks import stream
 from melbo_ray.model import LanguageModel
 
 # Evaluations from which on compiling the step saves more time than it takes (2 cores: half a minute, 6 ms of 25).
@@ -56,14 +58,18 @@ class Slice:
         self.lengths = torch.tensor([len(tokens) for tokens in prompts], device=model.device)
         padded = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True).to(model.device)
         captures = [capture(model, row[None], source, target) for row in padded]
-        self._calls = captures[0][1]
+        merged: dict[int, Any] = {}
+        self._calls = [
+            (calls[0][0], together([arguments for _, arguments in calls], merged))
+            for calls in zip(*(calls for _, calls in captures), strict=True)
+        ]
         h_source = torch.cat([hidden for hidden, _ in captures])
         self.h_source: Float[Tensor, "prompts seq d_model"] = h_source.to(model.device, torch.float32)
         # A recording on CUDA is of one device.
-        together = {parameter.device for layer, _ in self._calls for parameter in layer.parameters()} <= {model.device}
+        on_one = {parameter.device for layer, _ in self._calls for parameter in layer.parameters()} <= {model.device}
         # Held weakly: in a cycle with it, a recording's memory would stay on the GPU until some later collection.
         step = functools.partial(Slice._value_and_grad, weakref.proxy(self))
-        self.value_and_grad = Recorded(step, evaluations >= _WORTH_COMPILING, model.packed) if together else step
+        self.value_and_grad = Recorded(step, evaluations >= _WORTH_COMPILING, model.packed) if on_one else step
 
     @property
     def num_prompts(self) -> int:
@@ -78,8 +84,10 @@ class Slice:
         Without `rows`: one prompt serves every θ; several prompts take one θ each, in order.
         """
         h = (self._of(self.h_source, theta, rows) + theta[:, None, :]).to(self.model.dtype)
+        # What layers write for later ones is of one pass.
+        made: dict[int, Any] = {}
         for layer, arguments in self._calls:
-            h = call(layer, h, arguments)
+            h = call(layer, h, chosen(arguments, lambda values: self._of(values, theta, rows), made))
         return h.to(theta.device)
 
     def z(
@@ -123,7 +131,7 @@ class Slice:
 
     def _of(self, values: Tensor, theta: Tensor, rows: Tensor | None) -> Tensor:
         if rows is not None:
-            return values[rows]
+            return values[rows.to(values.device)]
         if self.num_prompts == 1:
             return values.expand(len(theta), *values.shape[1:])
         if self.num_prompts != len(theta):
@@ -155,7 +163,7 @@ def capture(
     def record(layer: nn.Module) -> Callable:
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             if not hidden:
-                hidden.append((args[0] if args else kwargs["hidden_states"]).detach())
+                hidden.append(stream(args[0] if args else kwargs["hidden_states"]).detach())
             kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
             calls.append((layer, (args[1:], kwargs)))
             if layer is model.layers[target]:

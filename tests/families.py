@@ -7,16 +7,24 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     Gemma2Config,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    Lfm2Config,
+    Llama4TextConfig,
     LlamaConfig,
+    Mamba2Config,
     MistralConfig,
+    MptConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3NextConfig,
 )
 
 from melbo_ray.model import LanguageModel
@@ -40,13 +48,41 @@ _CONFIGS = {
     "gpt_neox": GPTNeoXConfig,
 }  # fmt: skip
 FAMILIES = list(_CONFIGS)
+_TYPES = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+_PER_LAYER = _LLAMA | _TYPES | {
+    "vocab_size_per_layer_input": 260, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0,
+}  # fmt: skip
+_OTHERS = {
+    "bloom": (BloomConfig, _COMMON | {"hidden_size": D_MODEL, "n_layer": NUM_LAYERS, "n_head": 4}),
+    "gemma3n": (Gemma3nTextConfig, _PER_LAYER | {
+        "laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4,
+        "intermediate_size": [64] * 4,
+    }),
+    "gemma4": (Gemma4TextConfig, _PER_LAYER | {"global_head_dim": 8}),
+    "gemma4-shared": (Gemma4TextConfig, _PER_LAYER | {"global_head_dim": 8, "num_kv_shared_layers": 2}),
+    "lfm2": (Lfm2Config, _LLAMA | {"layer_types": ["conv", "full_attention"] * 2, "block_multiple_of": 8}),
+    "llama4": (Llama4TextConfig, _LLAMA | {
+        "attention_chunk_size": 16, "num_local_experts": 2, "intermediate_size_mlp": 64,
+    }),
+    "mamba2": (Mamba2Config, _COMMON | {
+        "hidden_size": D_MODEL, "num_hidden_layers": NUM_LAYERS, "num_heads": 8, "head_dim": 8, "state_size": 8,
+        "n_groups": 1,
+    }),
+    "mpt": (MptConfig, _COMMON | {"d_model": D_MODEL, "n_layers": NUM_LAYERS, "n_heads": 4, "max_seq_len": 256}),
+    "qwen3-next": (Qwen3NextConfig, _LLAMA | {
+        "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+    }),
+}  # fmt: skip
+"""Families that need something of their own: their configurations and sizes."""
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 @cache
 def tiny(family: str = "llama", **options: int) -> LanguageModel:
     """A model of this family with random weights, the same at every call; `options` override its configuration."""
-    config = _CONFIGS[family](**(_SIZES.get(family, _LLAMA) | options))
+    kind, sizes = _OTHERS.get(family) or (_CONFIGS[family], _SIZES.get(family, _LLAMA))
+    config = kind(**(sizes | options))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = AutoModelForCausalLM.from_config(config)

@@ -54,7 +54,10 @@ def test_the_reference_takes_the_steps_that_our_adam_takes(small):
         torch.testing.assert_close(reference.theta.detach(), ours, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("part", ["step", "equal-loss", "chain", "growth", "precision", "texts", "logits"])
+PARTS = ["step", "equal-loss", "chain", "growth", "precision", "evaluations", "texts", "logits"]
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_every_part_measures_something(small, part, monkeypatch):
     width = bench_growth._width
     monkeypatch.setattr(bench_growth, "_width", lambda bench, _d_model, generator: width(bench, 64, generator))

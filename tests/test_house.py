@@ -11,9 +11,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"config", "intervals", "products"},
-    {"chat", "command", "concepts", "fingerprint", "source_code", "storage", "subspace", "tables", "units"},
+    {
+        "arguments",
+        "chat",
+        "command",
+        "concepts",
+        "fingerprint",
+        "source_code",
+        "storage",
+        "subspace",
+        "tables",
+        "units",
+    },
     {"detectors", "lease", "model", "query", "solvers", "store"},
-    {"comparison", "engines"},
+    {"comparison", "engines", "hooks", "rows", "soundness"},
     {"figures", "partial", "residual", "steer"},
     {"decoding", "ortho", "radius", "report"},
     {"generate"},

@@ -5,6 +5,7 @@ import torch
 from families import directions, every_family, tiny
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from melbo_ray import products
 from melbo_ray.decoding import Job
 from melbo_ray.engines import Recorded
 from melbo_ray.generate import generate
@@ -142,3 +143,17 @@ def test_a_model_says_whether_its_slice_and_its_texts_are_packed(told):
     for recorded in (slice.value_and_grad, model.kept["batch"].decode):
         (module,) = recorded._recordings.values()
         assert bool(count(module, "linear_pointwise")) is told
+
+
+@pytest.mark.skipif(products._packed is None, reason="torch is built without oneDNN")
+def test_products_are_onednns_while_it_is_asked_for_and_nothing_is_differentiated(monkeypatch):
+    calls, real = [], products._packed
+    monkeypatch.setattr(products, "_packed", lambda *args: calls.append(len(args[0])) or real(*args))
+    linear, x = torch.nn.Linear(6, 5), torch.randn(2, 6, 3).mT
+    expected = x @ linear.weight.T + linear.bias
+    with products.onednn():
+        torch.testing.assert_close(linear(x), expected)
+        with torch.no_grad():
+            torch.testing.assert_close(linear(x), expected)
+            torch.testing.assert_close(linear.bfloat16()(x.bfloat16()).float(), expected, rtol=0.1, atol=0.1)
+    assert calls == [2]

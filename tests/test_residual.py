@@ -7,6 +7,7 @@ import pytest
 import torch
 from families import D_MODEL, directions, every_family, tiny
 
+from melbo_ray.arguments import chosen, together
 from melbo_ray.config import UserError
 from melbo_ray.model import LanguageModel
 from melbo_ray.residual import Slice
@@ -88,6 +89,31 @@ def test_prompts_of_different_lengths_share_a_batch(family):
     for i, tokens in enumerate([PROMPT, OTHER]):
         alone = Slice(model, [tokens], source=1, target=3).z(thetas[i : i + 1])[0]
         torch.testing.assert_close(both[i], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("error:.*costs time only")
+@pytest.mark.parametrize("family", ["gemma4", "gemma4-shared"])
+def test_each_prompt_keeps_what_its_layers_are_called_with(family):
+    """Embeddings of every layer's own, and keys and values that later layers take from earlier ones."""
+    model, thetas = tiny(family), directions(3)
+    both, rows = Slice(model, [PROMPT, OTHER], source=1, target=3), torch.tensor([1, 0, 1])
+    found = both.z(thetas, rows)
+    for row, theta, z in zip(rows, thetas, found, strict=True):
+        tokens = [PROMPT, OTHER][row]
+        blocks, _ = plain_hidden_states(model, tokens, 1, theta)
+        torch.testing.assert_close(z, blocks[3][0].mean(0), rtol=1e-4, atol=1e-4)
+    for taken in (rows, 1 - rows):
+        inputs = thetas, directions(3, seed=5), taken
+        for recorded, plain in zip(both.value_and_grad(*inputs), both._value_and_grad(*inputs), strict=True):
+            torch.testing.assert_close(recorded, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_arguments_that_differ_and_have_no_row_for_each_prompt_are_refused():
+    for pair in ([torch.zeros(2, 3), torch.ones(2, 3)], [torch.zeros(1, 3), torch.zeros(1, 4)], [1, 2]):
+        with pytest.raises(UserError, match="differently for each prompt"):
+            together([((), {"bias": part}) for part in pair], {})
+    same = together([((1, torch.ones(2, 3)), {"scale": None})] * 2, {})
+    assert chosen(same, lambda _: pytest.fail("nothing is by prompt"), {})[1] == {"scale": None}
 
 
 def test_rows_say_which_prompt_a_vector_steers():

@@ -1,10 +1,14 @@
 """Logits with a vector on every row are those of transformers with a hook, one vector at a time."""
 
+import warnings
+
 import pytest
 import torch
 
 from melbo_ray.config import UserError
-from melbo_ray.steer import Prompts, continuation_score, encode, steering, target_log_probs
+from melbo_ray.hooks import steering
+from melbo_ray.residual import Slice
+from melbo_ray.steer import Prompts, continuation_score, encode, target_log_probs
 from tests.families import D_MODEL, directions, every_family, plain_logits, tiny
 
 SOURCE = 1
@@ -56,7 +60,7 @@ def test_a_row_of_a_batch_equals_the_row_alone_however_the_batch_is_cut(monkeypa
     model, thetas = tiny(), directions(7)
     prompts = Prompts(model, tokens_of(model)[:1], SOURCE)
     together = torch.stack(list(prompts.logits(thetas)))
-    monkeypatch.setattr("melbo_ray.steer._TOKENS", 30)
+    monkeypatch.setattr("melbo_ray.steer.PASS_TOKENS", 30)
     torch.testing.assert_close(torch.stack(list(prompts.logits(thetas))), together)
 
 
@@ -150,14 +154,111 @@ class failing:  # noqa: N801 - reads as a verb
         self.handle.remove()
 
 
-def test_several_continuations_beyond_the_attention_window_are_refused_not_misread():
+def test_several_continuations_share_a_row_that_is_longer_than_the_attention_window():
     model = tiny("mistral", sliding_window=8)
-    prompt, forced = model.tokenize("longer than eight"), [encode(model, "ab"), encode(model, "cd")]
-    with pytest.raises(ValueError, match="window of 8"):
-        Prompts(model, [prompt], SOURCE, [forced])
-    (logits,) = Prompts(model, [prompt], SOURCE, [forced[:1]]).logits(directions(1))
-    expected = plain_logits(model, torch.cat([prompt, forced[0]]), SOURCE, directions(1)[0])[-3:-1]
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    prompt, forced = model.tokenize("longer than eight"), [encode(model, "abcd"), encode(model, "efg")]
+    prompts = Prompts(model, [prompt], SOURCE, [forced])
+    (logits,) = prompts.logits(directions(1))
+    assert prompts.way == "branches"
+    torch.testing.assert_close(logits, alone(model, prompt, forced, directions(1)[0]), rtol=1e-4, atol=1e-4)
+
+
+def alone(model, prompt, forced, theta):
+    """Logits along each continuation, read in a row of its own by plain transformers."""
+    size = len(prompt) - 1
+    rows = [plain_logits(model, torch.cat([prompt, branch]), SOURCE, theta)[size:-1] for branch in forced]
+    return torch.cat(rows)
+
+
+WAYS = {
+    "bloom": "rows", "gemma4": "branches", "gemma4-shared": "whole", "lfm2": "rows", "llama4": "rows",
+    "mamba2": "rows", "mpt": "rows", "qwen3-next": "rows",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "way"), WAYS.items())
+def test_a_model_that_does_not_heed_the_mask_reads_one_continuation_a_row(family, way):
+    model, thetas = tiny(family), directions(2)
+    model.kept.clear()
+    told, forced = tokens_of(model), [[encode(model, text) for text in ("def f", "x is")]] * 3
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        prompts = Prompts(model, told, SOURCE, forced)
+        again = Prompts(model, told, SOURCE, forced)
+    lines = [str(warning.message) for warning in caught if "costs time only" in str(warning.message)]
+    assert (prompts.way, again.way) == (way, way)
+    # Said once a model, in a line for each way that is not taken.
+    assert len(lines) == ["branches", "rows", "whole"].index(way)
+    assert not any("\n" in line for line in lines)
+    for row, theta, logits in zip((1, 2), thetas, prompts.logits(thetas, torch.tensor([1, 2])), strict=True):
+        torch.testing.assert_close(logits, alone(model, told[row], forced[row], theta), rtol=1e-3, atol=1e-3)
+
+
+def test_the_stream_and_vectors_by_position_lie_alike_whichever_way_rows_do():
+    model, (prompt,) = tiny(), tokens_of(tiny(), ["abcdef"])
+    forced = [encode(model, text) for text in ("def f", "x is")]
+    ways = [Prompts(model, [prompt], SOURCE, [forced], way) for way in ("branches", "rows", "whole")]
+    theta = directions(ways[0].h_source.shape[1])[None]
+    for other in ways[1:]:
+        torch.testing.assert_close(other.h_source, ways[0].h_source, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(next(other.logits(theta)), next(ways[0].logits(theta)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_way_is_compared_again_on_rows_longer_than_any_before():
+    model = tiny("llama", max_position_embeddings=200)
+    model.kept.clear()
+    name = f"rows after layer {SOURCE}"
+    for text, compared in (("abc", 3), ("ab", 3), ("abcdef", 6)):
+        Prompts(model, tokens_of(model, [text]), SOURCE)
+        assert model.kept[name] == compared
+
+
+@pytest.mark.filterwarnings("error:.*costs time only")
+@every_family
+def test_what_prompts_begin_with_is_read_once_under_a_vector(family):
+    model, theta = tiny(family), directions(1)[0]
+    told = tokens_of(model, ["a system turn, then How?", "a system turn, then a longer one", "a system turn, Hi"])
+    forced = [[encode(model, text) for text in group] for group in (["def f", "x"], ["import"], ["abc", "d"])]
+    prompts = Prompts(model, told, SOURCE, forced)
+    list(prompts.under(theta))
+    with counting(model.layers[-1]) as counted:
+        logits = list(prompts.under(theta))
+    for i in range(3):
+        torch.testing.assert_close(logits[i], alone(model, told[i], forced[i], theta), rtol=1e-4, atol=1e-4)
+    once, width = len("a system turn, "), prompts.h_source.shape[1]
+    assert counted == [once, 3 * (width - once)]
+
+
+def test_where_keys_and_values_do_not_serve_every_prompt_is_read_from_its_start():
+    model, theta = tiny("lfm2"), directions(1)[0]
+    model.kept.clear()
+    told = tokens_of(model, ["the same, then How?", "the same, Hi"])
+    with pytest.warns(UserWarning, match="read anew for each, which costs time only: the masks of conv"):
+        logits = list(Prompts(model, told, SOURCE).under(theta))
+    for tokens, found in zip(told, logits, strict=True):
+        torch.testing.assert_close(found, plain_logits(model, tokens, SOURCE, theta)[-1:], rtol=1e-3, atol=1e-3)
+
+
+class counting:  # noqa: N801 - reads as a verb
+    """While it lasts, the tokens of each call of a layer are in the list."""
+
+    def __init__(self, layer):
+        self.counted = []
+        self.handle = layer.register_forward_pre_hook(lambda _, args: self.counted.append(args[0][..., 0].numel()))
+
+    def __enter__(self):
+        return self.counted
+
+    def __exit__(self, *_):
+        self.handle.remove()
+
+
+def test_layers_that_pass_on_more_than_one_stream_are_refused_in_a_line():
+    model = tiny("gemma3n")
+    with pytest.raises(UserError, match=r"between its layers runs .*not one stream"):
+        Prompts(model, tokens_of(model), SOURCE)
+    with pytest.raises(UserError, match=r"between its layers runs .*not one stream"):
+        Slice(model, tokens_of(model), SOURCE, 3)
 
 
 def test_an_empty_continuation_is_refused():

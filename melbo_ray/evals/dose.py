@@ -13,6 +13,7 @@ _STEPS_TO_RADIUS = 3
 DOSES = len(ALPHAS) + _STEPS_TO_RADIUS
 """Of one vector, in one pass."""
 _HALVINGS = 6
+_COLUMNS = ("norm", "kl_from_base", "kl_to_base", "kl_from_unsteered")
 
 
 def run(study: Study, vectors: Vectors) -> Rows:
@@ -79,16 +80,20 @@ def _halves(study: Study, vectors: Vectors, curves: list[list[Row]]) -> list[Row
     goal = unsteered_kl(study) / 2
     brackets = [_bracket(curve, goal) for curve in curves]
     places = [i for i, bracket in enumerate(brackets) if bracket]
-    low, high = torch.tensor([bracket for bracket in brackets if bracket]).reshape(-1, 2).unbind(1)
+    low = torch.tensor([bracket[0] for bracket in brackets if bracket])
+    # Rows of the smallest norms known to reach it.
+    found = [bracket[1] for bracket in brackets if bracket]
     units = at_norm(vectors.theta[places], 1.0)
     for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        kls = torch.tensor([row["kl_from_base"] for row in _kls(study, units, middle)])
-        low, high = torch.where(kls > goal, middle, low), torch.where(kls > goal, high, middle)
-    empty = dict.fromkeys(("norm", "kl_from_base", "kl_to_base", "kl_from_unsteered"))
-    rows = [{"scale": "half", **empty, "concept_score": None} for _ in curves]
-    for place, norm, columns in zip(places, high.tolist(), _kls(study, units, high), strict=True):
-        rows[place] |= {"norm": norm, **columns}
+        middle = (low + torch.tensor([row["norm"] for row in found])) / 2
+        for i, (norm, row) in enumerate(zip(middle.tolist(), _kls(study, units, middle), strict=True)):
+            if row["kl_from_base"] > goal:
+                low[i] = norm
+            else:
+                found[i] = {"norm": norm, **row}
+    rows: list[Row] = [{"scale": "half", **dict.fromkeys(_COLUMNS), "concept_score": None} for _ in curves]
+    for place, row in zip(places, found, strict=True):
+        rows[place] |= {column: row[column] for column in _COLUMNS}
     return rows
 
 
@@ -97,11 +102,12 @@ def unsteered_kl(study: Study) -> float:
     return divergences(study, study.unsteered_log_probs)["kl_from_base"]
 
 
-def _bracket(curve: list[Row], goal: float) -> tuple[float, float] | None:
+def _bracket(curve: list[Row], goal: float) -> tuple[float, Row] | None:
+    """The last dose before the first that reaches the goal, and that one's row."""
     low = 0.0
     for row in sorted(curve, key=lambda row: row["norm"]):
         if row["kl_from_base"] <= goal:
-            return low, row["norm"]
+            return low, row
         low = row["norm"]
     return None
 

@@ -23,6 +23,7 @@ class HeldOut:
         prompts: what the logits come from.
         lengths: tokens of the base's continuation, by prompt.
         base: log-probabilities along the base's continuation under θ₀, (length, vocab) by prompt.
+        likeliest: the likeliest token of each of its rows, by prompt.
         unsteered: the unsteered log-probability of each forced token, by prompt.
     """
 
@@ -30,6 +31,7 @@ class HeldOut:
     prompts: Prompts
     lengths: list[int]
     base: list[Float[Tensor, "length vocab"]]
+    likeliest: list[Int[Tensor, " length"]]
     unsteered: list[Float[Tensor, " kept"]]
 
 
@@ -43,7 +45,7 @@ def run(study: Study, vectors: Vectors) -> Rows:
     held_out = study.once(_held_out)
     rows = []
     for index, theta, norm in zip(vectors.index, vectors.theta, vectors.norms, strict=True):
-        logits = held_out.prompts.logits(theta.expand(len(held_out.names), -1))
+        logits = held_out.prompts.under(theta)
         for prompt, (prompt_id, scores) in enumerate(zip(held_out.names, logits, strict=True)):
             columns = _compare(held_out, prompt, scores)
             rows.append(study.row(vectors.kind, index, prompt_id=prompt_id, norm=norm, **columns))
@@ -51,14 +53,16 @@ def run(study: Study, vectors: Vectors) -> Rows:
 
 
 def _compare(held_out: HeldOut, prompt: int, logits: Float[Tensor, "kept vocab"]) -> Row:
-    length, base = held_out.lengths[prompt], held_out.base[prompt]
-    log_p = logits[:length].log_softmax(-1)
-    divergence = kl(log_p, base)
-    gain = target_log_probs(logits, held_out.prompts.targets[prompt]) - held_out.unsteered[prompt]
+    length, targets = held_out.lengths[prompt], held_out.prompts.targets[prompt]
+    # Once over a vocabulary of any size.
+    log_p = logits.log_softmax(-1)
+    divergence = kl(log_p[:length], held_out.base[prompt])
+    agrees = log_p[:length].argmax(-1) == held_out.likeliest[prompt]
+    gain = log_p.gather(-1, targets.to(log_p.device)[:, None])[:, 0] - held_out.unsteered[prompt]
     return {
         "kl_from_base": float(divergence[0]),
         "kl_per_token": float(divergence.mean()),
-        "top1_agreement": float((log_p.argmax(-1) == base.argmax(-1)).float().mean()),
+        "top1_agreement": float(agrees.float().mean()),
         "log_likelihood_ratio": float(gain[:length].mean()),
         "concept_score": float(gain[length:].mean()),
     }
@@ -72,15 +76,12 @@ def _held_out(study: Study) -> HeldOut:
     forced = [[own, study.continuations[0]] for own in written]
     prompts = Prompts(study.model, tokens, study.config.source_layer, forced)
     lengths = [len(own) for own in written]
-    base = prompts.logits(study.base.expand(len(names), -1))
-    unsteered = prompts.logits(torch.zeros_like(study.base).expand(len(names), -1))
-    return HeldOut(
-        names,
-        prompts,
-        lengths,
-        [logits[:length].log_softmax(-1) for logits, length in zip(base, lengths, strict=True)],
-        [target_log_probs(logits, targets) for logits, targets in zip(unsteered, prompts.targets, strict=True)],
-    )
+    base = prompts.under(study.base)
+    unsteered = prompts.under(torch.zeros_like(study.base))
+    log_p = [logits[:length].log_softmax(-1) for logits, length in zip(base, lengths, strict=True)]
+    likeliest = [rows.argmax(-1) for rows in log_p]
+    scored = [target_log_probs(logits, targets) for logits, targets in zip(unsteered, prompts.targets, strict=True)]
+    return HeldOut(names, prompts, lengths, log_p, likeliest, scored)
 
 
 def _continuations(study: Study, prompts: list[Int[Tensor, " seq"]]) -> list[Int[Tensor, " length"]]:

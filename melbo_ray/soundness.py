@@ -1,0 +1,47 @@
+"""Whether a faster way of computing logits is right on a model: compared with the plain one, and kept."""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from melbo_ray.config import first_line
+from melbo_ray.model import LanguageModel
+
+
+def sound(
+    model: LanguageModel,
+    name: str,
+    length: int,
+    otherwise: str,
+    ours: Callable[[], Iterable[Tensor]],
+    plain: Callable[[], Iterable[Tensor]],
+) -> bool:
+    """Whether a way of computing logits gives this model's; compared once for rows of up to `length` tokens, and kept.
+
+    Where it does not, a warning says what is done `otherwise`.
+    """
+    compared = model.kept.get(name)
+    if compared is not None and (compared == 0 or compared >= length):
+        return compared > 0
+    expected = list(plain())
+    try:
+        if not all(map(functools.partial(_same, model.dtype), ours(), expected)):
+            raise RuntimeError("this model's logits would be others")
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    # What a model says to arguments that it does not know is its own.
+    except Exception as error:
+        warnings.warn(f"{otherwise}, which costs time only: {first_line(error)}", stacklevel=4)
+        length = 0
+    model.kept[name] = length
+    return length > 0
+
+
+def _same(dtype: torch.dtype, ours: Float[Tensor, "kept vocab"], theirs: Float[Tensor, "kept vocab"]) -> bool:
+    """Whether two tables of logits agree row by row to half of the digits of `dtype`, up to a constant each."""
+    gap, size = (part - part.mean(-1, keepdim=True) for part in (ours - theirs, theirs))
+    return bool((gap.norm(dim=-1) <= torch.finfo(dtype).eps ** 0.5 * size.norm(dim=-1)).all())
