@@ -16,9 +16,10 @@ from melbo_ray.candidates import Candidate, judge, rank
 from melbo_ray.concepts import Concept
 from melbo_ray.config import Config, UserError
 from melbo_ray.model import LanguageModel
-from melbo_ray.ortho import derive_seed, target_shares
+from melbo_ray.ortho import target_shares
 from melbo_ray.radius import Calibration, calibrate
 from melbo_ray.residual import Slice
+from melbo_ray.seeds import derive_seed
 from melbo_ray.steer import Prompts
 
 _STEP = 0.05

@@ -5,7 +5,6 @@ mean over the prompt's positions of the target layer's residual stream, θ in th
 Here z leaves the first position out by default (`z_from`): in many models it is an attention sink (README, Footguns).
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from melbo_ray.config import Config, UserError
 from melbo_ray.residual import Slice
+from melbo_ray.seeds import derive_seed
 from melbo_ray.solvers import BlockSolver, Solution, adam, block, lbfgs
 from melbo_ray.subspace import Subspace
 
@@ -58,12 +58,6 @@ class SteeringVector:
     def certificate(self) -> dict[str, Any]:
         """The columns of the table `vectors` beside the vector itself and its keys."""
         return {name: value for name, value in vars(self).items() if name not in ("index", "theta")}
-
-
-def derive_seed(seed: int, concept: str, index: int, purpose: str) -> int:
-    """A seed of 63 bits from (seed, concept, index, purpose), so that each draw can be repeated alone."""
-    digest = hashlib.sha256(f"{seed}/{concept}/{index}/{purpose}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def chain(

@@ -16,14 +16,13 @@ from rich.text import Text
 from melbo_ray.config import EVERY
 from melbo_ray.intervals import median_interval
 from melbo_ray.store import Run
+from melbo_ray.tables import SINK
 from melbo_ray.units import WHOLE, Coverage, Unit, count, progress
 
 if TYPE_CHECKING:  # a look at a run's storage needs neither
     from melbo_ray.agenda import Agenda
     from melbo_ray.ortho import SteeringVector
 
-SINK = 0.3
-"""Share of the target displacement from which on the first position, often an attention sink, is warned of."""
 _LINE_EVERY, _BAR_EVERY = 5.0, 0.5
 _FEWEST_STEPS, _STEPS = 4, 16
 

@@ -25,6 +25,7 @@ from melbo_ray.config import UserError, first_line
 from melbo_ray.query import select
 from melbo_ray.storage import Storage
 from melbo_ray.store import Run
+from melbo_ray.tables import SINK
 
 _ROOM = 24_000_000
 """Bytes of the page that its texts may take, compressed: with Plotly and the figures it stays below 30 MB."""
@@ -123,7 +124,8 @@ def _facts(manifest: dict[str, Any]) -> dict[str, str]:
         "revision": config.get("revision"),
         "weights": manifest.get("fingerprint"),
         "source → target layer": f"{config.get('source_layer')} → {config.get('target_layer')}",
-        "R": config.get("radius"),
+        "R": "calibrated for each concept" if config.get("radius") == "auto" else config.get("radius"),
+        "z from position": config.get("z_from"),
         "base": config.get("base"),
         "solver": config.get("solver"),
         "system prompt": config.get("system_prompt"),
@@ -159,10 +161,15 @@ _SUMMARY = """
            (SELECT avg(detected::INT) FROM w WHERE kind = 'chain') AS greedy,
            (SELECT avg(detected::INT) FROM w WHERE kind = 'unsteered') AS greedy_unsteered,
            (SELECT avg(detected::INT) FROM t WHERE kind = 'chain' AND temperature > 0) AS sampled,
+           (SELECT max(value) FROM s WHERE figure = 'radius' AND kind = 'base') AS radius,
+           (SELECT max(value) FROM s WHERE figure = 'sink_share' AND kind = 'base') AS sink,
            (SELECT max(value) FROM s WHERE figure = 'change_point') AS change,
            (SELECT max(value) FROM s WHERE figure = 'bessel_rms_component') AS bessel,
            (SELECT max(value) FROM s WHERE figure = 'contrast_norm_for_half_score') AS half
 """
+
+
+_WARNING = ": an attention sink, read relative_loss_from_1"
 
 
 def summary(db: duckdb.DuckDBPyConnection, concept: str, facts: dict[str, Any]) -> dict[str, str]:
@@ -170,6 +177,8 @@ def summary(db: duckdb.DuckDBPyConnection, concept: str, facts: dict[str, Any]) 
     n = {name: float(values[0]) for name, values in select(db, _SUMMARY, concept).items()}
     audit = facts.get("max_abs_cos")
     return {
+        "R, norm of the base": _number(n["radius"]),
+        "the target's part at the first position": _share(n["sink"]) + (_WARNING if n["sink"] >= SINK else ""),
         "vectors": f"{n['vectors']:.0f}",
         "the chain ended": str(facts.get("stop_reason") or "–"),
         "KL from base, median": _number(n["chain"], " nats"),

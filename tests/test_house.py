@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"config", "intervals", "products"},
+    {"config", "intervals", "products", "seeds"},
     {
         "arguments",
         "chat",

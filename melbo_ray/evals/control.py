@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 from melbo_ray.evals import dose, generalization, generations, kl, presence
 from melbo_ray.evals.kl import at_norm
 from melbo_ray.evals.study import Rows, Study, Vectors, evenly
-from melbo_ray.ortho import derive_seed
+from melbo_ray.seeds import derive_seed
 
 COUNT = 8
 # Random directions in presence: of fewer than 20 none could say p = 0.05.

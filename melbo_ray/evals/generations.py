@@ -9,7 +9,7 @@ from melbo_ray.detectors import score_text
 from melbo_ray.evals.kl import at_norm
 from melbo_ray.evals.study import TRAINING, Row, Rows, Study, Vectors
 from melbo_ray.generate import Continuation, Job, generate
-from melbo_ray.ortho import derive_seed
+from melbo_ray.seeds import derive_seed
 
 
 def run_greedy(study: Study, vectors: Vectors) -> Rows:

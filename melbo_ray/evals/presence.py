@@ -14,7 +14,7 @@ from torch import Tensor
 from melbo_ray import melbo
 from melbo_ray.evals.study import Row, Rows, Study, Vectors
 from melbo_ray.generate import Job, generate
-from melbo_ray.ortho import derive_seed
+from melbo_ray.seeds import derive_seed
 from melbo_ray.steer import Prompts
 
 _WRITTEN_PROMPTS, _WRITTEN_LENGTH = 8, 32

@@ -12,8 +12,9 @@ from torch.nn.functional import normalize
 from melbo_ray import ortho
 from melbo_ray.evals import generalization, kl
 from melbo_ray.evals.study import TRAINING, Row, Rows, Study, Vectors
-from melbo_ray.ortho import SteeringVector, derive_seed
+from melbo_ray.ortho import SteeringVector
 from melbo_ray.residual import Slice
+from melbo_ray.seeds import derive_seed
 from melbo_ray.subspace import Subspace
 
 _COUNT = 8

@@ -4,7 +4,7 @@ import torch
 
 from melbo_ray.detectors import score_text
 from melbo_ray.evals import Vectors, evaluate
-from melbo_ray.ortho import derive_seed
+from melbo_ray.seeds import derive_seed
 from tests.evals import reference
 
 

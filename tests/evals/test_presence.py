@@ -10,7 +10,7 @@ from melbo_ray import melbo
 from melbo_ray.evals import evaluate
 from melbo_ray.evals.presence import auroc, contrast, effect_size, text_sets
 from melbo_ray.model import LanguageModel
-from melbo_ray.ortho import derive_seed
+from melbo_ray.seeds import derive_seed
 from tests.evals import reference
 from tests.evals.reference import rows_of
 
