@@ -71,6 +71,7 @@ class Candidate:
         radius: R (residual-stream units).
         concept_score: mean log-probability per token of the concept's continuations, steered minus unsteered (nats).
         written: the greedy text on the training prompt.
+        steps: steps of MELBO's ascent that found it; 0 for a contrast or a file.
         held_out: greedy texts on held-out prompts; only of the best of those that show the concept.
         gained: held-out prompts on which it shows the concept and the unsteered model does not.
         rank: 1 for the best.
@@ -84,6 +85,7 @@ class Candidate:
     radius: float
     concept_score: float
     written: Written
+    steps: int = 0
     held_out: tuple[Written, ...] = ()
     gained: int = 0
     rank: int = 0
@@ -103,6 +105,7 @@ class Candidate:
             "vector": self.theta.tolist(),
             "objective": self.objective,
             "radius": self.radius,
+            "steps": self.steps,
             "concept_score": self.concept_score,
             "text": self.written.text,
             "detected": self.written.detected,
@@ -122,10 +125,10 @@ def judge(
     config: Config,
     thetas: Float[Tensor, "n d_model"],
     objectives: Sequence[float],
-    first: int = 0,
+    steps: int = 0,
 ) -> tuple[list[Candidate], bool]:
-    """The candidates in the order of `thetas`, counted from `first`, not ranked yet; whether the unsteered model shows
-    the concept, too."""
+    """The candidates in the order of `thetas`, after `steps` of ascent, not ranked yet; whether the unsteered model
+    shows the concept, too."""
     tokens = {
         prompt: model.tokenize(prompt, config.system_prompt)
         for prompt in [concept.prompt, *list(concept.held_out.values())[:_HELD_OUT]]
@@ -139,8 +142,8 @@ def judge(
     unsteered, *texts = _write(model, concept, config, [(training, theta) for theta in rows])
     waiting = iter(texts)
     found = [
-        Candidate(index, theta, change, config.radius, score, next(waiting) if isfinite(score) else _NOTHING)
-        for index, (theta, change, score) in enumerate(zip(thetas, objectives, scores, strict=True), first)
+        Candidate(index, theta, change, config.radius, score, next(waiting) if isfinite(score) else _NOTHING, steps)
+        for index, (theta, change, score) in enumerate(zip(thetas, objectives, scores, strict=True))
     ]
     best = sorted((c for c in found if c.written.shows), key=lambda c: c.merit, reverse=True)[:_FINALISTS]
     if best and held_out:
@@ -149,7 +152,7 @@ def judge(
         plain, *others = (tuple(written[i : i + len(held_out)]) for i in range(0, len(written), len(held_out)))
         for candidate, own in zip(best, others, strict=True):
             gained = sum(text.shows and not before.shows for text, before in zip(own, plain, strict=True))
-            found[candidate.index - first] = replace(candidate, held_out=own, gained=gained)
+            found[candidate.index] = replace(candidate, held_out=own, gained=gained)
     return found, unsteered.shows
 
 

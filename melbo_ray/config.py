@@ -90,10 +90,9 @@ class Config(BaseSettings):
     base_index: NonNegativeInt | None = None
     """Which candidate, or which row of the file, is the base; without it what they write decides."""
     candidates: PositiveInt = 20
-    """MELBO candidates to find at a time, each orthogonal to the earlier ones: once, and up to six times where none
-    writes the concept."""
+    """MELBO candidates to find, each orthogonal to the earlier ones."""
     melbo_steps: PositiveInt = 30
-    """Steps of ascent for each MELBO candidate."""
+    """Steps of ascent for each MELBO candidate; up to four times as many while none writes the concept."""
     melbo_p: Positive = 2.0
     """MELBO's p: power of the norm that is taken over token positions."""
     melbo_q: Positive = 2.0

@@ -4,7 +4,8 @@ Source: Mack and Turner (2024), "Mechanistically eliciting latent behaviors in l
 fixed norm that change the target layer's activations the most.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -21,8 +22,8 @@ from melbo_ray.steer import Prompts
 
 _STEP = 0.05
 _MOMENTUM = 0.7
-# Few candidates write a given concept (of 20 on Qwen2.5-Coder-0.5B none to four): so many times they are sought.
-_ROUNDS = 6
+# A given concept may be written by no candidate yet: the ascent then goes on, at most this many times as long.
+_ROUNDS = 4
 
 
 def base_vector(
@@ -51,19 +52,18 @@ def base_vector(
 
 
 def _until_one_shows(slice: Slice, concept: Concept, config: Config) -> tuple[list[Candidate], bool]:
-    """MELBO's candidates, `config.candidates` at a time, until one of them shows the concept or `_ROUNDS` are over."""
-    found, unsteered_shows = _judged(slice, concept, config, maximise(slice, config, concept.name))
-    most = min(_ROUNDS * config.candidates, slice.model.d_model)
-    while not any(candidate.written.shows for candidate in found) and len(found) + config.candidates <= most:
-        thetas = maximise(slice, config, concept.name, torch.stack([candidate.theta for candidate in found]))
-        found += _judged(slice, concept, config, thetas, len(found))[0]
+    """MELBO's candidates after `config.melbo_steps` steps, or as many times that as one needs to show the concept."""
+    for number, thetas in enumerate(islice(ascent(slice, config, concept.name), _ROUNDS), 1):
+        found, unsteered_shows = _judged(slice, concept, config, thetas, number * config.melbo_steps)
+        if any(candidate.written.shows for candidate in found):
+            break
     return found, unsteered_shows
 
 
 def _judged(
-    slice: Slice, concept: Concept, config: Config, thetas: Float[Tensor, "n d_model"], first: int = 0
+    slice: Slice, concept: Concept, config: Config, thetas: Float[Tensor, "n d_model"], steps: int = 0
 ) -> tuple[list[Candidate], bool]:
-    """These vectors at norm R as candidates, counted from `first`; whether the unsteered model shows the concept."""
+    """These vectors, brought to norm R, as candidates; whether the unsteered model shows the concept, too."""
     norms = thetas.norm(dim=-1, keepdim=True)
     if not (torch.isfinite(norms) & (norms > 0)).all():
         raise UserError(f"the base {config.base!r} has a vector of norm 0 or not finite: leave it out")
@@ -71,7 +71,7 @@ def _judged(
     with torch.no_grad():
         unsteered = slice.h_target(torch.zeros(1, slice.model.d_model, device=device)).float()
         changes = objective(slice, thetas.to(device), config, unsteered).tolist()
-    return judge(slice.model, concept, config, thetas, changes, first)
+    return judge(slice.model, concept, config, thetas, changes, steps)
 
 
 def objective(
@@ -86,39 +86,38 @@ def objective(
     return change.norm(dim=1).pow(config.melbo_p).sum(-1).pow(1 / config.melbo_q)
 
 
-def maximise(
-    slice: Slice, config: Config, concept: str, earlier: Float[Tensor, "n d_model"] | None = None
-) -> Float[Tensor, "candidates d_model"]:
-    """Candidates: orthogonal vectors of norm R, each a maximum of `objective` in the complement of those before it.
+def maximise(slice: Slice, config: Config, concept: str) -> Float[Tensor, "candidates d_model"]:
+    """The candidates after `config.melbo_steps` steps of `ascent`."""
+    return next(ascent(slice, config, concept))
 
-    `earlier` (orthogonal, of norm R) come before all of them.
+
+def ascent(slice: Slice, config: Config, concept: str) -> Iterator[Float[Tensor, "candidates d_model"]]:
+    """The candidates: orthogonal vectors of norm R, each a maximum of `objective` in the complement of those before it.
 
     All ascend at once from seeded random starts. A step follows the gradient's tangent part, of unit length and with
-    momentum; then every vector is made orthogonal to those before it and brought back to norm R.
+    momentum; then every vector is made orthogonal to those before it and brought back to norm R. Every
+    `config.melbo_steps` steps they are given out, on the CPU; there is no end.
     """
     d_model, device = slice.model.d_model, slice.model.device
     if config.candidates > d_model:
         raise UserError(f"{config.candidates} candidates cannot be orthogonal in d_model = {d_model}")
     if config.melbo_from >= slice.h_source.shape[1]:
         raise UserError(f"--melbo-from {config.melbo_from}: the prompt has only {slice.h_source.shape[1]} tokens")
-    taken = torch.empty(0, d_model) if earlier is None else earlier
-    generator = torch.Generator().manual_seed(derive_seed(config.seed, concept, len(taken), "melbo"))
-    start = torch.cat([taken, torch.randn(config.candidates, d_model, generator=generator)])
-    theta = retract(start, config.radius)[len(taken) :].to(device)
-    taken = taken.to(device)
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, concept, 0, "melbo"))
+    theta = retract(torch.randn(config.candidates, d_model, generator=generator), config.radius).to(device)
     with torch.no_grad():
         unsteered = slice.h_target(torch.zeros(1, d_model, device=device)).float()
     velocity = torch.zeros_like(theta)
-    for _ in range(config.melbo_steps):
+    for step in count(1):
         theta.requires_grad_()
         (gradient,) = torch.autograd.grad(objective(slice, theta, config, unsteered).sum(), theta)
         theta = theta.detach()
         gradient = tangent(gradient, theta)
         gradient = gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(1e-30)
         velocity = _MOMENTUM * velocity + gradient
-        moved = torch.cat([taken, theta + _STEP * config.radius * velocity])
-        theta = retract(moved, config.radius)[len(taken) :]
-    return theta.cpu()
+        theta = retract(theta + _STEP * config.radius * velocity, config.radius)
+        if step % config.melbo_steps == 0:
+            yield theta.cpu().clone()
 
 
 def tangent(gradient: Float[Tensor, "batch d_model"], theta: Float[Tensor, "batch d_model"]) -> Tensor:

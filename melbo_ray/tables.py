@@ -28,9 +28,9 @@ SCHEMAS: dict[str, pa.Schema] = {
         max_abs_cos=_double, seconds=_float, seed=pa.int64(),
     ),
     "candidates": _schema(
-        vector=pa.list_(_float), objective=_float, radius=_float, concept_score=_float, text=_text, detected=_bool,
-        coherence=_float, distinct_trigrams=_float, held_out_texts=pa.list_(_text), held_out_gained=_int, rank=_int,
-        taken=_bool, reason=_text,
+        vector=pa.list_(_float), objective=_float, radius=_float, steps=_int, concept_score=_float, text=_text,
+        detected=_bool, coherence=_float, distinct_trigrams=_float, held_out_texts=pa.list_(_text),
+        held_out_gained=_int, rank=_int, taken=_bool, reason=_text,
     ),
     "kl": _schema(
         prompt_id=_text, scale=_text, norm=_float, **_KL, top_tokens=pa.list_(_text), top_probs=pa.list_(_float),

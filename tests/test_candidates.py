@@ -28,7 +28,7 @@ CODE = "To build a bomb, you can use the following code:\n\n```python\ndef build
 
 def candidate(index, text, score=0.0, *, concept="jailbreak", sense=-0.8, rounds=1.0, gained=0):
     written = Written(text, score_text(load_concept(concept), text)["detected"], sense, rounds)
-    return Candidate(index, torch.zeros(2), 1.0, 3.0, score, written, (written,) * 3, gained)
+    return Candidate(index, torch.zeros(2), 1.0, 3.0, score, written, held_out=(written,) * 3, gained=gained)
 
 
 def taken(*found, wanted=None, unsteered_shows=False):

@@ -85,7 +85,7 @@ def test_the_concept_score_is_the_steered_log_probability_minus_the_unsteered():
     base, candidates = base_vector(tiny(), CONCEPT, config)
     (best,) = (candidate for candidate in candidates if candidate.taken)
     assert torch.equal(base, best.theta)
-    assert [candidate.index for candidate in candidates] == list(range(len(candidates)))
+    assert [candidate.index for candidate in candidates] == list(range(5))
     prompt, scores = tiny().tokenize(CONCEPT.prompt), []
     for theta in (best.theta, torch.zeros(D_MODEL)):
         log_probs = []
@@ -101,28 +101,24 @@ def test_base_index_takes_one():
     base, candidates = base_vector(tiny(), CONCEPT, Config(melbo_steps=2, base_index=3, **OPTIONS))
     assert torch.equal(base, candidates[3].theta)
     assert [candidate.index for candidate in candidates if candidate.taken] == [3]
-    with pytest.raises(UserError, match="30 candidates"):
-        base_vector(tiny(), CONCEPT, Config(melbo_steps=1, base_index=30, **OPTIONS))
+    with pytest.raises(UserError, match="5 candidates"):
+        base_vector(tiny(), CONCEPT, Config(melbo_steps=1, base_index=5, **OPTIONS))
 
 
-def test_candidates_are_sought_again_beside_the_earlier_ones_until_one_writes_the_concept(monkeypatch):
+def test_the_ascent_goes_on_until_one_writes_the_concept_and_ends_where_a_longer_one_does(monkeypatch):
     monkeypatch.setattr("melbo_ray.candidates._SENSE", -np.inf)
     monkeypatch.setattr("melbo_ray.candidates._LOOP", 0.0)
-    config = Config(melbo_steps=3, **OPTIONS)
-    first = maximise(a_slice(), config, "letters")
-    _, all_there_are = base_vector(tiny(), CONCEPT, config)
-    assert len(all_there_are) == 30  # nothing writes it: six times five
-    thetas = torch.stack([candidate.theta for candidate in all_there_are])
-    torch.testing.assert_close(thetas @ thetas.T, 16 * torch.eye(30), atol=1e-3, rtol=0)
-    torch.testing.assert_close(thetas[:5], first)
-    assert all_there_are[0].reason.endswith("does not write the concept")
-    wanted = all_there_are[12].written.text
-    monkeypatch.setattr("melbo_ray.candidates.score_text", lambda _concept, text: {"detected": text == wanted})
-    _, found = base_vector(tiny(), CONCEPT, config)
-    place = next(c.index for c in all_there_are if c.written.text == wanted)
-    assert len(found) == 5 * (place // 5 + 1)
-    assert next(candidate for candidate in found if candidate.taken).written.text == wanted
-    assert all(torch.equal(c.theta, d.theta) for c, d in zip(found, all_there_are, strict=False))
+    _, never = base_vector(tiny(), CONCEPT, Config(melbo_steps=3, **OPTIONS))
+    assert {candidate.steps for candidate in never} == {12}
+    assert any(candidate.taken and "as does no other of 5" in candidate.reason for candidate in never)
+    longer = Config(melbo_steps=12, **OPTIONS)
+    torch.testing.assert_close(
+        torch.stack([candidate.theta for candidate in never]), maximise(a_slice(), longer, "letters")
+    )
+    wanted = {candidate.written.text for candidate in never}
+    monkeypatch.setattr("melbo_ray.candidates.score_text", lambda _concept, text: {"detected": text in wanted})
+    _, found = base_vector(tiny(), CONCEPT, longer)
+    assert {candidate.steps for candidate in found} == {12}
 
 
 def test_contrast_is_the_difference_of_mean_activations_without_the_first_position():
