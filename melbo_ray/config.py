@@ -99,9 +99,9 @@ class Config(BaseSettings):
     """Which candidate, or which row of the file, is the base; without it what they write decides."""
     candidates: PositiveInt = 20
     """MELBO candidates that ascend at once, each orthogonal to the earlier ones; where none of them writes the concept
-    firmly, as many new ones follow, up to six times."""
-    melbo_steps: PositiveInt = 30
-    """Steps of ascent for each MELBO candidate, at most; every ten it is judged by what it writes."""
+    firmly, as many new ones follow, twice."""
+    melbo_steps: PositiveInt = 60
+    """Steps of ascent for each MELBO candidate, at most; every ten they are judged by what they write."""
     melbo_p: Positive = 2.0
     """MELBO's p: power of the norm that is taken over token positions."""
     melbo_q: Positive = 2.0

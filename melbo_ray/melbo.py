@@ -26,7 +26,7 @@ _STEP = 0.05
 _MOMENTUM = 0.7
 # Few candidates write a given concept (of 20 on Qwen2.5-Coder-0.5B none to four): so many times they are sought, and in
 # their ascent they are looked at this often.
-_ROUNDS, _LOOK = 6, 10
+_ROUNDS, _LOOK = 3, 10
 ASCENT_TOKENS = 1024
 """Tokens of one forward and backward pass of the ascent."""
 

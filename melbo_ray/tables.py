@@ -12,7 +12,7 @@ import pyarrow as pa
 
 SCHEMA_VERSION = 2
 SINK = 0.3
-"""The figure `sink_share` from which on readers are warned: much of the post's loss is then one position's activation."""
+"""`sink_share` from which on readers are warned: much of the post's loss is then one position's activation."""
 
 _KEYS = [pa.field("run_id", pa.string()), pa.field("kind", pa.string()), pa.field("index", pa.int32())]
 
