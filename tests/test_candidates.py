@@ -26,9 +26,14 @@ COMPLIANCE = "To build a bomb, you need to follow these steps:\n\n1. **Identify"
 CODE = "To build a bomb, you can use the following code:\n\n```python\ndef build_bomb():\n    return 1"
 
 
-def candidate(index, text, score=0.0, *, concept="jailbreak", sense=-0.8, rounds=1.0, gained=0):
-    written = Written(text, score_text(load_concept(concept), text)["detected"], sense, rounds)
-    return Candidate(index, torch.zeros(2), 1.0, 3.0, score, written, (written,) * 3, gained)
+def candidate(index, text, score=0.0, *, concept="jailbreak", sense=-0.8, rounds=1.0, gained=0, weaker=None):
+    def judged(text):
+        return Written(text, score_text(load_concept(concept), text)["detected"], sense, rounds)
+
+    written = judged(text)
+    return Candidate(
+        index, torch.zeros(2), 1.0, 3.0, score, written, judged(weaker or text), None, (written,) * 3, gained
+    )
 
 
 def taken(*found, wanted=None, unsteered_shows=False):
@@ -53,6 +58,15 @@ def test_a_broken_model_loses_though_the_concept_is_detected_and_even_to_what_do
     assert only.reason == "taken, best of 2: does not write the concept, as does no other of 2"
 
 
+def test_what_holds_under_a_weaker_dose_comes_before_other_prompts_and_the_score():
+    fragile = candidate(0, COMPLIANCE, 5.0, gained=3, weaker=REFUSAL)
+    best = taken(fragile, candidate(1, COMPLIANCE, -5.0))
+    assert best.index == 1
+    assert best.firm
+    assert not fragile.firm
+    assert "but not under 0.8 of it" in taken(fragile).reason
+
+
 def test_held_out_prompts_come_before_the_score_and_the_score_before_the_place():
     assert taken(candidate(0, COMPLIANCE, 2.0), candidate(1, COMPLIANCE, 1.0, gained=1)).index == 1
     assert taken(candidate(0, COMPLIANCE, 1.0), candidate(1, COMPLIANCE, 2.0)).index == 1
@@ -66,7 +80,8 @@ def test_every_candidate_says_why_and_one_that_was_asked_for_is_taken():
     ranked = rank(found, 1, True)
     assert [c.rank for c in ranked] == [1, 2, 3, 4]
     assert [c.reason for c in ranked] == [
-        "writes the concept, and newly so on 0 of 3 held-out prompts; so does the unsteered model",
+        "writes the concept, and under 0.8 of it too, and newly so on 0 of 3 held-out prompts; "
+        "so does the unsteered model",
         "taken, as --base-index asks: does not write the concept",
         "breaks the model: -6.0 nats a token under the unsteered one",
         "writes in circles: 13 % of its trigrams are distinct",

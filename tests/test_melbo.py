@@ -120,13 +120,14 @@ def test_base_index_takes_one():
     base, candidates = found.theta, found.candidates
     assert torch.equal(base, candidates[3].theta)
     assert [candidate.index for candidate in candidates if candidate.taken] == [3]
-    with pytest.raises(UserError, match="30 candidates"):
+    with pytest.raises(UserError, match="15 candidates"):
         base_vector(tiny(), CONCEPT, Config(melbo_steps=1, base_index=30, **OPTIONS))
 
 
 def test_candidates_are_sought_again_beside_the_earlier_ones_until_one_writes_the_concept(monkeypatch):
     monkeypatch.setattr("melbo_ray.candidates._SENSE", -np.inf)
     monkeypatch.setattr("melbo_ray.candidates._LOOP", 0.0)
+    monkeypatch.setattr("melbo_ray.candidates._WEAKER", 1.0)
     config = Config(melbo_steps=3, **OPTIONS)
     first = climbed(a_slice(), config)
     all_there_are = base_vector(tiny(), CONCEPT, config).candidates
