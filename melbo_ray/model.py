@@ -35,7 +35,8 @@ class LanguageModel:
         revision: the hub revision asked for, if any.
         packed: whether it may be held in packed copies too, for faster products on the CPU: they cost its own size
             again. None is yes, but no more than 4 GiB of them.
-        kept: what those who use the model made once for all its uses (the batch of `generate`).
+        kept: what those who use the model made once for all its uses (the batch of `generate`,
+            the prompts of a run).
     """
 
     network: PreTrainedModel
@@ -146,7 +147,7 @@ class LanguageModel:
         """
         if not prompt.strip():
             raise UserError("the prompt is empty: give the text that the model shall answer")
-        text = chat(self.tokenizer, self.name, prompt, system_prompt) + answer
+        text = self.rendered(prompt, system_prompt) + answer
         templated = self.tokenizer.chat_template is not None
         ids = self.tokenizer(text, add_special_tokens=not templated, return_tensors="pt")["input_ids"][0]
         if len(ids) >= self.max_length:
@@ -154,6 +155,11 @@ class LanguageModel:
                 f"the prompt has {len(ids)} tokens, and the model's context is {self.max_length}: shorten it"
             )
         return ids
+
+    def rendered(self, prompt: str, system_prompt: str = "default") -> str:
+        """The text of the chat up to where the model's turn begins; a run's prompts stay as it was begun with."""
+        kept = self.kept.get("rendered", {}).get((prompt, system_prompt))
+        return chat(self.tokenizer, self.name, prompt, system_prompt) if kept is None else kept
 
     def fingerprint(self) -> str:
         """The `fingerprint` of its configuration and weights."""

@@ -10,14 +10,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"config", "intervals", "products"},
+    {"checks", "config", "intervals", "products"},
     {"chat", "command", "concepts", "fingerprint", "source_code", "storage", "subspace", "tables", "units"},
     {"detectors", "lease", "model", "query", "solvers", "store"},
-    {"comparison", "engines"},
+    {"comparison", "engines", "plain"},
     {"figures", "partial", "residual", "steer"},
     {"decoding", "ortho", "radius", "report"},
     {"generate"},
-    {"candidates"},
+    {"candidates", "selfcheck"},
     {"melbo"},
     {"evals"},
     {"memory"},
