@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from melbo_ray.concepts import Concept, load_concept
 from melbo_ray.config import EVALUATIONS, Config, UserError
 from melbo_ray.memory import Demands, demands
-from melbo_ray.model import load_config, pick_device
+from melbo_ray.model import LanguageModel, load_config, pick_device
 from melbo_ray.partial import sketch
 from melbo_ray.residual import check_layers
 from melbo_ray.store import Run
@@ -35,12 +35,14 @@ class Checked:
         config: the options, with a run id.
         concepts: what is studied.
         demands: what memory its workers take.
+        rendered: every prompt by concept and name, as `text` in the model's chat template and its `tokens`.
         naming: what the command lacks to resume this run: " with --run-id …" where it was not given.
     """
 
     config: Config
     concepts: list[Concept]
     demands: Demands
+    rendered: dict[str, dict[str, dict[str, Any]]]
     naming: str = ""
 
 
@@ -97,7 +99,22 @@ def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
     published = load_config(config.model, config.revision, config.trust_remote_code).dtype
     needed = demands(shape, config, concepts, published)
     naming = "" if config.run_id else f" with --run-id {run_id}"
-    return Checked(config.model_copy(update={"run_id": run_id}), concepts, needed, naming)
+    rendered = _rendered(shape, config, concepts)
+    return Checked(config.model_copy(update={"run_id": run_id}), concepts, needed, rendered, naming)
+
+
+def _prompts(concepts: Sequence[Concept]) -> dict[str, dict[str, str]]:
+    return {concept.name: {"training": concept.prompt, **concept.held_out} for concept in concepts}
+
+
+def _rendered(
+    shape: LanguageModel, config: Config, concepts: Sequence[Concept]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    def of(prompt: str) -> dict[str, Any]:
+        tokens = shape.tokenize(prompt, config.system_prompt)
+        return {"text": shape.rendered(prompt, config.system_prompt), "tokens": tokens.tolist()}
+
+    return {concept: {name: of(text) for name, text in own.items()} for concept, own in _prompts(concepts).items()}
 
 
 def _trained_on(concept: Concept, prompt: str) -> Concept:
@@ -159,7 +176,7 @@ def identity(checked: Checked) -> dict[str, Any]:
     return {
         "config": checked.config.model_dump(mode="json", exclude={"config", "plan"}),
         "definitions": {concept.name: concept.model_dump(mode="json") for concept in checked.concepts},
-        "prompts": {c.name: {"training": c.prompt, **c.held_out} for c in checked.concepts},
+        "prompts": _prompts(checked.concepts),
     }
 
 

@@ -1,6 +1,7 @@
 """A whole run from a configuration: check everything, take the lease, drive, publish, audit, sum up."""
 
 import contextlib
+import copy
 import dataclasses
 import datetime
 import importlib.metadata
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from melbo_ray import cluster
+from melbo_ray import checks, cluster
 from melbo_ray.agenda import UNFINISHED, Agenda
 from melbo_ray.check import Checked, compare, identity
 from melbo_ray.config import UserError
@@ -77,7 +78,7 @@ class _Job:
         self.display = Display(console, checked.config.num_vectors)
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._publishing: Future | None = None
-        # Concepts whose base was told.
+        # Concepts whose base was told, and lines of the self-check.
         self._told: set[str] = set()
         self._next_publication = time.monotonic() + _PUBLISH_EVERY
 
@@ -89,6 +90,7 @@ class _Job:
             self.run, str(config.run_id), config, self.checked.concepts, agendas, layout, self._tick
         )
         driver.fingerprints = {name: self.manifest[name] for name in _FINGERPRINTS if self.manifest[name]}
+        driver.checks = copy.deepcopy(self.manifest["checks"])
         status = "interrupted"
         try:
             driver.drive()
@@ -125,6 +127,10 @@ class _Job:
                     self.display.say(f"{name}: the base is {reason}")
                 if figures := base_figures(self.run, name):
                     self.display.say(_told_of_base(name, figures))
+        for reason in checks.reasons(driver.checks):
+            if reason not in self._told:
+                self._told.add(reason)
+                self.display.say(f"self-check: {reason}")
         self.display.update(driver.agendas, driver.last, driver.pool.ready)
         if (line := driver.silence()) is not None:
             self.display.say(line)
@@ -140,6 +146,7 @@ class _Job:
         """What the driver has learnt, into the manifest; only while nobody publishes."""
         self.manifest |= driver.fingerprints
         self.manifest["hardware"] |= driver.hardware
+        self.manifest["checks"] = copy.deepcopy(driver.checks)
         peaks = self.manifest["peak_memory"]
         peaks |= {role: max(peak, peaks.get(role, 0)) for role, peak in driver.peak_memory.items()}
         for name, agenda in driver.agendas.items():
@@ -202,6 +209,9 @@ def _begin(run: Run, checked: Checked) -> dict[str, Any]:
         **dict.fromkeys(_FINGERPRINTS),
         "seed": config.seed,
         "hardware": {},
+        "checks": {},
+        # As it was begun with: a template may write today's date.
+        "prompts_rendered": checked.rendered,
         "peak_memory": {},
         "seconds": 0.0,
         "concepts": {},

@@ -140,7 +140,7 @@ class LanguageModel:
         """
         if not prompt.strip():
             raise UserError("the prompt is empty: give the text that the model shall answer")
-        text = chat(self.tokenizer, self.name, prompt, system_prompt) + answer
+        text = self.rendered(prompt, system_prompt) + answer
         templated = self.tokenizer.chat_template is not None
         ids = self.tokenizer(text, add_special_tokens=not templated, return_tensors="pt")["input_ids"][0]
         if len(ids) >= self.max_length:
@@ -148,6 +148,11 @@ class LanguageModel:
                 f"the prompt has {len(ids)} tokens, and the model's context is {self.max_length}: shorten it"
             )
         return ids
+
+    def rendered(self, prompt: str, system_prompt: str = "default") -> str:
+        """The text of the chat up to where the model's turn begins; a run's prompts stay as it was begun with."""
+        kept = self.kept.get("rendered", {}).get((prompt, system_prompt))
+        return chat(self.tokenizer, self.name, prompt, system_prompt) if kept is None else kept
 
     def fingerprint(self) -> str:
         """The `fingerprint` of its configuration and weights."""

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from melbo_ray import checks
 from melbo_ray.config import EVERY
 from melbo_ray.intervals import median_interval
 from melbo_ray.store import Run
@@ -259,6 +260,8 @@ def epilogue(console: Console, run: Run, manifest: Mapping[str, Any]) -> None:
     if peaks := manifest["peak_memory"]:
         told = ", ".join(f"{role} {peak / 1e9:.1f} GB" for role, peak in sorted(peaks.items()))
         console.print(f"memory at most: {told}", highlight=False)
+    if told := checks.line(manifest["checks"]):
+        console.print(f"self-check: {told}", highlight=False, soft_wrap=True)
     url = run.storage.url
     console.print(f"results: {url}", highlight=False, soft_wrap=True)
     sql = "SELECT concept, index, kl_from_base FROM kl WHERE kind = 'chain' AND scale = 'own' ORDER BY ALL"

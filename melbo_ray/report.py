@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from melbo_ray import comparison, figures, query
+from melbo_ray import checks, comparison, figures, query
 from melbo_ray.config import UserError, first_line
 from melbo_ray.query import select
 from melbo_ray.storage import Storage
@@ -97,6 +97,7 @@ def _page(db: duckdb.DuckDBPyConnection, manifest: dict[str, Any], url: str) -> 
             "concepts": {c: {name: _json(fig) for name, fig in drawn[c].items() if fig} for c in concepts},
             "comparison": together and _json(together),
         },
+        checks=checks.worst(manifest.get("checks", {})),
         prompts=prompts,
         texts={c: _texts(db, c, prompts.get(c, {}), _ROOM // len(concepts)) for c in concepts},
         style=Markup((assets / "report.css").read_text("utf-8")),
@@ -132,6 +133,7 @@ def _facts(manifest: dict[str, Any]) -> dict[str, str]:
         "seed": config.get("seed"),
         "measured of an even sample": (n := config.get("sample")) and f"all but KL, greedy texts: {n} vectors a chain",
         "hardware": ", ".join(map(str, manifest.get("hardware", {}).values())),
+        "self-check": checks.line(manifest.get("checks", {})),
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items()),
     }
     return {name: str(value) for name, value in facts.items() if value not in (None, "")}

@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import io
 import json
+import re
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -74,6 +75,8 @@ class Run:
         """
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         text = json.dumps({"schema_version": SCHEMA_VERSION, **manifest, "updated": now}, indent=1, ensure_ascii=False)
+        # Token ids on one line. A break inside a string would be escaped.
+        text = re.sub(r"\[\n[\d\s,]+\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text)
         version = self.storage.version("run.json")
         if self.storage.get("run.json") != self._known:
             raise StorageError(f"{self.storage.url}/run.json: another driver has written it meanwhile; this one stops")

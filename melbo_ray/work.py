@@ -6,6 +6,7 @@ that depends on the work alone, so any worker can be lost, repeated, or outrun b
 
 import contextlib
 import dataclasses
+import json
 import os
 import resource
 import socket
@@ -27,6 +28,7 @@ from melbo_ray.ortho import SteeringVector
 from melbo_ray.partial import lower, lower_fingerprint
 from melbo_ray.radius import Calibration
 from melbo_ray.residual import Slice
+from melbo_ray.selfcheck import selfcheck
 from melbo_ray.store import Run
 from melbo_ray.units import WHOLE, Unit
 
@@ -81,7 +83,26 @@ class Worker:
     @cached_property
     def model(self) -> LanguageModel:
         """The model, spread over the worker's GPUs where it has several; or its lower part."""
-        return dataclasses.replace(self._load(), packed=self.packed)
+        model = dataclasses.replace(self._load(), packed=self.packed)
+        self._render(model)
+        return model
+
+    def _render(self, model: LanguageModel) -> None:
+        """Every prompt as the manifest has it: a template may write today's date.
+
+        Raises:
+            UserError: the tokenizer makes other tokens of it.
+        """
+        manifest = json.loads(self.run.storage.get("run.json") or "{}")
+        for concept, prompts in manifest.get("prompts_rendered", {}).items():
+            for name, rendered in prompts.items():
+                prompt = manifest["prompts"][concept][name]
+                model.kept.setdefault("rendered", {})[prompt, self.config.system_prompt] = rendered["text"]
+                if model.tokenize(prompt, self.config.system_prompt).tolist() != rendered["tokens"]:
+                    raise UserError(
+                        f"the tokenizer of {self.config.model!r} on {socket.gethostname()} makes other tokens of the "
+                        f"prompt {name!r} than this run was begun with: install the versions that its run.json names"
+                    )
 
     def _load(self) -> LanguageModel:
         if not self.whole:
@@ -96,10 +117,10 @@ class Worker:
         )
 
     def ready(self) -> dict[str, Any]:
-        """Load the model and see the run; what the manifest says of this worker.
+        """Load the model, see the run, check itself; what the manifest says of this worker.
 
         Raises:
-            UserError: the model cannot be loaded, or the run's storage is not the driver's.
+            UserError: the model cannot be loaded, the run's storage is not the driver's, or what `selfcheck` raises.
         """
         if self.run.storage.get("run.json") is None:
             raise UserError(
@@ -111,7 +132,11 @@ class Worker:
         fingerprints = {"lower_fingerprint": lower_fingerprint(self.model, self.config.target_layer + 1)}
         if self.whole:
             fingerprints["fingerprint"] = self.model.fingerprint()
-        return {"fingerprints": fingerprints, "host": socket.gethostname(), "device": name}
+        checks = selfcheck(self.model, [*self.concepts.values()], self.config, self.whole)
+        role = "evaluator" if self.whole else "chain"
+        return {
+            "fingerprints": fingerprints, "host": socket.gethostname(), "device": name, "role": role, "checks": checks,
+        }  # fmt: skip
 
     def find_base(self, concept: str) -> None:
         """The base vector, durable in `vectors`, its `candidates`, the `radius` curve, and figures in `summary`."""

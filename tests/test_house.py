@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"config", "intervals", "products", "seeds"},
+    {"checks", "config", "intervals", "products", "seeds"},
     {
         "arguments",
         "chat",
@@ -24,11 +24,11 @@ FLOORS = [
         "units",
     },
     {"detectors", "lease", "model", "query", "solvers", "store"},
-    {"comparison", "engines", "hooks", "rows", "soundness"},
+    {"comparison", "engines", "hooks", "plain", "rows", "soundness"},
     {"figures", "partial", "residual", "steer"},
     {"decoding", "ortho", "radius", "report"},
     {"generate"},
-    {"candidates"},
+    {"candidates", "selfcheck"},
     {"melbo"},
     {"evals"},
     {"memory"},

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.util.metrics import Gauge
 
-from melbo_ray import tables
+from melbo_ray import checks, tables
 from melbo_ray.agenda import Agenda
 from melbo_ray.cluster.pool import ATTEMPTS, Pool
 from melbo_ray.cluster.session import LOST, Deaths, Silence, answer
@@ -59,6 +59,7 @@ class Driver:
         pool: the evaluators.
         last: the newest vector of each concept.
         hardware: device by host.
+        checks: what the workers' self-checks came to, the worst by role, host and name.
         fingerprints: of the model and of its layers up to the target; every worker must have the same.
         failures: vectors that could not be evaluated.
         peak_memory: the most that a `chain` actor and an `evaluator` have taken, bytes.
@@ -78,6 +79,7 @@ class Driver:
         self.run, self.run_id, self.config, self.agendas, self.layout = run, run_id, config, agendas, layout
         self.last: dict[str, SteeringVector] = {}
         self.hardware: dict[str, str] = {}
+        self.checks: checks.Checks = {}
         self.fingerprints: dict[str, str] = {}
         self.failures = 0
         self.peak_memory: dict[str, int] = {}
@@ -220,6 +222,7 @@ class Driver:
     def _meet(self, worker: dict[str, Any]) -> None:
         """Every worker must have read the same weights, those that hold a part of the model the same part."""
         self.hardware[worker["host"]] = worker["device"]
+        checks.merge(self.checks, worker["role"], worker["host"], worker["checks"])
         for name, value in worker["fingerprints"].items():
             if self.fingerprints.setdefault(name, value) != value:
                 raise UserError(

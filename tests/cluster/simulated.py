@@ -55,7 +55,8 @@ class Sleeper:
             os._exit(1)
         other = not self.whole and self.trouble == "other weights"
         fingerprints = {"lower_fingerprint": "others" if other else "ours"}
-        return {"fingerprints": fingerprints, "host": "here", "device": self.device}
+        role = "evaluator" if self.whole else "chain"
+        return {"fingerprints": fingerprints, "host": "here", "device": self.device, "role": role, "checks": {}}
 
     def find_base(self, concept: str) -> None:
         self.run.commit(BASE, {"vectors": tables.table("vectors", [ROW | {"kind": "base", "index": 0}])})

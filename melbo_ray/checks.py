@@ -1,0 +1,51 @@
+"""What the self-check of a run came to: in the manifest by role, host and check, and in one line."""
+
+from typing import Any
+
+EXACT, PLAIN = "exact", "plain way"
+
+Check = dict[str, Any]
+"""One check: `error` and its `tolerance`, how much was `compared`, `verdict` (`exact`, `plain way`), and the `reason`.
+
+Errors are relative; that of `texts` counts tokens, as `compared` does there.
+"""
+Checks = dict[str, dict[str, dict[str, Check]]]
+"""Checks by role of the worker (`chain`, `evaluator`), host and name."""
+
+
+def merge(checks: Checks, role: str, host: str, found: dict[str, Check]) -> None:
+    """Note what another worker found; of several workers of one role on one host the worst stays."""
+    kept = checks.setdefault(role, {}).setdefault(host, {})
+    for name, check in found.items():
+        kept[name] = max(kept.get(name, check), check, key=_badness)
+
+
+def worst(checks: Checks) -> dict[str, Check]:
+    """The worst of each check over all workers, with its `role` and `host`."""
+    found: dict[str, Check] = {}
+    for role, hosts in checks.items():
+        for host, by_name in hosts.items():
+            for name, check in by_name.items():
+                here = check | {"role": role, "host": host}
+                found[name] = max(found.get(name, here), here, key=_badness)
+    return found
+
+
+def line(checks: Checks) -> str:
+    """The worst of each check, as the summary tells it; empty where nothing was checked."""
+    return ", ".join(f"{name} {_told(name, check)}" for name, check in worst(checks).items())
+
+
+def reasons(checks: Checks) -> list[str]:
+    """What is done the plain way, and why: a line each."""
+    return [f"{name} by the plain way: {c['reason']}" for name, c in worst(checks).items() if c["verdict"] == PLAIN]
+
+
+def _told(name: str, check: Check) -> str:
+    same = f"{check['compared'] - check['error']:.0f} of {check['compared']} tokens"
+    told = same if name == "texts" else f"{check['error']:.0e}".replace("e-0", "e-")
+    return told if check["verdict"] == EXACT else f"{told} (the plain way)"
+
+
+def _badness(check: Check) -> tuple[bool, float, int]:
+    return check["verdict"] != EXACT, check["error"], -check["compared"]
