@@ -13,8 +13,8 @@ from rich.console import Console
 from melbo_ray.check import recheck
 from melbo_ray.command import exit_code
 from melbo_ray.job import run
-from melbo_ray.progress import epilogue
 from melbo_ray.report import render
+from melbo_ray.summary import epilogue
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from melbo_ray.check import check
 from melbo_ray.command import exit_code
 from melbo_ray.config import parse
 from melbo_ray.job import run
-from melbo_ray.progress import candidates
+from melbo_ray.summary import candidates
 
 
 def main() -> None:

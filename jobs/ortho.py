@@ -17,8 +17,8 @@ from melbo_ray.command import exit_code
 from melbo_ray.config import parse
 from melbo_ray.job import run
 from melbo_ray.plan import plan
-from melbo_ray.progress import epilogue
 from melbo_ray.report import render
+from melbo_ray.summary import epilogue
 
 
 def main() -> None:

@@ -233,7 +233,8 @@ def read_options(name: str) -> dict[str, Any]:
 
 def _describe(error: ValidationError) -> str:
     first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
+    # Where an option takes several types, the rest of the place names one of them.
+    name = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "extra_forbidden":
         return _suggest(f"unknown option {name!r}")
     message = first["msg"].removeprefix("Value error, ")

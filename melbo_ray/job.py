@@ -20,10 +20,11 @@ from melbo_ray.check import Checked, compare, identity
 from melbo_ray.config import UserError
 from melbo_ray.layout import Packed, lay_out
 from melbo_ray.lease import Lease
-from melbo_ray.progress import Display, base_figures, base_reason
+from melbo_ray.progress import Display
 from melbo_ray.storage import StorageError
 from melbo_ray.store import Run
 from melbo_ray.subspace import max_abs_cos
+from melbo_ray.summary import base_figures, base_reason
 from melbo_ray.tables import SINK
 from melbo_ray.units import progress
 from melbo_ray.work import stored_vectors

@@ -16,10 +16,10 @@ from melbo_ray.candidates import Candidate, judge, rank
 from melbo_ray.concepts import Concept
 from melbo_ray.config import Config, UserError
 from melbo_ray.model import LanguageModel
-from melbo_ray.ortho import target_shares
 from melbo_ray.radius import Calibration, calibrate
 from melbo_ray.residual import Slice
 from melbo_ray.seeds import derive_seed
+from melbo_ray.sink import target_shares
 from melbo_ray.steer import Prompts
 
 _STEP = 0.05
@@ -39,7 +39,7 @@ class Base:
         theta: θ₀, (d_model,) float32 on the CPU, of norm R.
         candidates: all that it was chosen from, ranked.
         calibration: what R was read from; None where R was given, or a file's vector keeps its norm.
-        shares: what the target displacement is made of (`ortho.target_shares`).
+        shares: what the target displacement is made of (`sink.target_shares`).
     """
 
     theta: Float[Tensor, " d_model"]

@@ -67,8 +67,10 @@ def test_a_prompt_of_one_token_leaves_melbo_nothing_and_is_refused(options):
     melbo = options | {"base": "melbo", "prompt": "x"}
     with pytest.raises(UserError, match="--melbo-from 1: the prompt 'x' has only 1 tokens"):
         check(Config(**melbo))
-    check(Config(**melbo, melbo_from=0))
-    check(Config(**melbo | {"base": options["base"]}))
+    with pytest.raises(UserError, match="--z-from 1: the prompt 'x' has only 1 tokens, so none is left"):
+        check(Config(**melbo, melbo_from=0))
+    check(Config(**melbo, melbo_from=0, z_from=0))
+    check(Config(**melbo | {"base": options["base"]}, z_from=0))
 
 
 def end(run, begun):

@@ -6,9 +6,10 @@ import torch
 from families import D_MODEL, directions, tiny
 
 from melbo_ray.config import Config, UserError
-from melbo_ray.ortho import chain, chains, target_shares
+from melbo_ray.ortho import chain, chains
 from melbo_ray.residual import Slice
 from melbo_ray.seeds import derive_seed
+from melbo_ray.sink import target_shares
 from melbo_ray.subspace import Subspace, max_abs_cos
 
 PROMPT, OTHER = torch.arange(40, 60), torch.arange(70, 83)

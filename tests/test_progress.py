@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from melbo_ray import progress
+from melbo_ray import progress, summary
 from melbo_ray.agenda import Agenda
 from melbo_ray.intervals import median_interval
 from melbo_ray.progress import Display
@@ -109,24 +109,24 @@ def test_the_table_of_candidates_has_all_of_them_the_best_first_and_says_why_one
     ]
     write_part(tmp_path / "study", "candidates", "code", rows)
     run = Run.open(str(tmp_path / "study"))
-    text = shown(progress.candidates(run, "code"))
+    text = shown(summary.candidates(run, "code"))
     assert text.index("print(1)") < text.index("no [bold]markup[/bold]")
     assert re.search(r"→ 1 .* 1 of 2 .* why 1", text)
-    assert progress.base_reason(run, "code") == "candidate 1: why 1"
-    assert progress.base_reason(run, "alien") == ""
+    assert summary.base_reason(run, "code") == "candidate 1: why 1"
+    assert summary.base_reason(run, "alien") == ""
 
 
 def test_a_models_text_commands_no_terminal(tmp_path):
     hostile = "a\x1b[2J\x1b]0;title\x07b\x9b31mc\u202ed\re\nf"
     write_part(tmp_path / "study", "candidates", "code", [judged(0, 1, hostile)])
-    text = shown(progress.candidates(Run.open(str(tmp_path / "study")), "code"))
+    text = shown(summary.candidates(Run.open(str(tmp_path / "study")), "code"))
     assert not set(text) & set("\x1b\x07\x9b\u202e\r")
-    assert progress.printable("é\n→ 字") == "é\n→ 字"
+    assert summary.printable("é\n→ 字") == "é\n→ 字"
 
 
 def test_the_summary_sets_the_chains_median_kl_beside_its_nulls(tmp_path):
     run = write_study(tmp_path, num_vectors=25)
-    table = progress.summary(Run.open(str(run)), json.loads((run / "run.json").read_text()))
+    table = summary.summary(Run.open(str(run)), json.loads((run / "run.json").read_text()))
     lines = dict(zip(*(column.cells for column in table.columns), strict=True))
     values = [kl for kind, _, _, kl in directions(25) if kind == "chain"]
     low, high = median_interval(values)

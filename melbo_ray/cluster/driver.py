@@ -1,15 +1,14 @@
 """The driver of a run: chain actors and a pool of evaluators in one `ray.wait` loop."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.metrics import Gauge
 
 from melbo_ray import checks, tables
 from melbo_ray.agenda import Agenda
+from melbo_ray.cluster.metrics import Metrics
 from melbo_ray.cluster.pool import ATTEMPTS, Pool
 from melbo_ray.cluster.session import LOST, Deaths, Silence, answer
 from melbo_ray.concepts import Concept
@@ -23,13 +22,6 @@ from melbo_ray.work import Found, Worker, stored_vectors
 
 _BACKLOG = 64
 _STREAM = {"num_returns": "streaming", "_generator_backpressure_num_objects": 8}
-_GAUGES = {
-    "vectors_found": "vectors the chain has",
-    "vectors_evaluated": "vectors with all their evaluations",
-    "loss": "loss of the newest vector",
-    "backlog": "evaluation units waiting or in hand, all concepts",
-    "evaluations_per_second": "vectors evaluated a second since the start, all concepts and evaluations",
-}
 
 
 @dataclass(eq=False)
@@ -89,8 +81,8 @@ class Driver:
         self.pool = Pool(self._start_evaluator, self._evaluate, config.min_evaluators, self._deaths)
         self._chains: list[_Chain] = []
         self._issued: set[Unit] = set()
-        self._evaluations, self._started = 0, time.monotonic()
-        self._gauges = {name: Gauge(f"melbo_{name}", text, tag_keys=("concept",)) for name, text in _GAUGES.items()}
+        self._evaluations = 0
+        self._metrics = Metrics()
 
     def drive(self) -> None:
         """Return when nothing is due any more.
@@ -111,7 +103,7 @@ class Driver:
                 self.pool.drop_stragglers()
                 for unit in self.pool.hopeless():
                     self._give_up(unit)
-                self._measure()
+                self._metrics.show(self.agendas, self.last, self.pool.backlog, self._evaluations)
                 self._tick(self)
         finally:
             self.pool.close()
@@ -250,14 +242,3 @@ class Driver:
 
     def _grew(self, role: str, peak: int) -> None:
         self.peak_memory[role] = max(peak, self.peak_memory.get(role, 0))
-
-    def _measure(self) -> None:
-        """Ray's dashboard metrics."""
-        for name, agenda in self.agendas.items():
-            self._gauges["vectors_found"].set(agenda.found, {"concept": name})
-            self._gauges["vectors_evaluated"].set(agenda.evaluated(), {"concept": name})
-            if name in self.last:
-                self._gauges["loss"].set(self.last[name].loss, {"concept": name})
-        rate = self._evaluations / (time.monotonic() - self._started)
-        self._gauges["backlog"].set(self.pool.backlog, {"concept": "all"})
-        self._gauges["evaluations_per_second"].set(rate, {"concept": "all"})
