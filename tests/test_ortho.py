@@ -93,7 +93,7 @@ def test_more_rows_of_a_base_are_out_of_bounds_and_the_first_is_the_target():
     base, *others = bases = directions(3, seed=6)
     vectors, _ = finish(chain(a_slice(), bases, Config(num_vectors=2, **EASY)))
     for vector in vectors:
-        loss = np.linalg.norm(plain_z(vector.theta) - plain_z(base))
+        loss = np.linalg.norm(plain_z(vector.theta, 1) - plain_z(base, 1))
         assert vector.loss == pytest.approx(loss, rel=1e-4)
         cosines = torch.cosine_similarity(vector.theta[None], bases)
         assert float(cosines.abs().max()) < 1e-6
