@@ -110,9 +110,12 @@ def _prompts(concepts: Sequence[Concept]) -> dict[str, dict[str, str]]:
 def _rendered(
     shape: LanguageModel, config: Config, concepts: Sequence[Concept]
 ) -> dict[str, dict[str, dict[str, Any]]]:
+    kept = shape.kept.setdefault("rendered", {})
+
     def of(prompt: str) -> dict[str, Any]:
-        tokens = shape.tokenize(prompt, config.system_prompt)
-        return {"text": shape.rendered(prompt, config.system_prompt), "tokens": tokens.tolist()}
+        # Once, whatever the time is that a template writes.
+        text = kept.setdefault((prompt, config.system_prompt), shape.rendered(prompt, config.system_prompt))
+        return {"text": text, "tokens": shape.tokenize(prompt, config.system_prompt).tolist()}
 
     return {concept: {name: of(text) for name, text in own.items()} for concept, own in _prompts(concepts).items()}
 

@@ -107,6 +107,25 @@ def test_prompts_and_names_of_a_run_are_escaped(tmp_path):
     assert html.escape(HOSTILE, quote=False) in page
 
 
+def test_the_self_check_is_told_in_the_head_and_in_a_table(tmp_path, page):
+    assert 'id="checks"' not in page
+    run = write_study(tmp_path, num_vectors=2)
+    manifest = json.loads((run / "run.json").read_text())
+    check = {"error": 3.21e-7, "tolerance": 3.4e-4, "compared": 12, "verdict": "exact", "reason": ""}
+    other = check | {"verdict": "plain way", "reason": "<keys> are not kept"}
+    manifest["checks"] = {"evaluator": {"node": {"slice": check, "scores": other}}}
+    (run / "run.json").write_text(json.dumps(manifest))
+    report.render(str(run))
+    page = (run / "report.html").read_text()
+    assert "slice 3e-7, scores 3e-7 (the plain way)" in page[: page.index("<main>")]
+    table = page[page.index('id="checks"') : page.index("</main>")]
+    for cell in (
+        "<td>3e-07</td><td>0.0003</td><td>12</td><td>exact</td><td>evaluator, node</td>",
+        "&lt;keys&gt; are not",
+    ):
+        assert cell in table
+
+
 def test_kl_figure_has_the_vectors_their_average_the_base_the_unsteered_and_the_control(db):
     fig = figures.draw_kl(db, "code")
     kl = np.array([kl_of(n, 120) for n in range(1, 121)])

@@ -535,6 +535,14 @@ def test_a_manifest_that_cannot_be_read_is_one_line(run, content):
     assert "\n" not in str(caught.value)
 
 
+def test_token_ids_stand_on_one_line_and_no_text_changes(tmp_path):
+    run = Run.open(f"{tmp_path}/one")
+    told = {"text": "[\n 1,\n 2\n]", "tokens": [1, 22, 333], "spans": [[1, 8]], "none": []}
+    run.write_manifest(told)
+    assert told.items() <= run.manifest().items()
+    assert b'"tokens": [ 1, 22, 333 ],\n' in run.storage.get("run.json")
+
+
 def test_coverage_is_kept_as_few_spans():
     done = {}
     for first, last in [(9, 16), (1, 8), (25, 32), (9, 16)]:

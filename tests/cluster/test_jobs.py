@@ -36,6 +36,13 @@ def test_a_study_ends_with_tables_a_manifest_and_a_summary(undisturbed):
     assert {"torch", "ray", "python"} <= set(manifest["versions"])
     assert manifest["packed"] == {"chain": True, "evaluator": True}
     assert all(2e8 < manifest["peak_memory"][role] < 4e9 for role in ("chain", "evaluator"))
+    checks = {
+        role: {name for by_name in hosts.values() for name in by_name} for role, hosts in manifest["checks"].items()
+    }
+    assert checks == {"chain": {"slice"}, "evaluator": {"slice", "logits", "scores", "texts"}}
+    rendered = manifest["prompts_rendered"]["code"]
+    assert {name: part["text"] for name, part in rendered.items()} == manifest["prompts"]["code"]
+    assert len(rendered["training"]["tokens"]) == len("How is code?")
     found = rows(url)
     assert [row["index"] for row in found["code", "vectors"] if row["kind"] == "chain"] != []
     own = [
@@ -50,6 +57,7 @@ def test_a_study_ends_with_tables_a_manifest_and_a_summary(undisturbed):
         "greedy texts with the concept",
         "largest |cos|",
         "memory at most: chain ",
+        "self-check: slice ",
         "results:",
         "report:",
     ):
