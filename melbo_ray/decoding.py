@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
-from melbo_ray.config import first_line
+from melbo_ray.config import UserError, first_line
 from melbo_ray.engines import Recorded, agree
 from melbo_ray.hooks import reading, steering
 from melbo_ray.model import LanguageModel
@@ -136,11 +136,22 @@ class Batch:
         places = torch.tensor(free).to(self.theta.device)
         self.theta[places] = torch.stack([job.theta for job in jobs]).to(self.theta)
         self.units[places] = torch.stack(units).to(self.units)
+        logits = self._read_and_keep(places) if self.cached else None
+        return self._read(places, None) if logits is None else logits
+
+    def _read_and_keep(self, places: Tensor) -> Tensor | None:
+        """Read these places' rows and keep their keys and values; None where the model has none of this kind."""
         # A cache that knows no configuration keeps every position, in layers with a sliding window too.
-        prompts = DynamicCache() if self.cached else None
-        logits = self._read(places, prompts)
-        if prompts is not None:
+        prompts = DynamicCache()
+        try:
+            logits = self._read(places, prompts)
             self.cache.admit(places, prompts, self.shape)
+        except (FloatingPointError, UserError, torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        # What a model says to a cache that is not of its own kind is its own.
+        except Exception as error:
+            self._forgo(first_line(error))
+            return None
         return logits
 
     def step(self) -> Float[Tensor, "rows vocab"]:

@@ -73,12 +73,13 @@ def _separable(whole: Any, part: Any, config: Config) -> bool:
     """Whether a model cut to its first layers has there what the whole one has, as far as its modules show."""
     try:
         networks = _empty(whole, config), _empty(part, config)
+        lists = [decoder_layers(each) for each in networks]
     # A family that cannot be so short says so in its own way.
     except Exception:
         return False
     shapes = [{name: value.shape for name, value in each.state_dict().items()} for each in networks]
     # A layer may have weights or choices in one of them alone, such as keys of its own or a scale.
-    layers = (map(_facts, decoder_layers(each)) for each in networks)
+    layers = (map(_facts, each) for each in lists)
     return shapes[1].items() <= shapes[0].items() and all(a == b for a, b in zip(*layers, strict=False))
 
 

@@ -1,12 +1,14 @@
 """Whether a faster way of computing logits is right on a model: compared with the plain one, and kept."""
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from melbo_ray.config import UserError, first_line
 from melbo_ray.model import LanguageModel
@@ -42,24 +44,38 @@ def sound(
 
 
 @torch.no_grad()
-def require_causal(model: LanguageModel, tokens: Int[Tensor, " seq"]) -> None:
-    """Compared once a model, and kept: what follows a text must not change what the model says of it.
+def require_steerable(model: LanguageModel, tokens: Int[Tensor, " seq"]) -> None:
+    """Compared once a model, and kept: one stream runs through its layers, and no position sees what follows it.
 
     Raises:
-        UserError: it does, as in models that read both ways (BERT, XLNet).
+        UserError: several streams, or something else; or a model that reads both ways (BERT, XLNet).
     """
-    if "causal" in model.kept:
+    if "steerable" in model.kept:
         return
-    texts = tokens, torch.cat([tokens, tokens.flip(0)])[: model.max_length]
-    alone, followed = (
-        model.network(input_ids=text[None].to(model.device), use_cache=False).logits[0, : len(tokens)].float()
-        for text in texts
-    )
+    with contextlib.ExitStack() as hooks:
+        for layer in model.layers:
+            hooks.callback(layer.register_forward_hook(functools.partial(_require_stream, model)).remove)
+        alone = _logits(model, tokens)
+    # What follows must not change what the model says before it.
+    followed = _logits(model, torch.cat([tokens, tokens.flip(0)])[: model.max_length])[: len(tokens)]
     gaps = (followed - alone).norm(dim=-1) / alone.norm(dim=-1)
     # Single positions may go another way by the last bits, where experts or keys are chosen.
     if bool(gaps.median() > torch.finfo(model.dtype).eps ** 0.5):
         raise UserError("the model is not causal: what follows a token changes what it says there; take a decoder")
-    model.kept["causal"] = True
+    model.kept["steerable"] = True
+
+
+def _logits(model: LanguageModel, tokens: Int[Tensor, " seq"]) -> Float[Tensor, "seq vocab"]:
+    return model.network(input_ids=tokens[None].to(model.device), use_cache=False).logits[0].float()
+
+
+def _require_stream(model: LanguageModel, _layer: nn.Module, _args: tuple, output: Any) -> None:
+    h = output[0] if type(output) is tuple else output
+    if not isinstance(h, Tensor) or h.ndim != 3 or len(h) != 1 or h.shape[-1] != model.d_model:
+        found = "×".join(map(str, h.shape)) if isinstance(h, Tensor) else f"a {type(h).__name__}"
+        raise UserError(
+            f"cannot steer this model: between its layers runs {found}, not one stream (batch, seq, d_model)"
+        )
 
 
 def _same(dtype: torch.dtype, ours: Float[Tensor, "kept vocab"], theirs: Float[Tensor, "kept vocab"]) -> bool:

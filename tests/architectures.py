@@ -26,7 +26,9 @@ FORCED = ["def f(x)", "I am", "x"]
 # Of the largest value; float32 in another order of sums stays two decades below.
 _TOLERANCE = 1e-3
 _SLOWER = ("costs time only", "read the whole model")
-_OTHER_TEXTS = "transformers' generate differs from its own forward passes, which are what ours are compared with"
+_OTHER_TEXTS = (
+    "transformers' generate fails or differs from its own forward passes, which are what ours are compared with"
+)
 Cell = dict[str, Any]
 
 
@@ -65,7 +67,7 @@ def judge(family: str) -> dict[str, Cell]:
     except UserError as refusal:
         return {name: {"verdict": "refused", "why": [str(refusal)]} for name in CHECKS}
     # What transformers cannot read is no model to check, and raises.
-    _logits(model, _tokens(model)[0], _thetas(model)[0])
+    model.network(input_ids=_tokens(model)[0][None], use_cache=False)
     return {name: _cell(check, model) for name, check in CHECKS.items()}
 
 
@@ -141,8 +143,13 @@ def check_texts(model: LanguageModel) -> float:
     prompts = [*_tokens(model), *_tokens(model)]
     jobs = [Job(tokens, theta, temperature=0.0) for tokens, theta in zip(prompts, thetas, strict=True)]
     ours = generate(model, jobs, SOURCE, max_new_tokens=8, places=3)
-    plain = [_greedy(model, job, 8) for job in jobs]
-    if plain != (passes := [_read(model, job, 8) for job in jobs]):
+    passes = [_read(model, job, 8) for job in jobs]
+    try:
+        plain = [_greedy(model, job, 8) for job in jobs]
+    # A family's own cache may not suit its own sizes (xLSTM).
+    except (RuntimeError, ValueError):
+        plain = []
+    if plain != passes:
         # RoBERTa's kind counts positions from the padding token's number on, and `generate` does not.
         warnings.warn(_OTHER_TEXTS, stacklevel=1)
         plain = passes

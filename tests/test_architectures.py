@@ -13,7 +13,7 @@ from tests.architectures import CHECKS, families, judge, tiny
 from tests.families import byte_tokenizer, directions
 
 SPREAD = [
-    "bloom", "falcon", "gpt_neo", "gptj", "mpt", "opt", "cohere2", "gemma4_text", "gpt_oss", "mixtral", "deepseek_v3",
+    "bloom", "falcon", "gpt_neo", "xlstm", "mpt", "opt", "cohere2", "gemma4_text", "gpt_oss", "mixtral", "deepseek_v3",
     "minicpm3", "minimax", "lfm2", "qwen3_next", "jamba", "mamba2", "recurrent_gemma", "zamba2", "gemma3n_text",
 ]  # fmt: skip
 
@@ -29,6 +29,13 @@ def test_nothing_is_wrong(family):
 def test_the_spread_is_of_families_that_there_are():
     assert set(SPREAD) <= set(families())
     assert len(SPREAD) == 20 == len(set(SPREAD))
+
+
+@pytest.mark.parametrize("family", ["openai-gpt", "qwen4_exp_text", "reformer", "xlnet"])
+def test_layers_between_which_something_else_runs_than_one_stream_are_refused_in_a_line(family):
+    for cell in judge(family).values():
+        assert cell["verdict"] == "refused"
+        assert "between its layers runs " in cell["why"][0]
 
 
 @pytest.mark.parametrize("decoder", [True, False])
