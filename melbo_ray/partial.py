@@ -1,14 +1,16 @@
 """Less than the whole of a model: its shape without weights, or its layers up to the target alone."""
 
 import copy
+import warnings
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from melbo_ray.config import Config, UserError, first_line
 from melbo_ray.fingerprint import fingerprint
-from melbo_ray.model import LanguageModel, load_config, locate, pick_device
+from melbo_ray.model import LanguageModel, decoder_layers, load_config, locate, pick_device
 
 
 def sketch(config: Config) -> LanguageModel:
@@ -17,31 +19,28 @@ def sketch(config: Config) -> LanguageModel:
     Raises:
         UserError: no such model, or its decoder layers cannot be found.
     """
-    shape = load_config(config.model, config.revision, config.trust_remote_code)
-    dtype = shape.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(
-            shape, dtype=dtype or torch.float32, trust_remote_code=config.trust_remote_code
-        )
+    network = _empty(load_config(config.model, config.revision, config.trust_remote_code), config)
     return LanguageModel.wrap(network, _tokenizer(config), name=config.model, revision=config.revision)
 
 
 def lower(config: Config) -> LanguageModel:
     """The model's embedding and its decoder layers 0 … target: all that a chain needs, nothing above is read.
 
-    The layers and what flows through them are those of the whole model; its logits are not. A GGUF file, which
-    transformers reads as a whole, gives the whole model.
+    The layers and what flows through them are those of the whole model; its logits are not. The whole model serves
+    where less cannot: of a GGUF file, which transformers reads as a whole, and of a model whose layers are others in a
+    shorter one (MiniCPM3 scales them by their number, the last of Gemma 4 share keys); of that a warning tells.
 
     Raises:
         UserError: as `LanguageModel.load`.
     """
     path, options = locate(config.model)
     if "gguf_file" in options:
-        return LanguageModel.load(
-            config.model, revision=config.revision, dtype=config.dtype, device=config.device,
-            trust_remote_code=config.trust_remote_code,
-        )  # fmt: skip
-    shape = truncate(load_config(config.model, config.revision, config.trust_remote_code), config.target_layer + 1)
+        return _whole(config)
+    shape = load_config(config.model, config.revision, config.trust_remote_code)
+    whole, shape = shape, truncate(copy.deepcopy(shape), config.target_layer + 1)
+    if not _separable(whole, shape, config):
+        warnings.warn("chains read the whole model, since its layers are others in a shorter one", stacklevel=2)
+        return _whole(config)
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     try:
         network = AutoModelForCausalLM.from_pretrained(
@@ -52,6 +51,46 @@ def lower(config: Config) -> LanguageModel:
         raise UserError(f"cannot load the model {config.model!r}: {first_line(error)}") from error
     network = network.to(pick_device(config.device))
     return LanguageModel.wrap(network, _tokenizer(config), name=config.model, revision=config.revision)
+
+
+def _whole(config: Config) -> LanguageModel:
+    return LanguageModel.load(
+        config.model, revision=config.revision, dtype=config.dtype, device=config.device,
+        trust_remote_code=config.trust_remote_code,
+    )  # fmt: skip
+
+
+def _empty(shape: Any, config: Config) -> PreTrainedModel:
+    """A network of this shape on the meta device."""
+    dtype = shape.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            shape, dtype=dtype or torch.float32, trust_remote_code=config.trust_remote_code
+        )
+
+
+def _separable(whole: Any, part: Any, config: Config) -> bool:
+    """Whether a model cut to its first layers has there what the whole one has, as far as its modules show."""
+    try:
+        networks = _empty(whole, config), _empty(part, config)
+    # A family that cannot be so short says so in its own way.
+    except Exception:
+        return False
+    shapes = [{name: value.shape for name, value in each.state_dict().items()} for each in networks]
+    # A layer may have weights or choices in one of them alone, such as keys of its own or a scale.
+    layers = (map(_facts, decoder_layers(each)) for each in networks)
+    return shapes[1].items() <= shapes[0].items() and all(a == b for a, b in zip(*layers, strict=False))
+
+
+def _facts(layer: nn.Module) -> dict[str, Any]:
+    """Names and shapes of a layer's weights, and the plain values that its modules keep."""
+    plain = {
+        f"{name}.{key}": value
+        for name, module in layer.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, bool | int | float | str | None)
+    }
+    return plain | {name: value.shape for name, value in layer.state_dict().items()}
 
 
 def lower_fingerprint(model: LanguageModel, layers: int) -> str:

@@ -18,6 +18,7 @@ from melbo_ray.config import UserError
 from melbo_ray.engines import Recorded
 from melbo_ray.hooks import stream
 from melbo_ray.model import LanguageModel
+from melbo_ray.soundness import sound
 
 # Evaluations from which on compiling the step saves more time than it takes (2 cores: half a minute, 6 ms of 25).
 _WORTH_COMPILING = 10_000
@@ -32,7 +33,8 @@ class Slice:
 
     The blocks are called exactly as the model itself called them in one real forward pass (arguments captured by
     hooks and replayed), so any decoder-only architecture of transformers works. Prompts of different lengths are
-    padded on the right: attention is causal, so what stands to the right of a position cannot reach it.
+    padded on the right: attention is causal, so what stands to the right of a position cannot reach it. Layers whose
+    arguments fit a batch of one alone (ALiBi's of Bloom) take one row at a time, and a warning says so.
 
     Args:
         model: the model; its parameters are frozen.
@@ -65,6 +67,7 @@ class Slice:
         ]
         h_source = torch.cat([hidden for hidden, _ in captures])
         self.h_source: Float[Tensor, "prompts seq d_model"] = h_source.to(model.device, torch.float32)
+        self._at_once = self._sound()
         # A recording on CUDA is of one device.
         on_one = {parameter.device for layer, _ in self._calls for parameter in layer.parameters()} <= {model.device}
         # Held weakly: in a cycle with it, a recording's memory would stay on the GPU until some later collection.
@@ -83,6 +86,13 @@ class Slice:
 
         Without `rows`: one prompt serves every θ; several prompts take one θ each, in order.
         """
+        if not self._at_once and len(theta) > 1:
+            rows = self._of(torch.arange(self.num_prompts), theta, rows)
+            return torch.cat([self._through(theta[i : i + 1], rows[i : i + 1]) for i in range(len(theta))])
+        return self._through(theta, rows)
+
+    def _through(self, theta: Tensor, rows: Tensor | None) -> Tensor:
+        """`h_target` in one pass."""
         h = (self._of(self.h_source, theta, rows) + theta[:, None, :]).to(self.model.dtype)
         # What layers write for later ones is of one pass.
         made: dict[int, Any] = {}
@@ -128,6 +138,21 @@ class Slice:
             losses = losses + norm_penalty * bounded.norm(dim=-1)
         (gradient,) = torch.autograd.grad(losses.sum(), free)
         return losses.detach(), gradient
+
+    @torch.no_grad()
+    def _sound(self) -> bool:
+        """Whether rows of a batch come out as each alone."""
+        generator = torch.Generator().manual_seed(0)
+        draws = torch.randn(2, self.h_source.shape[-1], generator=generator).to(self.h_source)
+        theta = nn.functional.normalize(draws, dim=-1) * self.h_source[0, : self.lengths[0]].norm(dim=-1).median() / 3
+        rows = torch.tensor([0, self.num_prompts - 1])
+
+        def alone() -> list[Tensor]:
+            return [self._through(theta[i : i + 1], rows[i : i + 1])[0] for i in range(2)]
+
+        name, length = f"rows of layers {self.source} to {self.target}", self.h_source.shape[1]
+        one = "vectors pass the slice one at a time"
+        return sound(self.model, name, length, one, lambda: self._through(theta, rows), alone)
 
     def _of(self, values: Tensor, theta: Tensor, rows: Tensor | None) -> Tensor:
         if rows is not None:

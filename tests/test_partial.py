@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from melbo_ray.config import Config, UserError
 from melbo_ray.model import LanguageModel
@@ -57,6 +58,31 @@ def test_a_sketch_has_the_sizes_and_the_tokens_but_no_weights(saved, family):
     parameters = [{name: p.shape for name, p in model.network.named_parameters()} for model in (shape, whole)]
     assert parameters[0] == parameters[1]
     assert {p.device.type for p in shape.network.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("family", ["gemma4", "gemma4-shared"])
+def test_where_the_lower_layers_are_others_in_a_shorter_model_chains_read_the_whole(saved, family):
+    config = saved(family)
+    whole = LanguageModel.load(config.model, device="cpu")
+    with pytest.warns(UserWarning, match="chains read the whole model, since its layers are others in a shorter one"):
+        part = lower(config)
+    assert len(part.layers) == len(whole.layers)
+    assert lower_fingerprint(part, TARGET + 1) == lower_fingerprint(whole, TARGET + 1)
+
+
+def test_a_scale_that_goes_by_the_number_of_layers_is_seen(saved, monkeypatch):
+    config = saved("llama")
+    real = LlamaDecoderLayer.__init__
+
+    def scaled(self, config, layer_idx):
+        real(self, config, layer_idx)
+        # As MiniCPM3 does: no weight shows it.
+        self.residual_scale = config.num_hidden_layers**-0.5
+
+    assert len(lower(config).layers) == TARGET + 1
+    monkeypatch.setattr(LlamaDecoderLayer, "__init__", scaled)
+    with pytest.warns(UserWarning, match="chains read the whole model"):
+        assert len(lower(config).layers) == len(tiny("llama").layers)
 
 
 CODE = """

@@ -159,3 +159,20 @@ def test_a_slice_goes_with_its_last_reference():
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_where_arguments_fit_one_row_alone_vectors_pass_one_at_a_time_and_a_warning_says_so():
+    # Bloom's ALiBi has a row for each head of each prompt.
+    model, thetas = tiny("bloom"), directions(3)
+    model.kept.clear()
+    with pytest.warns(UserWarning, match="vectors pass the slice one at a time, which costs time only"):
+        slice = Slice(model, [PROMPT, OTHER], source=0, target=2)
+    rows = torch.tensor([1, 0, 1])
+    ours = slice.h_target(thetas, rows)
+    losses, gradients = slice.value_and_grad(thetas, directions(3, seed=9), rows)
+    for i, tokens in enumerate((OTHER, PROMPT, OTHER)):
+        blocks, _ = plain_hidden_states(model, tokens, 0, thetas[i])
+        torch.testing.assert_close(ours[i, : len(tokens)], blocks[2][0], rtol=1e-4, atol=1e-4)
+        alone = slice.value_and_grad(thetas[i : i + 1], directions(3, seed=9)[i : i + 1], rows[i : i + 1])
+        torch.testing.assert_close(losses[i], alone[0][0])
+        torch.testing.assert_close(gradients[i], alone[1][0], rtol=1e-4, atol=1e-5)
