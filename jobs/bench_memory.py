@@ -103,7 +103,7 @@ def work(role: str, packed: bool, folder: str, config: Config) -> int:
     run.write_manifest({"status": "running"})
     worker = Worker(folder, "bench", config, [concept], 1, role == "evaluator", packed)
     worker.ready()
-    base = normalize(torch.ones(worker.model.d_model), dim=0) * config.radius
+    base = normalize(torch.ones(worker.model.d_model), dim=0)
     if role == "chain":
         empty = dict.fromkeys(tables.SCHEMAS["vectors"].names)
         row = empty | {"run_id": "bench", "kind": "base", "index": 0, "vector": base.tolist()}
