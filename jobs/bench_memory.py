@@ -112,7 +112,7 @@ def work(role: str, packed: bool, folder: str, config: Config) -> int:
     else:
         worker.find_base(concept.name)
         for name in (name for name, evaluation in EVALUATIONS.items() if evaluation.scope == "vector"):
-            worker.evaluate(Unit(concept.name, name, "chain", 1, 1), -base[None].numpy(), base.numpy())
+            worker.evaluate(Unit(concept.name, name, "chain", 1, 1), -base[None].numpy(), base.numpy(), {})
     return resident_peak()
 
 
