@@ -9,6 +9,7 @@ import argparse
 import collections
 import importlib.metadata
 import multiprocessing
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -73,8 +74,9 @@ def page(rows: dict[str, dict]) -> str:
     for name, row in judged.items():
         for cell in row.values():
             if cell["verdict"] != "exact":
-                for reason in cell["why"].split("; "):
-                    why[cell["verdict"], reason].add(name)
+                for reason in cell["why"]:
+                    # A tensor's sizes are of these prompts.
+                    why[cell["verdict"], re.sub(r"\d+(×\d+)+", "a table", reason)].add(name)
     reasons = [f"- {verdict}: {reason} ({', '.join(sorted(of))})" for (verdict, reason), of in sorted(why.items())]
     missing = [f"- {name}: {row['built']['why']}" for name, row in rows.items() if "built" in row]
     blocks = [_HEAD.format(counts=counts, **versions), "\n".join(table)]
@@ -99,7 +101,7 @@ def _judged(family: str) -> dict[str, dict[str, str]]:
     finally:
         process.kill()
         process.join()
-    return {check: {"verdict": "wrong", "why": why} for check in CHECKS}
+    return {check: {"verdict": "wrong", "why": [why]} for check in CHECKS}
 
 
 def _send(pipe: Any, family: str) -> None:

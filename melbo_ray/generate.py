@@ -9,6 +9,7 @@ from torch import Tensor
 
 from melbo_ray.decoding import Batch, Job, Row
 from melbo_ray.model import LanguageModel
+from melbo_ray.soundness import require_causal
 
 # Rows at work at once. On the CPU a step of 16 rows costs a third more than one of 4, and one of 32 nearly twice.
 _PLACES = {"cpu": 16}
@@ -55,8 +56,11 @@ def generate(
         places: rows at work at once; by default as many as suit the device.
 
     Raises:
+        UserError: a model that reads both ways.
         FloatingPointError: logits that are not finite, as under a vector that is not.
     """
+    if jobs:
+        require_causal(model, jobs[0].tokens)
     waiting = [_row(model, index, job, max_new_tokens) for index, job in enumerate(jobs)][::-1]
     places = places or usual_places(model.device.type)
     batch = _batch(model, source, places, max((len(row.job.tokens) + row.limit for row in waiting), default=0))

@@ -120,7 +120,9 @@ class LanguageModel:
     @property
     def max_length(self) -> int:
         """Most tokens the model takes, prompt and continuation together."""
-        return getattr(self.network.config.get_text_config(), "max_position_embeddings", 1 << 30)
+        limit = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
+        # XLNet says -1 where there is none.
+        return limit if limit and limit > 0 else 1 << 30
 
     @property
     def end_tokens(self) -> list[int]:

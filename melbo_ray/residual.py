@@ -18,7 +18,7 @@ from melbo_ray.config import UserError
 from melbo_ray.engines import Recorded
 from melbo_ray.hooks import stream
 from melbo_ray.model import LanguageModel
-from melbo_ray.soundness import sound
+from melbo_ray.soundness import require_causal, sound
 
 # Evaluations from which on compiling the step saves more time than it takes (2 cores: half a minute, 6 ms of 25).
 _WORTH_COMPILING = 10_000
@@ -44,7 +44,7 @@ class Slice:
         evaluations: of `value_and_grad`, about how many are to come: from 10,000 on it is compiled.
 
     Raises:
-        UserError: a layer out of range, or source not below target.
+        UserError: a layer out of range, source not below target, or a model that reads both ways.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class Slice:
         evaluations: int = 0,
     ) -> None:
         check_layers(source, target, len(model.layers))
+        require_causal(model, prompts[0])
         self.model, self.source, self.target = model, source, target
         self.lengths = torch.tensor([len(tokens) for tokens in prompts], device=model.device)
         padded = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True).to(model.device)

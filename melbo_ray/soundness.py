@@ -5,11 +5,14 @@ import warnings
 from collections.abc import Callable, Iterable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from melbo_ray.config import first_line
+from melbo_ray.config import UserError, first_line
 from melbo_ray.model import LanguageModel
+
+# Of a row of logits: far above rounding in bfloat16, far below what another text does.
+_BOTH_WAYS = 0.1
 
 
 def sound(
@@ -39,6 +42,27 @@ def sound(
         length = 0
     model.kept[name] = length
     return length > 0
+
+
+@torch.no_grad()
+def require_causal(model: LanguageModel, tokens: Int[Tensor, " seq"]) -> None:
+    """Compared once a model, and kept: what follows a text must not change what the model says of it.
+
+    Raises:
+        UserError: it does, as in models that read both ways (BERT, XLNet).
+    """
+    if "causal" in model.kept:
+        return
+    texts = tokens, torch.cat([tokens, tokens.flip(0)])[: model.max_length]
+    alone, followed = (
+        model.network(input_ids=text[None].to(model.device), use_cache=False).logits[0, : len(tokens)].float()
+        for text in texts
+    )
+    gaps = (followed - alone).norm(dim=-1) / alone.norm(dim=-1)
+    # Single positions may go another way by the last bits, where experts or keys are chosen.
+    if bool(gaps.median() > _BOTH_WAYS):
+        raise UserError("the model is not causal: what follows a token changes what it says there; take a decoder")
+    model.kept["causal"] = True
 
 
 def _same(dtype: torch.dtype, ours: Float[Tensor, "kept vocab"], theirs: Float[Tensor, "kept vocab"]) -> bool:

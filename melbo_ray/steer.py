@@ -16,7 +16,7 @@ from melbo_ray.hooks import reaching, reading, skipping, steering, stream
 from melbo_ray.model import LanguageModel
 from melbo_ray.products import onednn
 from melbo_ray.rows import Prefix, lay_out, masks
-from melbo_ray.soundness import sound
+from melbo_ray.soundness import require_causal, sound
 
 PASS_TOKENS = 2048
 """Tokens of one forward pass: enough to fill two cores or one GPU, few enough for the memory of either."""
@@ -55,6 +55,7 @@ class Prompts:
     ) -> None:
         self.model, self.source = model, source
         prompts = [prompt.cpu() for prompt in prompts]
+        require_causal(model, prompts[0])
         branches = [[branch.cpu() for branch in forced] for forced in continuations or [[]] * len(prompts)]
         self.targets = [torch.cat([torch.empty(0).long(), *forced]) for forced in branches]
         self.way = way or _pick(model, prompts, source, branches)

@@ -26,7 +26,7 @@ FORCED = ["def f(x)", "I am", "x"]
 # Of the largest value; float32 in another order of sums stays two decades below.
 _TOLERANCE = 1e-3
 _SLOWER = ("costs time only", "read the whole model")
-Cell = dict[str, str]
+Cell = dict[str, Any]
 
 
 def families() -> list[str]:
@@ -44,6 +44,7 @@ def _of_text_alone(kind: Any) -> bool:
 def tiny(family: str) -> LanguageModel:
     """A model of this family with random weights, the same at every call."""
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     config = CONFIG_MAPPING[family](**sizes(family, CONFIG_MAPPING[family]))
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -57,11 +58,11 @@ def tiny(family: str) -> LanguageModel:
 
 
 def judge(family: str) -> dict[str, Cell]:
-    """For each of `CHECKS` a `verdict` (exact, plain way, refused or wrong) and, unless it is exact, `why`."""
+    """For each of `CHECKS` a `verdict` (exact, plain way, refused or wrong) and lines that say `why` it is not exact."""
     try:
         model = tiny(family)
     except UserError as refusal:
-        return {name: {"verdict": "refused", "why": str(refusal)} for name in CHECKS}
+        return {name: {"verdict": "refused", "why": [str(refusal)]} for name in CHECKS}
     # What transformers cannot read is no model to check, and raises.
     _logits(model, _tokens(model)[0], _thetas(model)[0])
     return {name: _cell(check, model) for name, check in CHECKS.items()}
@@ -74,14 +75,14 @@ def _cell(check: Callable[[LanguageModel], float], model: LanguageModel) -> Cell
         try:
             error = check(model)
         except UserError as refusal:
-            return {"verdict": "refused", "why": str(refusal)}
+            return {"verdict": "refused", "why": [str(refusal)]}
         # Whatever else is raised is what a user would run into.
         except Exception as error:
-            return {"verdict": "wrong", "why": f"{type(error).__name__}: {first_line(error)}"}
+            return {"verdict": "wrong", "why": [f"{type(error).__name__}: {first_line(error)}"]}
     if not error <= _TOLERANCE:
-        return {"verdict": "wrong", "why": f"off by {error:.0e}"}
+        return {"verdict": "wrong", "why": [f"off by {error:.0e}"]}
     slower = sorted({str(warning.message) for warning in told if any(part in str(warning.message) for part in _SLOWER)})
-    return {"verdict": "plain way", "why": "; ".join(slower)} if slower else {"verdict": "exact"}
+    return {"verdict": "plain way", "why": slower} if slower else {"verdict": "exact"}
 
 
 def check_slice(model: LanguageModel) -> float:

@@ -4,6 +4,7 @@ from typing import Any
 
 from tests.families import END
 
+# Few heads of an indexer would leave scores of 0, and which of equals are the largest is not defined.
 _BY_NAME = {
     "vocab_size": 260, "max_position_embeddings": 256, "n_positions": 256, "max_seq_len": 256, "context_length": 256,
     "pad_token_id": 257, "bos_token_id": 258, "eos_token_id": END, "initializer_range": 0.2, "is_decoder": True,
@@ -19,7 +20,7 @@ _BY_NAME = {
     "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_k": 2, "moe_topk": 2, "n_group": 1, "topk_group": 1,
     "num_expert_group": 1,
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
-    "index_head_dim": 16, "index_n_heads": 2, "index_topk": 8, "o_lora_rank": 8, "o_groups": 2,
+    "index_head_dim": 16, "index_n_heads": 16, "index_topk": 8, "o_lora_rank": 8, "o_groups": 2,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "linear_num_heads": 4, "linear_head_dim": 8, "state_size": 8, "ssm_state_size": 8, "time_step_rank": 4,
     "mamba_d_state": 8, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_num_heads": 8, "mamba_head_dim": 8,
@@ -55,6 +56,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "kimi_linear": _HYBRID,
     "lfm2": _CONV,
     "lfm2_moe": _CONV | {"num_dense_layers": 1},
+    "mamba2": {"num_heads": 8},
     "longcat_flash": {"num_hidden_layers": 8},
     "minimax": {"block_size": 16},
     "olmo_hybrid": _HYBRID,
