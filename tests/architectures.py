@@ -58,7 +58,7 @@ def tiny(family: str) -> LanguageModel:
 
 
 def judge(family: str) -> dict[str, Cell]:
-    """For each of `CHECKS` a `verdict` (exact, plain way, refused or wrong) and lines that say `why` it is not exact."""
+    """For each of `CHECKS` a `verdict` (exact, plain way, refused, wrong) and lines that say `why` it is not exact."""
     try:
         model = tiny(family)
     except UserError as refusal:
