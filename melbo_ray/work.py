@@ -8,12 +8,13 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import resource
 import socket
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -229,9 +230,11 @@ def stored_vectors(run: Run, concept: str) -> dict[str, dict[int, SteeringVector
 
 def resident_peak() -> int:
     """The most resident memory that this process has had until now, bytes."""
-    # Linux counts in KiB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage also counts what the process that started this one held
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) << 10
+    # macOS counts in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def cores() -> int:
