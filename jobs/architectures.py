@@ -73,10 +73,9 @@ def page(rows: dict[str, dict]) -> str:
     why = collections.defaultdict(set)
     for name, row in judged.items():
         for cell in row.values():
-            if cell["verdict"] != "exact":
-                for reason in cell["why"]:
-                    # A tensor's sizes are of these prompts.
-                    why[cell["verdict"], re.sub(r"\d+(×\d+)+", "a table", reason)].add(name)
+            for reason in cell["why"]:
+                # A tensor's sizes are of these prompts.
+                why[cell["verdict"], re.sub(r"\d+(×\d+)+", "a table", reason)].add(name)
     reasons = [f"- {verdict}: {reason} ({', '.join(sorted(of))})" for (verdict, reason), of in sorted(why.items())]
     missing = [f"- {name}: {row['built']['why']}" for name, row in rows.items() if "built" in row]
     blocks = [_HEAD.format(counts=counts, **versions), "\n".join(table)]

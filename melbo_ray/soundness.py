@@ -11,9 +11,6 @@ from torch import Tensor
 from melbo_ray.config import UserError, first_line
 from melbo_ray.model import LanguageModel
 
-# Of a row of logits: far above rounding in bfloat16, far below what another text does.
-_BOTH_WAYS = 0.1
-
 
 def sound(
     model: LanguageModel,
@@ -60,7 +57,7 @@ def require_causal(model: LanguageModel, tokens: Int[Tensor, " seq"]) -> None:
     )
     gaps = (followed - alone).norm(dim=-1) / alone.norm(dim=-1)
     # Single positions may go another way by the last bits, where experts or keys are chosen.
-    if bool(gaps.median() > _BOTH_WAYS):
+    if bool(gaps.median() > torch.finfo(model.dtype).eps ** 0.5):
         raise UserError("the model is not causal: what follows a token changes what it says there; take a decoder")
     model.kept["causal"] = True
 

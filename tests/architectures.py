@@ -26,6 +26,7 @@ FORCED = ["def f(x)", "I am", "x"]
 # Of the largest value; float32 in another order of sums stays two decades below.
 _TOLERANCE = 1e-3
 _SLOWER = ("costs time only", "read the whole model")
+_OTHER_TEXTS = "transformers' generate differs from its own forward passes, which are what ours are compared with"
 Cell = dict[str, Any]
 
 
@@ -58,7 +59,7 @@ def tiny(family: str) -> LanguageModel:
 
 
 def judge(family: str) -> dict[str, Cell]:
-    """For each of `CHECKS` a `verdict` (exact, plain way, refused, wrong) and lines that say `why` it is not exact."""
+    """For each of `CHECKS` a `verdict` (exact, plain way, refused or wrong) and lines that say `why` not exact."""
     try:
         model = tiny(family)
     except UserError as refusal:
@@ -81,8 +82,10 @@ def _cell(check: Callable[[LanguageModel], float], model: LanguageModel) -> Cell
             return {"verdict": "wrong", "why": [f"{type(error).__name__}: {first_line(error)}"]}
     if not error <= _TOLERANCE:
         return {"verdict": "wrong", "why": [f"off by {error:.0e}"]}
-    slower = sorted({str(warning.message) for warning in told if any(part in str(warning.message) for part in _SLOWER)})
-    return {"verdict": "plain way", "why": slower} if slower else {"verdict": "exact"}
+    said = sorted({str(warning.message) for warning in told})
+    slower = [line for line in said if any(part in line for part in _SLOWER)]
+    notes = [line for line in said if line == _OTHER_TEXTS]
+    return {"verdict": "plain way" if slower else "exact", "why": slower + notes}
 
 
 def check_slice(model: LanguageModel) -> float:
@@ -139,6 +142,10 @@ def check_texts(model: LanguageModel) -> float:
     jobs = [Job(tokens, theta, temperature=0.0) for tokens, theta in zip(prompts, thetas, strict=True)]
     ours = generate(model, jobs, SOURCE, max_new_tokens=8, places=3)
     plain = [_greedy(model, job, 8) for job in jobs]
+    if plain != (passes := [_read(model, job, 8) for job in jobs]):
+        # RoBERTa's kind counts positions from the padding token's number on, and `generate` does not.
+        warnings.warn(_OTHER_TEXTS, stacklevel=1)
+        plain = passes
     return float(any(own.tokens != other for own, other in zip(ours, plain, strict=True)))
 
 
@@ -217,6 +224,17 @@ def _greedy(model: LanguageModel, job: Job, limit: int) -> list[int]:
     with _steered(model, job.theta):
         ids = model.network.generate(job.tokens[None], attention_mask=seen, generation_config=settings)
     return [token for token in ids[0, len(job.tokens) :].tolist() if token != END]
+
+
+def _read(model: LanguageModel, job: Job, limit: int) -> list[int]:
+    """The same from a pass over everything for each token."""
+    tokens = job.tokens
+    while len(tokens) < len(job.tokens) + limit:
+        token = _logits(model, tokens, job.theta)[-1].argmax()
+        if token == END:
+            break
+        tokens = torch.cat([tokens, token[None]])
+    return tokens[len(job.tokens) :].tolist()
 
 
 def _error(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -6,7 +6,7 @@ from tests.families import END
 
 # Few heads of an indexer would leave scores of 0, and which of equals are the largest is not defined.
 _BY_NAME = {
-    "vocab_size": 260, "max_position_embeddings": 256, "n_positions": 256, "max_seq_len": 256, "context_length": 256,
+    "vocab_size": 260, "max_position_embeddings": 512, "n_positions": 256, "max_seq_len": 256, "context_length": 256,
     "pad_token_id": 257, "bos_token_id": 258, "eos_token_id": END, "initializer_range": 0.2, "is_decoder": True,
     "hidden_size": 32, "n_embd": 32, "d_model": 32, "emb_dim": 32, "embedding_size": 32, "word_embed_proj_dim": 32,
     "num_hidden_layers": 4, "num_layers": 4, "n_layer": 4, "n_layers": 4, "decoder_layers": 4, "num_blocks": 4,
@@ -38,6 +38,8 @@ _CONV = {"layer_types": ["conv", "full_attention"] * 2}
 _OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "cpmant": {"dim_head": 8, "prompt_length": 4},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
