@@ -103,7 +103,7 @@ def work(role: str, packed: bool, folder: str, config: Config) -> int:
     run.write_manifest({"status": "running"})
     worker = Worker(folder, "bench", config, [concept], 1, role == "evaluator", packed)
     worker.ready()
-    base = normalize(torch.ones(worker.model.d_model), dim=0) * config.radius
+    base = normalize(torch.ones(worker.model.d_model), dim=0)
     if role == "chain":
         empty = dict.fromkeys(tables.SCHEMAS["vectors"].names)
         row = empty | {"run_id": "bench", "kind": "base", "index": 0, "vector": base.tolist()}
@@ -112,7 +112,7 @@ def work(role: str, packed: bool, folder: str, config: Config) -> int:
     else:
         worker.find_base(concept.name)
         for name in (name for name, evaluation in EVALUATIONS.items() if evaluation.scope == "vector"):
-            worker.evaluate(Unit(concept.name, name, "chain", 1, 1), -base[None].numpy(), base.numpy())
+            worker.evaluate(Unit(concept.name, name, "chain", 1, 1), -base[None].numpy(), base.numpy(), {})
     return resident_peak()
 
 

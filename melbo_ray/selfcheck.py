@@ -4,8 +4,9 @@ Every worker runs it at its start (`work.Worker.ready`); the plain side is `plai
 """
 
 import itertools
+import socket
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +64,25 @@ def selfcheck(
             "texts": (0.0, lambda: _texts(model, texts, config, thetas)),
         }
     return {name: _checked(name, *way) for name, way in ways.items()}
+
+
+def take_prompts(
+    model: LanguageModel, rendered: Mapping[str, Any], concepts: Mapping[str, Concept], system_prompt: str
+) -> None:
+    """Let the model read every prompt as the run's manifest has it: a template may write today's date.
+
+    Raises:
+        UserError: the tokenizer makes other tokens of it.
+    """
+    for concept, prompts in rendered.items():
+        for name, stored in prompts.items():
+            prompt = concepts[concept].prompt if name == "training" else concepts[concept].held_out[name]
+            model.kept.setdefault("rendered", {})[prompt, system_prompt] = stored["text"]
+            if model.tokenize(prompt, system_prompt).tolist() != stored["tokens"]:
+                raise UserError(
+                    f"the tokenizer of {model.name!r} on {socket.gethostname()} makes other tokens of the prompt "
+                    f"{name!r} than this run was begun with: install the versions that its run.json names"
+                )
 
 
 def _checked(name: str, tolerance: float, compare: Callable[[], Errors]) -> Check:

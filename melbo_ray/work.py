@@ -8,12 +8,13 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import resource
 import socket
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from melbo_ray.ortho import SteeringVector
 from melbo_ray.partial import lower, lower_fingerprint
 from melbo_ray.radius import Calibration
 from melbo_ray.residual import Slice
-from melbo_ray.selfcheck import selfcheck
+from melbo_ray.selfcheck import selfcheck, take_prompts
 from melbo_ray.store import Run
 from melbo_ray.units import WHOLE, Unit
 
@@ -84,25 +85,9 @@ class Worker:
     def model(self) -> LanguageModel:
         """The model, spread over the worker's GPUs where it has several; or its lower part."""
         model = dataclasses.replace(self._load(), packed=self.packed)
-        self._render(model)
-        return model
-
-    def _render(self, model: LanguageModel) -> None:
-        """Every prompt as the manifest has it: a template may write today's date.
-
-        Raises:
-            UserError: the tokenizer makes other tokens of it.
-        """
         manifest = json.loads(self.run.storage.get("run.json") or "{}")
-        for concept, prompts in manifest.get("prompts_rendered", {}).items():
-            for name, rendered in prompts.items():
-                prompt = manifest["prompts"][concept][name]
-                model.kept.setdefault("rendered", {})[prompt, self.config.system_prompt] = rendered["text"]
-                if model.tokenize(prompt, self.config.system_prompt).tolist() != rendered["tokens"]:
-                    raise UserError(
-                        f"the tokenizer of {self.config.model!r} on {socket.gethostname()} makes other tokens of the "
-                        f"prompt {name!r} than this run was begun with: install the versions that its run.json names"
-                    )
+        take_prompts(model, manifest.get("prompts_rendered", {}), self.concepts, self.config.system_prompt)
+        return model
 
     def _load(self) -> LanguageModel:
         if not self.whole:
@@ -245,9 +230,11 @@ def stored_vectors(run: Run, concept: str) -> dict[str, dict[int, SteeringVector
 
 def resident_peak() -> int:
     """The most resident memory that this process has had until now, bytes."""
-    # Linux counts in KiB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage also counts what the process that started this one held
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) << 10
+    # macOS counts in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def cores() -> int:

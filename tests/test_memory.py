@@ -1,6 +1,9 @@
 """The formula of memory, term by term, against what tiny models of every family hold."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,9 @@ from melbo_ray.generate import generate
 from melbo_ray.memory import demands
 from melbo_ray.partial import lower, sketch
 from melbo_ray.residual import Slice
+from melbo_ray.work import resident_peak
+
+ROOT = Path(__file__).parents[1]
 
 CODE = load_concept("code")
 LAYERS = {"source_layer": 0, "target_layer": 2}
@@ -112,3 +118,10 @@ def test_weights_of_another_type_than_their_file_have_its_pages_beside_them():
     assert (half.loading, same.loading) == (half.weights // 2, 0)
     large = dataclasses.replace(half, loading=1 << 40)
     assert large.on_cpu(True) - (1 << 40) == half.on_cpu(False) - half.work
+
+
+def test_the_resident_peak_is_a_process_own_and_not_that_of_the_one_that_started_it():
+    held = bytearray(1 << 30)
+    code = "from melbo_ray.work import resident_peak; print(resident_peak())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert resident_peak() >= len(held) > int(done.stdout)

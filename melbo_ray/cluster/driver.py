@@ -73,15 +73,13 @@ class Driver:
         self.hardware: dict[str, str] = {}
         self.checks: checks.Checks = {}
         self.fingerprints: dict[str, str] = {}
-        self.failures = 0
         self.peak_memory: dict[str, int] = {}
-        self._tick, self._worker = tick, worker
-        self._concepts = list(concepts)
+        self._tick, self._worker, self._concepts = tick, worker, list(concepts)
         self._deaths, self._silence = Deaths(), Silence()
         self.pool = Pool(self._start_evaluator, self._evaluate, config.min_evaluators, self._deaths)
         self._chains: list[_Chain] = []
         self._issued: set[Unit] = set()
-        self._evaluations = 0
+        self.failures = self._evaluations = 0
         self._metrics = Metrics()
 
     def drive(self) -> None:
@@ -122,8 +120,7 @@ class Driver:
         return worker.remote(self.run.storage.url, self.run_id, config, self._concepts, threads, whole, packed)
 
     def _start_evaluator(self) -> Any:
-        layout = self.layout
-        return self._actor(layout.evaluator, layout.evaluator_threads, True, layout.packed.evaluator)
+        return self._actor(self.layout.evaluator, self.layout.evaluator_threads, True, self.layout.packed.evaluator)
 
     def _start_chain(self, concepts: list[str]) -> None:
         """A chain actor for some concepts, where there are any; it loads its model while the bases are found."""

@@ -19,7 +19,7 @@ def a_slice(study):
 
 
 def plain_z(study, theta):
-    """z over all positions but the first, from transformers and two hooks, float64."""
+    """Z over all positions but the first, from transformers and two hooks, float64."""
     found, layers = [], study.model.layers
     adder = layers[1].register_forward_hook(lambda _m, _a, out: out + theta)
     reader = layers[3].register_forward_hook(lambda _m, _a, out: found.append(out[0]))
