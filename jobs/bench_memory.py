@@ -22,7 +22,7 @@ from melbo_ray.config import Config
 from melbo_ray.evals import EVALUATIONS
 from melbo_ray.memory import demands
 from melbo_ray.model import EMBEDDED, load_config, locate
-from melbo_ray.partial import sketch
+from melbo_ray.partial import reads_whole, sketch
 from melbo_ray.store import Run
 from melbo_ray.units import Unit
 from melbo_ray.work import Worker, resident_peak
@@ -52,7 +52,7 @@ def memory(bench: Bench) -> Iterator[Row]:
         for name, model in _models(Path(scratch), bench.quick):
             config = Config(model=model, device="cpu", **_SHORT)
             concept = load_concept(config.concepts[0])
-            asked = demands(sketch(config), config, [concept], load_config(model).dtype)
+            asked = demands(sketch(config), config, [concept], load_config(model).dtype, reads_whole(config))
             for role, demand in vars(asked).items():
                 packed = demand.on_cpu(packed=True) < os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
                 peak, wanted = _measured(role, config, packed), demand.on_cpu(packed)

@@ -15,7 +15,7 @@ from melbo_ray.concepts import Concept, load_concept
 from melbo_ray.config import EVALUATIONS, Config, UserError
 from melbo_ray.memory import Demands, demands
 from melbo_ray.model import LanguageModel, load_config, pick_device
-from melbo_ray.partial import sketch
+from melbo_ray.partial import reads_whole, sketch
 from melbo_ray.residual import check_layers
 from melbo_ray.store import Run
 from melbo_ray.units import count, progress
@@ -97,7 +97,7 @@ def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
                 "is left: give a longer prompt, or a smaller --z-from"
             )
     published = load_config(config.model, config.revision, config.trust_remote_code).dtype
-    needed = demands(shape, config, concepts, published)
+    needed = demands(shape, config, concepts, published, reads_whole(config))
     naming = "" if config.run_id else f" with --run-id {run_id}"
     rendered = _rendered(shape, config, concepts)
     return Checked(config.model_copy(update={"run_id": run_id}), concepts, needed, rendered, naming)

@@ -62,23 +62,32 @@ class Demands:
 
 
 def demands(
-    model: LanguageModel, config: Config, concepts: Sequence[Concept], published: torch.dtype | None = None
+    model: LanguageModel,
+    config: Config,
+    concepts: Sequence[Concept],
+    published: torch.dtype | None = None,
+    whole: bool = False,
 ) -> Demands:
     """What each worker of a study of these concepts holds; the model may be a sketch.
 
-    `published`: the type of the weights in their file. Those of the model's own type are the file's pages.
+    Args:
+        model: the model.
+        config: the study's options.
+        concepts: its concepts.
+        published: the type of the weights in their file. Those of the model's own type are the file's pages.
+        whole: whether chains read the whole model (`partial.reads_whole`).
     """
     share = published.itemsize / model.dtype.itemsize if published not in (None, model.dtype) else 0.0
-    return Demands(_chain(model, config, concepts, share), _evaluator(model, config, concepts, share))
+    return Demands(_chain(model, config, concepts, share, whole), _evaluator(model, config, concepts, share))
 
 
-def _chain(model: LanguageModel, config: Config, concepts: Sequence[Concept], share: float) -> Demand:
+def _chain(model: LanguageModel, config: Config, concepts: Sequence[Concept], share: float, whole: bool) -> Demand:
     """The layers up to the target and all that is no layer; the slice's products, forward and backward."""
     upper, slice_ = model.layers[config.target_layer + 1 :], _slice(model, config)
     tokens = config.block * sum(_length(model, config, concept.prompt) for concept in concepts)
     basis = len(concepts) * config.num_vectors * model.d_model * _FLOAT32
     work = tokens * _kept(slice_, model) + basis
-    weights = _bytes([model.network]) - _bytes(upper)
+    weights = _bytes([model.network]) - (0 if whole else _bytes(upper))
     return Demand(weights, int(share * weights), 2 * _bytes(slice_, products=True), work, work)
 
 

@@ -34,13 +34,11 @@ def lower(config: Config) -> LanguageModel:
         UserError: as `LanguageModel.load`.
     """
     path, options = locate(config.model)
-    if "gguf_file" in options:
+    if reads_whole(config):
+        if "gguf_file" not in options:
+            warnings.warn("chains read the whole model, since its layers are others in a shorter one", stacklevel=2)
         return _whole(config)
-    shape = load_config(config.model, config.revision, config.trust_remote_code)
-    whole, shape = shape, truncate(copy.deepcopy(shape), config.target_layer + 1)
-    if not _separable(whole, shape, config):
-        warnings.warn("chains read the whole model, since its layers are others in a shorter one", stacklevel=2)
-        return _whole(config)
+    shape = truncate(load_config(config.model, config.revision, config.trust_remote_code), config.target_layer + 1)
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     try:
         network = AutoModelForCausalLM.from_pretrained(
@@ -51,6 +49,18 @@ def lower(config: Config) -> LanguageModel:
         raise UserError(f"cannot load the model {config.model!r}: {first_line(error)}") from error
     network = network.to(pick_device(config.device))
     return LanguageModel.wrap(network, _tokenizer(config), name=config.model, revision=config.revision)
+
+
+def reads_whole(config: Config) -> bool:
+    """Whether a chain's model is the whole one, where less cannot serve (`lower`).
+
+    Raises:
+        UserError: no such model.
+    """
+    if "gguf_file" in locate(config.model)[1]:
+        return True
+    whole = load_config(config.model, config.revision, config.trust_remote_code)
+    return not _separable(whole, truncate(copy.deepcopy(whole), config.target_layer + 1), config)
 
 
 def _whole(config: Config) -> LanguageModel:

@@ -173,14 +173,20 @@ def _step_errors(part: Slice, expected: list[list[Any]], config: Config, thetas:
 
 
 def _logits(model: LanguageModel, prompts: list[Tokens], config: Config, thetas: Float[Tensor, "2 d_model"]) -> Errors:
-    """Errors of the next token's logits: prompts and θ in one batch, the first under both, against one at a time."""
+    """Errors of the next token's logits against one at a time.
+
+    In one batch, the first prompt under both θ; and every prompt under one θ, which shares what they begin with.
+    """
     rows = torch.tensor([0, *range(len(prompts))])
-    batch = thetas[[1, *(i % 2 for i in range(len(prompts)))]]
-    ours = Prompts(model, prompts, config.source_layer).logits(batch.to(model.device), rows)
+    batch = thetas[[1] + [0] * len(prompts)]
+    ours = Prompts(model, prompts, config.source_layer)
+    apart = list(ours.logits(batch.to(model.device), rows))
+    shared = list(ours.under(thetas[0].to(model.device)))
     errors = []
-    for row, theta, logits in zip(rows.tolist(), batch, ours, strict=True):
+    for place, (row, theta) in enumerate(zip(rows.tolist(), batch, strict=True)):
         alone = plain.logits(model, prompts[row], config.source_layer, theta[None], 1)[0].cpu()
-        errors.append(_relative(logits, alone, alone - alone.mean()))
+        size = alone - alone.mean()
+        errors += [_relative(logits, alone, size) for logits in (apart[place], *shared[place - 1 : place])]
     return _worst(errors)
 
 

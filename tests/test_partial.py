@@ -6,9 +6,11 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from melbo_ray.concepts import load_concept
 from melbo_ray.config import Config, UserError
+from melbo_ray.memory import demands
 from melbo_ray.model import LanguageModel
-from melbo_ray.partial import lower, lower_fingerprint, sketch
+from melbo_ray.partial import lower, lower_fingerprint, reads_whole, sketch
 from melbo_ray.residual import Slice
 from tests.families import D_MODEL, directions, every_family, tiny
 
@@ -67,6 +69,8 @@ def test_where_the_lower_layers_are_others_in_a_shorter_model_chains_read_the_wh
     with pytest.warns(UserWarning, match="chains read the whole model, since its layers are others in a shorter one"):
         part = lower(config)
     assert len(part.layers) == len(whole.layers)
+    asked = demands(sketch(config), config, [load_concept("code")], whole=reads_whole(config))
+    assert asked.chain.weights == asked.evaluator.weights
     assert lower_fingerprint(part, TARGET + 1) == lower_fingerprint(whole, TARGET + 1)
 
 
