@@ -26,7 +26,7 @@ chaos: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m chaos -s tests/cluster $(ARGS)
 
 bench: $(VENV)/installed
-	$(BIN)/python jobs/bench.py $(ARGS)
+	$(BIN)/python -m benchmarks.bench $(ARGS)
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "melbo_ray needs Python 3.11 or newer: make run PYTHON=python3.11")'

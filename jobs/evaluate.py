@@ -10,11 +10,11 @@ import sys
 
 from rich.console import Console
 
-from melbo_ray.check import recheck
-from melbo_ray.command import exit_code
-from melbo_ray.job import run
-from melbo_ray.report import render
-from melbo_ray.summary import epilogue
+from melbo_ray.cli import exit_code
+from melbo_ray.report.page import render
+from melbo_ray.study.preflight import recheck
+from melbo_ray.study.runner import run
+from melbo_ray.study.summary import epilogue
 
 
 def main() -> None:

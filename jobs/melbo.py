@@ -8,11 +8,11 @@ import sys
 
 from rich.console import Console
 
-from melbo_ray.check import check
-from melbo_ray.command import exit_code
+from melbo_ray.cli import exit_code
 from melbo_ray.config import parse
-from melbo_ray.job import run
-from melbo_ray.summary import candidates
+from melbo_ray.study.preflight import check
+from melbo_ray.study.runner import run
+from melbo_ray.study.summary import candidates
 
 
 def main() -> None:

@@ -12,13 +12,13 @@ import sys
 
 from rich.console import Console
 
-from melbo_ray.check import check
-from melbo_ray.command import exit_code
+from melbo_ray.cli import exit_code
 from melbo_ray.config import parse
-from melbo_ray.job import run
-from melbo_ray.plan import plan
-from melbo_ray.report import render
-from melbo_ray.summary import epilogue
+from melbo_ray.report.page import render
+from melbo_ray.study.planner import plan
+from melbo_ray.study.preflight import check
+from melbo_ray.study.runner import run
+from melbo_ray.study.summary import epilogue
 
 
 def main() -> None:

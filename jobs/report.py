@@ -8,8 +8,8 @@ python jobs/report.py --run runs/RUN --figures figures    # every figure as PNG 
 import argparse
 import sys
 
-from melbo_ray.command import exit_code
-from melbo_ray.report import export, render
+from melbo_ray.cli import exit_code
+from melbo_ray.report.page import export, render
 
 
 def main() -> None:

@@ -9,11 +9,11 @@ import sys
 
 from rich.console import Console
 
-from melbo_ray.command import exit_code
-from melbo_ray.config import UserError
-from melbo_ray.lease import holder
-from melbo_ray.progress import status
-from melbo_ray.store import Run
+from melbo_ray.cli import exit_code
+from melbo_ray.errors import UserError
+from melbo_ray.runs.lease import holder
+from melbo_ray.runs.run_store import Run
+from melbo_ray.study.display import status
 
 
 def main() -> None:

@@ -9,15 +9,15 @@ if sys.platform == "win32":
 
 # Loaded when asked for: a job that only reads a run shall not wait for torch and transformers.
 _HOMES = {
-    "Candidate": "candidates",
+    "Candidate": "search.candidates",
     "Concept": "concepts",
     "Config": "config",
-    "LanguageModel": "model",
-    "Slice": "residual",
-    "SteeringVector": "ortho",
-    "UserError": "config",
-    "base_vector": "melbo",
-    "chain": "ortho",
+    "LanguageModel": "model.language_model",
+    "Slice": "model.residual_slice",
+    "SteeringVector": "search.chain",
+    "UserError": "errors",
+    "base_vector": "search.base_vectors",
+    "chain": "search.chain",
     "load_concept": "concepts",
 }
 __all__ = list(_HOMES)

@@ -20,14 +20,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
-
-class UserError(Exception):
-    """Bad input: one line that says what is wrong, what was expected, and what to do. Jobs print it and exit with 2."""
-
-
-def first_line(error: BaseException) -> str:
-    """An error's message cut to its first line: what a person reads, without the traceback."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+from melbo_ray.errors import UserError
 
 
 def _split(value: Any) -> Any:
@@ -221,7 +214,9 @@ def read_options(name: str) -> dict[str, Any]:
     Raises:
         UserError: no such preset or file, or no TOML.
     """
-    presets = {Path(f.name).stem: f for f in (files("melbo_ray") / "presets").iterdir() if f.name.endswith(".toml")}
+    presets = {
+        Path(f.name).stem: f for f in (files("melbo_ray") / "concepts/presets").iterdir() if f.name.endswith(".toml")
+    }
     if name not in presets and not name.endswith(".toml") and not Path(name).exists():
         raise UserError(f"no preset {name!r}: expected one of {', '.join(sorted(presets))}, or the path of a TOML file")
     try:

@@ -11,12 +11,13 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from melbo_ray.config import Config, UserError, first_line
-from melbo_ray.generate import Job, generate
-from melbo_ray.model import LanguageModel
-from melbo_ray.partial import lower, lower_fingerprint, sketch
-from melbo_ray.residual import Slice
-from melbo_ray.steer import Prompts, continuation_score, encode
+from melbo_ray.config import Config
+from melbo_ray.errors import UserError, first_line
+from melbo_ray.model.language_model import LanguageModel
+from melbo_ray.model.partial import lower, lower_fingerprint, sketch
+from melbo_ray.model.residual_slice import Slice
+from melbo_ray.model.sampling import Job, generate
+from melbo_ray.model.steering import Prompts, continuation_score, encode
 from tests.families import END, byte_tokenizer, directions
 from tests.shrinking import sizes
 

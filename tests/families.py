@@ -27,7 +27,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from melbo_ray.model import LanguageModel
+from melbo_ray.model.language_model import LanguageModel
 
 D_MODEL, NUM_LAYERS, END = 32, 4, 256
 _COMMON = {

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from melbo_ray.model import LanguageModel
+from melbo_ray.model.language_model import LanguageModel
 
 # A device type that this build of torch knows by name, without a backend that would have to be started.
 DEVICES = ("lazy:0", "lazy:1")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from melbo_ray.tables import SCHEMA_VERSION, SCHEMAS, table
+from melbo_ray.runs.schema import SCHEMA_VERSION, SCHEMAS, table
 
 UNSTEERED = 2.0
 """KL of the unsteered model from the base in every study here, nats."""

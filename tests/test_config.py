@@ -3,7 +3,8 @@ import re
 import pytest
 
 from melbo_ray.concepts import load_concept
-from melbo_ray.config import Config, UserError, parse
+from melbo_ray.config import Config, parse
+from melbo_ray.errors import UserError
 
 
 def refusal(*args):

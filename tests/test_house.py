@@ -1,6 +1,7 @@
 """The house keeps its order: who may import whom, where Ray is, what the README says of the files."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -10,43 +11,25 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"checks", "config", "intervals", "products", "seeds"},
-    {
-        "arguments",
-        "chat",
-        "command",
-        "concepts",
-        "fingerprint",
-        "source_code",
-        "storage",
-        "subspace",
-        "tables",
-        "units",
-    },
-    {"detectors", "lease", "model", "query", "solvers", "store"},
-    {"comparison", "engines", "hooks", "plain", "rows", "soundness"},
-    {"figures", "partial", "residual", "steer", "summary"},
-    {"decoding", "ortho", "radius", "report", "sink"},
-    {"generate"},
-    {"candidates", "selfcheck"},
-    {"melbo"},
-    {"evals"},
-    {"memory"},
-    {"agenda", "check", "layout", "work"},
-    {"calibration", "progress"},
-    {"plan"},
+    {"errors"},
+    {"config", "concepts", "host", "seeds"},
+    {"model", "runs"},
+    {"search"},
+    {"evals", "report"},
     {"cluster"},
-    {"job"},
-    {"jobs"},
+    {"study"},
+    {"cli"},
+    {"jobs", "benchmarks"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-MODULES = sorted([*(ROOT / "melbo_ray").rglob("*.py"), *(ROOT / "jobs").glob("*.py")])
+MODULES = sorted(path for folder in ("melbo_ray", "jobs", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+RAY = {"melbo_ray/cluster/driver.py", "melbo_ray/cluster/pool.py", "melbo_ray/cluster/session.py"}
 
 
 def part_of(path):
-    """The name on a floor that a file belongs to: its module or folder in melbo_ray, or `jobs`."""
+    """The name on a floor that a file belongs to: its module or folder in melbo_ray, or its folder beside it."""
     parts = path.relative_to(ROOT).with_suffix("").parts
-    return "jobs" if parts[0] == "jobs" else parts[1]
+    return parts[1] if parts[0] == "melbo_ray" else parts[0]
 
 
 def imported(path):
@@ -72,23 +55,50 @@ def test_imports_point_down_only(path):
         assert FLOOR[name] < FLOOR[here], f"{here} imports {name}, which is not below it"
 
 
+def test_folders_are_one_deep_and_their_init_files_empty_of_logic():
+    for path in (ROOT / "melbo_ray").glob("*/**/*.py"):
+        assert len(path.relative_to(ROOT).parts) == 3, path
+        if path.name == "__init__.py":
+            body = ast.parse(path.read_text("utf-8")).body
+            assert all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body), path
+
+
+def test_within_a_folder_imports_have_no_circle():
+    within = {}
+    for path in (ROOT / "melbo_ray").glob("*/*.py"):
+        home = f"melbo_ray.{path.parent.name}."
+        named = {name[len(home) :].split(".")[0] for name in imported(path) if name.startswith(home)}
+        within[home + path.stem] = {home + name for name in named}
+    graphlib.TopologicalSorter(within).prepare()
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_ray_is_in_one_place(path):
-    if part_of(path) in {"cluster", "jobs"} and not path.name.startswith("bench"):
+    if str(path.relative_to(ROOT)) in RAY or part_of(path) == "jobs":
         return
     assert not {name for name in imported(path) if name.split(".")[0] == "ray"}
 
 
 def test_the_guards_above_can_fail(tmp_path):
     file = tmp_path / "bad.py"
-    file.write_text("def f():\n    import ray.util\n    from melbo_ray.cluster import Driver\n")
+    file.write_text("def f():\n    import ray.util\n    from melbo_ray.cluster.driver import Driver\n")
     assert {name.split(".")[0] for name in imported(file)} >= {"ray"}
     assert ours(imported(file)) == {"cluster"}
 
 
 def test_the_notebook_part_loads_without_ray():
-    names = [name for floor in FLOORS[: FLOOR["cluster"]] for name in floor]
-    code = f"import sys; sys.modules['ray'] = None\nfor name in {names}: __import__('melbo_ray.' + name)"
+    below = {name for floor in FLOORS[: FLOOR["cluster"]] for name in floor}
+    files = [path.relative_to(ROOT) for path in MODULES if part_of(path) in below]
+    names = [".".join(file.with_suffix("").parts).removesuffix(".__init__") for file in files]
+    code = f"import sys; sys.modules['ray'] = None\nfor name in {names}: __import__(name)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_what_reads_a_run_loads_without_torch():
+    below = {name for floor in FLOORS[:2] for name in floor} | {"runs", "report"}
+    files = [path.relative_to(ROOT) for path in MODULES if part_of(path) in below]
+    names = [".".join(file.with_suffix("").parts).removesuffix(".__init__") for file in files]
+    code = f"import sys; sys.modules['torch'] = None\nfor name in {names}: __import__(name)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
@@ -97,12 +107,12 @@ def test_the_readmes_file_map_is_the_folder_listing():
     block = readme.split("## Where things are")[1].split("```")[1]
     told = set(re.findall(r"^(\S+\.\w+|\S+/|Makefile|LICENSE)\s", block, re.MULTILINE))
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    code = {name for name in tracked if re.fullmatch(r"(melbo_ray|jobs)/.*\.py", name) and "__init__" not in name}
-    code -= {name for name in code if name.startswith(("melbo_ray/evals/", "melbo_ray/cluster/"))}
+    code = {
+        name for name in tracked if re.fullmatch(r"(melbo_ray|jobs|benchmarks)/.*\.py", name) and "__init__" not in name
+    }
+    code -= {name for name in code if name.startswith("melbo_ray/evals/")}
     code |= {name for name in tracked if "/" not in name and not name.startswith(".")}
-    inside = ("concepts", "presets", "evals", "cluster", "templates")
-    folders = {"tests/", *(f"melbo_ray/{name}/" for name in inside)}
-    assert told == code | {folder for folder in folders if any(name.startswith(folder) for name in tracked)}
+    assert told == code | {"tests/", "docs/", "melbo_ray/concepts/", "melbo_ray/evals/", "melbo_ray/report/templates/"}
 
 
 def test_every_file_is_short_enough_to_read():

@@ -6,19 +6,20 @@ from typing import Any
 
 import ray
 
-from melbo_ray import checks, tables
-from melbo_ray.agenda import Agenda
+from melbo_ray.cluster.backlog import Agenda
 from melbo_ray.cluster.metrics import Metrics
 from melbo_ray.cluster.pool import ATTEMPTS, Pool
+from melbo_ray.cluster.resources import Layout
 from melbo_ray.cluster.session import LOST, Deaths, Silence, answer
+from melbo_ray.cluster.worker import Found, Worker, stored_vectors
 from melbo_ray.concepts import Concept
-from melbo_ray.config import Config, UserError
-from melbo_ray.evals import EVALUATIONS
-from melbo_ray.layout import Layout
-from melbo_ray.ortho import SteeringVector
-from melbo_ray.store import Run
-from melbo_ray.units import WHOLE, Unit, cover
-from melbo_ray.work import Found, Worker, stored_vectors
+from melbo_ray.config import Config
+from melbo_ray.errors import UserError
+from melbo_ray.evals.runner import EVALUATIONS
+from melbo_ray.runs import checks, schema
+from melbo_ray.runs.run_store import Run
+from melbo_ray.runs.work_unit import WHOLE, Unit, cover
+from melbo_ray.search.chain import SteeringVector
 
 _BACKLOG = 64
 _STREAM = {"num_returns": "streaming", "_generator_backpressure_num_objects": 8}
@@ -232,8 +233,8 @@ class Driver:
             for index in (range(1) if whole else range(unit.first, unit.last + 1))
         ]
         # Of the whole chain, the rows of a shorter one go.
-        empty = {name: tables.table(name, []) for name in EVALUATIONS[unit.evaluation].tables}
-        self.run.commit(unit, empty | {"failures": tables.table("failures", rows)})
+        empty = {name: schema.table(name, []) for name in EVALUATIONS[unit.evaluation].tables}
+        self.run.commit(unit, empty | {"failures": schema.table("failures", rows)})
         cover(agenda.done, unit)
         self.failures += len(rows)
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 from ray.util.metrics import Gauge
 
-from melbo_ray.agenda import Agenda
-from melbo_ray.ortho import SteeringVector
+from melbo_ray.cluster.backlog import Agenda
+from melbo_ray.search.chain import SteeringVector
 
 _GAUGES = {
     "vectors_found": "vectors the chain has",

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from melbo_ray.cluster.session import LOST, Deaths, answer
-from melbo_ray.units import WHOLE, Unit
+from melbo_ray.runs.work_unit import WHOLE, Unit
 
 ATTEMPTS = 10
 _DRAIN_SECONDS = 10.0

@@ -13,9 +13,9 @@ import ray
 import torch
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
-from melbo_ray.command import Terminated
-from melbo_ray.config import UserError, first_line
-from melbo_ray.work import cores
+from melbo_ray.cli import Terminated
+from melbo_ray.errors import UserError, first_line
+from melbo_ray.host import cores
 
 _QUIET = 10.0
 _OBJECT_STORE = 512 << 20

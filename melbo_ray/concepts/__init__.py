@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from melbo_ray.config import UserError
+from melbo_ray.errors import UserError
 
 
 class Concept(BaseModel):

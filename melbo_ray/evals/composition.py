@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from melbo_ray.evals.context import TRAINING, Row, Rows, Study, Vectors
 from melbo_ray.evals.control import random_directions
 from melbo_ray.evals.dose import measure_all
 from melbo_ray.evals.generations import write
 from melbo_ray.evals.kl import at_norm
-from melbo_ray.evals.study import TRAINING, Row, Rows, Study, Vectors
 from melbo_ray.seeds import derive_seed
 
 _SIZES = (2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)

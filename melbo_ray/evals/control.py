@@ -6,8 +6,8 @@ import torch
 from torch.nn.functional import normalize
 
 from melbo_ray.evals import dose, generalization, generations, kl, presence
+from melbo_ray.evals.context import Rows, Study, Vectors, evenly
 from melbo_ray.evals.kl import at_norm
-from melbo_ray.evals.study import Rows, Study, Vectors, evenly
 from melbo_ray.seeds import derive_seed
 
 COUNT = 8

@@ -4,9 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from melbo_ray.evals.context import Row, Rows, Study, Vectors
 from melbo_ray.evals.kl import at_norm, divergences
-from melbo_ray.evals.study import Row, Rows, Study, Vectors
-from melbo_ray.steer import target_log_probs
+from melbo_ray.model.steering import target_log_probs
 
 ALPHAS = tuple(i / 4 for i in range(1, 9))
 _STEPS_TO_RADIUS = 3

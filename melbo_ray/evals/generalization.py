@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from melbo_ray.evals.context import TRAINING, Row, Rows, Study, Vectors
 from melbo_ray.evals.kl import kl
-from melbo_ray.evals.study import TRAINING, Row, Rows, Study, Vectors
-from melbo_ray.generate import Job, generate
-from melbo_ray.steer import Prompts, target_log_probs
+from melbo_ray.model.sampling import Job, generate
+from melbo_ray.model.steering import Prompts, target_log_probs
 
 LENGTH = 16
 

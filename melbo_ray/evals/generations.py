@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from melbo_ray.detectors import score_text
+from melbo_ray.concepts.detectors import score_text
+from melbo_ray.evals.context import TRAINING, Row, Rows, Study, Vectors
 from melbo_ray.evals.kl import at_norm
-from melbo_ray.evals.study import TRAINING, Row, Rows, Study, Vectors
-from melbo_ray.generate import Continuation, Job, generate
+from melbo_ray.model.sampling import Continuation, Job, generate
 from melbo_ray.seeds import derive_seed
 
 

@@ -8,11 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from melbo_ray.evals.context import Row, Rows, Study, Vectors
 from melbo_ray.evals.dose import measure, measure_all, unsteered_kl
 from melbo_ray.evals.kl import next_token
 from melbo_ray.evals.presence import contrast
-from melbo_ray.evals.study import Row, Rows, Study, Vectors
-from melbo_ray.subspace import max_abs_cos
+from melbo_ray.search.subspace import max_abs_cos
 
 THRESHOLDS = (0.1, 0.25, 0.5, 0.75)
 _CONTRAST_DOSES = 16

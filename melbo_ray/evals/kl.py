@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from melbo_ray.evals.study import TRAINING, Row, Rows, Study, Vectors
+from melbo_ray.evals.context import TRAINING, Row, Rows, Study, Vectors
 
 TOP = 10
 

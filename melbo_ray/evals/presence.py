@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from melbo_ray import melbo
-from melbo_ray.evals.study import Row, Rows, Study, Vectors
-from melbo_ray.generate import Job, generate
+from melbo_ray.evals.context import Row, Rows, Study, Vectors
+from melbo_ray.model.sampling import Job, generate
+from melbo_ray.model.steering import Prompts
+from melbo_ray.search import base_vectors
 from melbo_ray.seeds import derive_seed
-from melbo_ray.steer import Prompts
 
 _WRITTEN_PROMPTS, _WRITTEN_LENGTH = 8, 32
 # Sinks have norms several times the others' (SmolLM2 at layer 8: 632 against about 120).
@@ -104,12 +104,12 @@ def auroc(a: Float[Tensor, "m n"], b: Float[Tensor, "k n"]) -> Float[Tensor, " n
 
 
 def contrast(study: Study) -> Float[Tensor, " d_model"]:
-    """The mean-difference direction: `melbo.contrast`, of prompts, so that the texts it is judged on are new to it.
+    """The mean-difference direction: `base_vectors.contrast`, of prompts: the texts it is judged on are new.
 
     Of a concept without contrast prompts: mean activation on its texts minus that on neutral ones, sinks dropped.
     """
     if study.concept.contrast:
-        return melbo.contrast(study.model, study.concept, study.config)
+        return base_vectors.contrast(study.model, study.concept, study.config)
     concept, neutral = next(iter(study.once(text_sets).values()))
     return concept.activations("dropped").mean(0) - neutral.activations("dropped").mean(0)
 

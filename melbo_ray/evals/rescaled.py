@@ -2,8 +2,8 @@
 
 import statistics
 
+from melbo_ray.evals.context import TRAINING, Rows, Study, Vectors
 from melbo_ray.evals.kl import at_norm, next_token
-from melbo_ray.evals.study import TRAINING, Rows, Study, Vectors
 
 
 def run(study: Study, chain: Vectors) -> Rows:

@@ -9,13 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from melbo_ray import ortho
 from melbo_ray.evals import generalization, kl
-from melbo_ray.evals.study import TRAINING, Row, Rows, Study, Vectors
-from melbo_ray.ortho import SteeringVector
-from melbo_ray.residual import Slice
+from melbo_ray.evals.context import TRAINING, Row, Rows, Study, Vectors
+from melbo_ray.model.residual_slice import Slice
+from melbo_ray.search import chain
+from melbo_ray.search.chain import SteeringVector
+from melbo_ray.search.subspace import Subspace
 from melbo_ray.seeds import derive_seed
-from melbo_ray.subspace import Subspace
 
 _COUNT = 8
 # Norms of a target's direction up to 64 R are tried, and halved this often between two.
@@ -71,7 +71,7 @@ def shuffled_chain(study: Study, part: Slice, count: int) -> Iterator[tuple[Targ
         target = random_target(study, part, taken, derive_seed(config.seed, name, 0, "target"))
         bases = torch.stack([target.theta, study.base, *(vector.theta for vector in found)])
         options = config.model_copy(update={"num_vectors": wanted})
-        for vector in ortho.chain(part, bases, options, name):
+        for vector in chain.chain(part, bases, options, name):
             found.append(dataclasses.replace(vector, index=len(found) + 1))
             yield target, found[-1]
             if vector.norm <= config.min_norm:

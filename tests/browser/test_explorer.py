@@ -5,7 +5,7 @@ import re
 import pytest
 from playwright.sync_api import expect
 
-from melbo_ray import report
+from melbo_ray.report import page as report
 from tests.studies import kl_of, write_part, write_study
 
 HOSTILE = {

@@ -14,8 +14,8 @@ import pytest
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
-from melbo_ray.storage import StorageError
-from melbo_ray.store import Run
+from melbo_ray.runs.run_store import Run
+from melbo_ray.runs.storage import StorageError
 from tests.cluster.conftest import REPOSITORY
 from tests.s3 import Faults
 

@@ -18,8 +18,8 @@ from ray.cluster_utils import Cluster
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from melbo_ray.store import Run
-from melbo_ray.tables import SCHEMAS
+from melbo_ray.runs.run_store import Run
+from melbo_ray.runs.schema import SCHEMAS
 
 REPOSITORY = Path(__file__).parents[2]
 CONCEPT = """

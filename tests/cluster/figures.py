@@ -20,15 +20,15 @@ import numpy as np
 import pytest
 import ray
 
-from melbo_ray import tables
-from melbo_ray.agenda import Agenda
-from melbo_ray.cluster import Driver
+from melbo_ray.cluster.backlog import Agenda
+from melbo_ray.cluster.driver import Driver
+from melbo_ray.cluster.memory import Demand, Demands
+from melbo_ray.cluster.resources import lay_out
 from melbo_ray.config import Config
-from melbo_ray.layout import lay_out
-from melbo_ray.memory import Demand, Demands
-from melbo_ray.model import LanguageModel
-from melbo_ray.store import Run
-from melbo_ray.units import Unit
+from melbo_ray.model.language_model import LanguageModel
+from melbo_ray.runs import schema
+from melbo_ray.runs.run_store import Run
+from melbo_ray.runs.work_unit import Unit
 from tests.cluster.conftest import REPOSITORY
 from tests.cluster.head import head, submission
 from tests.cluster.simulated import D_MODEL, Sleeper
@@ -86,10 +86,10 @@ def storage() -> None:
         for first in range(1, 1001, 8):
             for index in range(first, first + 8):
                 vector = _facts("vectors", index) | {"vector": rows.standard_normal(2048).astype(np.float32)}
-                run.commit(Unit("code", "chain", "chain", index, index), {"vectors": tables.table("vectors", [vector])})
+                run.commit(Unit("code", "chain", "chain", index, index), {"vectors": schema.table("vectors", [vector])})
             for name, each in {"kl": 1, "generations": 4, "generalization": 32, "dose": 12, "presence": 4}.items():
                 found = [_facts(name, i, dice, j) for i in range(first, first + 8) for j in range(each)]
-                run.commit(Unit("code", name, "chain", first, first + 7), {name: tables.table(name, found)})
+                run.commit(Unit("code", name, "chain", first, first + 7), {name: schema.table(name, found)})
             puts += 13
             peak = max(peak, len(run.storage.names()))
             if first % 64 == 1:
@@ -113,7 +113,7 @@ def _facts(table: str, index: int, dice: random.Random = random.Random(0), place
         "int64": lambda: place, "bool": lambda: True, "list<item: float>": lambda: [dice.random() for _ in range(10)],
         "list<item: string>": lambda: dice.sample(WORDS, 10), "list<item: int32>": lambda: [1, 2],
     }  # fmt: skip
-    row = {field.name: values[str(field.type).replace("element", "item")]() for field in tables.SCHEMAS[table]}
+    row = {field.name: values[str(field.type).replace("element", "item")]() for field in schema.SCHEMAS[table]}
     keys = {"run_id": "run", "kind": "chain", "index": index}
     return row | keys | ({"text": " ".join(dice.choices(WORDS, k=40))} if table == "generations" else {})
 

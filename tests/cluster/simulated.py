@@ -13,14 +13,14 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 
-from melbo_ray import tables
 from melbo_ray.config import Config
-from melbo_ray.store import Run
-from melbo_ray.units import Unit
+from melbo_ray.runs import schema
+from melbo_ray.runs.run_store import Run
+from melbo_ray.runs.work_unit import Unit
 
 D_MODEL = 8
 BASE = Unit("code", "base", "base", 0, 0)
-ROW = dict.fromkeys(tables.SCHEMAS["vectors"].names) | {"run_id": "run", "vector": [1.0] * D_MODEL, "norm": 1.0}
+ROW = dict.fromkeys(schema.SCHEMAS["vectors"].names) | {"run_id": "run", "vector": [1.0] * D_MODEL, "norm": 1.0}
 
 
 class Sleeper:
@@ -59,7 +59,7 @@ class Sleeper:
         return {"fingerprints": fingerprints, "host": "here", "device": self.device, "role": role, "checks": {}}
 
     def find_base(self, concept: str) -> None:
-        self.run.commit(BASE, {"vectors": tables.table("vectors", [ROW | {"kind": "base", "index": 0}])})
+        self.run.commit(BASE, {"vectors": schema.table("vectors", [ROW | {"kind": "base", "index": 0}])})
         # The death of the chain actor is heard first: another has taken its place.
         while "chain dies early" in self.trouble and len(list(self.url.glob("ready-*"))) < 3:
             time.sleep(0.1)
@@ -103,8 +103,8 @@ class Sleeper:
         return False
 
     def _rows(self, unit: Unit) -> pa.Table:
-        empty = dict.fromkeys(tables.SCHEMAS[unit.evaluation].names)
+        empty = dict.fromkeys(schema.SCHEMAS[unit.evaluation].names)
         rows = [
             empty | {"run_id": self.run_id, "kind": unit.kind, "index": i} for i in range(unit.first, unit.last + 1)
         ]
-        return tables.table(unit.evaluation, rows)
+        return schema.table(unit.evaluation, rows)

@@ -8,7 +8,7 @@ import pytest
 import ray
 import torch
 
-from melbo_ray.command import exit_code
+from melbo_ray.cli import exit_code
 from tests.cluster.conftest import REPOSITORY
 from tests.s3 import environment, serve
 

@@ -5,11 +5,11 @@ import uuid
 
 import pytest
 
-from melbo_ray.agenda import Agenda
-from melbo_ray.check import check
+from melbo_ray.cluster.backlog import Agenda
+from melbo_ray.cluster.worker import Worker, stored_vectors
 from melbo_ray.config import Config
-from melbo_ray.store import Run
-from melbo_ray.work import Worker, stored_vectors
+from melbo_ray.runs.run_store import Run
+from melbo_ray.study.preflight import check
 from tests.cluster.chaos import Chaos, cluster
 from tests.cluster.conftest import rows
 from tests.s3 import environment, faulty, serve

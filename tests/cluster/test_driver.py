@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import ray
 
-from melbo_ray.agenda import Agenda
-from melbo_ray.cluster import Driver, driver, pool, session
-from melbo_ray.config import Config, UserError
-from melbo_ray.layout import lay_out
-from melbo_ray.memory import Demand, Demands
-from melbo_ray.store import Run
-from melbo_ray.units import WHOLE, Unit
+from melbo_ray.cluster import driver, pool, session
+from melbo_ray.cluster.backlog import Agenda
+from melbo_ray.cluster.driver import Driver
+from melbo_ray.cluster.memory import Demand, Demands
+from melbo_ray.cluster.resources import lay_out
+from melbo_ray.config import Config
+from melbo_ray.errors import UserError
+from melbo_ray.runs.run_store import Run
+from melbo_ray.runs.work_unit import WHOLE, Unit
 from tests.cluster.simulated import D_MODEL, Sleeper
 
 NO_DEMANDS = Demands(Demand(0, 0, 0, 0, 0), Demand(0, 0, 0, 0, 0))

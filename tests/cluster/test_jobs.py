@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from melbo_ray.evals import EVALUATIONS
-from melbo_ray.lease import Lease, holder
-from melbo_ray.storage import Storage
-from melbo_ray.store import Run
-from melbo_ray.tables import table
-from melbo_ray.units import WHOLE, Unit
-from melbo_ray.work import stored_vectors
+from melbo_ray.cluster.worker import stored_vectors
+from melbo_ray.evals.runner import EVALUATIONS
+from melbo_ray.runs.lease import Lease, holder
+from melbo_ray.runs.run_store import Run
+from melbo_ray.runs.schema import table
+from melbo_ray.runs.storage import Storage
+from melbo_ray.runs.work_unit import WHOLE, Unit
 from tests.cluster.conftest import REPOSITORY, rows, run_here
 
 

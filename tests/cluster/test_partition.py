@@ -15,7 +15,7 @@ import pytest
 from ray._raylet import GcsClient
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
-from melbo_ray.store import Run
+from melbo_ray.runs.run_store import Run
 from tests.cluster.chaos import SHORT_PATIENCE
 from tests.cluster.conftest import REPOSITORY, rows
 from tests.s3 import environment, serve

@@ -12,7 +12,7 @@ import urllib.request
 import pytest
 
 import tests.cluster.head
-from melbo_ray.store import Run
+from melbo_ray.runs.run_store import Run
 from tests.cluster.conftest import REPOSITORY, rows
 from tests.cluster.head import submission
 from tests.s3 import environment, free_port, serve

@@ -5,7 +5,7 @@ import torch
 
 from melbo_ray.concepts import Concept
 from melbo_ray.config import Config
-from melbo_ray.evals import Study, Vectors
+from melbo_ray.evals.context import Study, Vectors
 from tests.families import directions, tiny
 
 SOURCE = 1

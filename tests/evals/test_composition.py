@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from melbo_ray.evals import evaluate
 from melbo_ray.evals.control import random_directions
-from melbo_ray.generate import Job, generate
+from melbo_ray.evals.runner import evaluate
+from melbo_ray.model.sampling import Job, generate
 from melbo_ray.seeds import derive_seed
 from tests.evals import reference
 from tests.evals.reference import rows_of

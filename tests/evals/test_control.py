@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from melbo_ray.evals import evaluate
+from melbo_ray.evals.context import evenly
 from melbo_ray.evals.control import more_directions, random_directions
-from melbo_ray.evals.study import evenly
-from melbo_ray.subspace import max_abs_cos
+from melbo_ray.evals.runner import evaluate
+from melbo_ray.search.subspace import max_abs_cos
 
 
 def test_a_random_direction_has_the_norm_and_the_complement_of_its_vector(study, chain):

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from melbo_ray.evals import Vectors, evaluate
+from melbo_ray.evals.context import Vectors
 from melbo_ray.evals.generalization import LENGTH
+from melbo_ray.evals.runner import evaluate
 from tests.evals import reference
 from tests.evals.reference import rows_of
 

@@ -2,8 +2,9 @@ import dataclasses
 
 import torch
 
-from melbo_ray.detectors import score_text
-from melbo_ray.evals import Vectors, evaluate
+from melbo_ray.concepts.detectors import score_text
+from melbo_ray.evals.context import Vectors
+from melbo_ray.evals.runner import evaluate
 from melbo_ray.seeds import derive_seed
 from tests.evals import reference
 

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from melbo_ray.evals import Vectors, evaluate, geometry
+from melbo_ray.evals import geometry
+from melbo_ray.evals.context import Vectors
 from melbo_ray.evals.geometry import change_point
 from melbo_ray.evals.presence import contrast
+from melbo_ray.evals.runner import evaluate
 from tests.evals import reference
 from tests.families import D_MODEL, directions
 

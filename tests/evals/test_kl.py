@@ -4,8 +4,9 @@ import torch
 
 from melbo_ray.concepts import Concept
 from melbo_ray.config import Config
-from melbo_ray.evals import Study, Vectors, evaluate
-from melbo_ray.model import LanguageModel
+from melbo_ray.evals.context import Study, Vectors
+from melbo_ray.evals.runner import evaluate
+from melbo_ray.model.language_model import LanguageModel
 from tests.evals import reference
 from tests.evals.reference import rows_of
 from tests.families import directions

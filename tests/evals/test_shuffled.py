@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from melbo_ray.evals import evaluate
+from melbo_ray.evals.runner import evaluate
 from melbo_ray.evals.shuffled import random_target, shuffled_chain
-from melbo_ray.ortho import chain as base_chain
-from melbo_ray.residual import Slice
-from melbo_ray.subspace import Subspace
+from melbo_ray.model.residual_slice import Slice
+from melbo_ray.search.chain import chain as base_chain
+from melbo_ray.search.subspace import Subspace
 from tests.evals import reference
 from tests.evals.reference import rows_of
 from tests.families import D_MODEL

@@ -1,0 +1,153 @@
+"""The memory that a worker takes, from the shape of its model alone: the one formula of plan, layout and benchmark.
+
+Calibrated against the resident peaks of fresh processes (`benchmarks/bench.py --only memory` sets both side by side).
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from melbo_ray.concepts import Concept
+from melbo_ray.config import Config
+from melbo_ray.evals.dose import DOSES
+from melbo_ray.evals.generalization import LENGTH
+from melbo_ray.model.language_model import LanguageModel
+from melbo_ray.model.sampling import usual_places, width
+from melbo_ray.model.steering import PASS_TOKENS, encode
+from melbo_ray.search.base_vectors import ASCENT_TOKENS
+
+# What a process with torch, transformers and Ray takes before it has read a weight.
+_PROCESS = 480 << 20
+# Norms, rotary embeddings and residual sums of a decoder layer keep this many values of d_model a token.
+_KEPT_BESIDE_PRODUCTS = 4
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a worker holds at its peak, bytes.
+
+    Attributes:
+        weights: the parameters that it loads.
+        loading: the file's pages that are resident beside them while it does, where they are of another type.
+        packed: the copies of them for its products, which it makes on the CPU where it is let.
+        work: activations, basis, keys and values, logits, and what evaluations keep, on the CPU.
+        work_on_gpu: the same on a GPU, where more texts are written at once.
+    """
+
+    weights: int
+    loading: int
+    packed: int
+    work: int
+    work_on_gpu: int
+
+    def on_cpu(self, packed: bool) -> int:
+        """Resident memory of a worker on the CPU, its process included."""
+        return _PROCESS + self.weights + max(self.loading, self.work + (self.packed if packed else 0))
+
+    @property
+    def on_gpu(self) -> int:
+        """A GPU's memory: nothing is packed there, and the process is elsewhere."""
+        return self.weights + self.work_on_gpu
+
+
+@dataclass(frozen=True)
+class Demands:
+    """What the two kinds of worker hold."""
+
+    chain: Demand
+    evaluator: Demand
+
+
+def demands(
+    model: LanguageModel,
+    config: Config,
+    concepts: Sequence[Concept],
+    published: torch.dtype | None = None,
+    whole: bool = False,
+) -> Demands:
+    """What each worker of a study of these concepts holds; the model may be a sketch.
+
+    Args:
+        model: the model.
+        config: the study's options.
+        concepts: its concepts.
+        published: the type of the weights in their file. Those of the model's own type are the file's pages.
+        whole: whether chains read the whole model (`partial.reads_whole`).
+    """
+    share = published.itemsize / model.dtype.itemsize if published not in (None, model.dtype) else 0.0
+    return Demands(_chain(model, config, concepts, share, whole), _evaluator(model, config, concepts, share))
+
+
+def _chain(model: LanguageModel, config: Config, concepts: Sequence[Concept], share: float, whole: bool) -> Demand:
+    """The layers up to the target and all that is no layer; the slice's products, forward and backward."""
+    upper, slice_ = model.layers[config.target_layer + 1 :], _slice(model, config)
+    tokens = config.block * sum(_length(model, config, concept.prompt) for concept in concepts)
+    basis = len(concepts) * config.num_vectors * model.d_model * _FLOAT32
+    work = tokens * _kept(slice_, model) + basis
+    weights = _bytes([model.network]) - (0 if whole else _bytes(upper))
+    return Demand(weights, int(share * weights), 2 * _bytes(slice_, products=True), work, work)
+
+
+def _evaluator(model: LanguageModel, config: Config, concepts: Sequence[Concept], share: float) -> Demand:
+    """The whole model; the products of decoding; the base's search, then texts and logits beside them."""
+    prompts = [_length(model, config, concept.prompt) for concept in concepts]
+    ascending = max(*prompts, min(config.candidates * max(prompts), ASCENT_TOKENS))
+    search = ascending * _kept(_slice(model, config), model) if config.base == "melbo" else 0
+    head = model.network.get_output_embeddings()
+    packed = _bytes(model.layers, products=True) + _bytes([head], products=True)
+    work = [max(search, _logits(model, config, concepts) + _texts(model, config, concepts, d)) for d in ("cpu", "cuda")]
+    weights = _bytes([model.network])
+    return Demand(weights, int(share * weights), packed, *work)
+
+
+def _texts(model: LanguageModel, config: Config, concepts: Sequence[Concept], device: str) -> int:
+    """Keys and values of a full batch of texts, and of the prompts that enter it."""
+    text = model.network.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    values = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    longest = max(_length(model, config, prompt) for c in concepts for prompt in (c.prompt, *c.held_out.values()))
+    tokens = usual_places(device) * (width(longest + config.max_new_tokens) + longest)
+    return 2 * tokens * text.num_hidden_layers * values * model.dtype.itemsize
+
+
+def _logits(model: LanguageModel, config: Config, concepts: Sequence[Concept]) -> int:
+    """Log-probabilities along the base's texts, which an evaluator keeps, and the logits of one pass, float32."""
+    kept = read = 0
+    for concept in concepts:
+        prompts, length = 1 + len(concept.held_out), _length(model, config, concept.prompt)
+        texts = [len(encode(model, text)) for text in concept.continuations]
+        kept += prompts * LENGTH
+        # `generalization` forces the base's text and one more on every prompt, `dose` all of them at every dose.
+        for rows, forced in ((prompts, LENGTH + texts[0]), (DOSES, sum(texts))):
+            read = max(read, min(rows, max(1, PASS_TOKENS // (length + forced))) * forced)
+    return (kept + read) * model.network.config.get_text_config().vocab_size * _FLOAT32
+
+
+def _length(model: LanguageModel, config: Config, prompt: str) -> int:
+    return len(model.tokenize(prompt, config.system_prompt))
+
+
+def _slice(model: LanguageModel, config: Config) -> nn.ModuleList:
+    return model.layers[config.source_layer + 1 : config.target_layer + 1]
+
+
+def _kept(layers: nn.ModuleList, model: LanguageModel) -> int:
+    """Bytes that a token's way through these layers keeps for the backward pass: what the products put out, mostly.
+
+    Weights are frozen, so a product's input is not kept for them; the widest one is, as an activation's output.
+    """
+    values = 0
+    for layer in layers:
+        shapes = [weight.shape for weight in layer.parameters() if weight.ndim == 2]
+        values += sum(rows for rows, _ in shapes) + max(columns for _, columns in shapes)
+        values += _KEPT_BESIDE_PRODUCTS * model.d_model
+    return values * model.dtype.itemsize
+
+
+def _bytes(modules: Iterable[nn.Module], products: bool = False) -> int:
+    """Of all parameters, a shared one once; or of those that are factors of products."""
+    found = {id(p): p for module in modules for p in module.parameters() if p.ndim >= 2 or not products}
+    return sum(parameter.nbytes for parameter in found.values())

@@ -1,0 +1,166 @@
+"""How a run is laid out on what the cluster has: how many actors of which size."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from melbo_ray.cluster.memory import Demands
+from melbo_ray.config import Config
+from melbo_ray.errors import UserError
+
+_MOST_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Whether each kind of worker holds packed copies of its weights; results differ in the last bits by it."""
+
+    chain: bool = True
+    evaluator: bool = True
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the actors take of the cluster.
+
+    Attributes:
+        chain_actors: how many; the concepts are dealt out to them.
+        chain: Ray options of a chain actor.
+        evaluator: Ray options of an evaluator.
+        chain_threads: torch threads of a chain actor.
+        evaluator_threads: torch threads of an evaluator.
+        most_beside_chains: evaluators at most while chain actors are there.
+        most_evaluators: evaluators at most when they are gone.
+        packed: which of them hold packed copies.
+    """
+
+    chain_actors: int
+    chain: dict[str, Any]
+    evaluator: dict[str, Any]
+    chain_threads: int
+    evaluator_threads: int
+    most_beside_chains: int
+    most_evaluators: int
+    packed: Packed
+
+
+def lay_out(
+    config: Config,
+    concepts: int,
+    demands: Demands,
+    cluster: Mapping[str, float],
+    roles: bool,
+    fixed: bool = False,
+    allowed: Packed = Packed(),
+) -> Layout:
+    """The layout for `concepts` chains, whose workers make these demands, on a cluster's total resources.
+
+    On the CPU a chain actor has half of a machine's cores and evaluators one each. With GPUs the shares are those of
+    the configuration; where it gives none, an actor takes half of the one GPU, or one of several.
+    `roles`: the nodes carry labels `role: chain` and `role: eval`, and actors go where they belong.
+    `fixed`: the cluster cannot grow. `allowed`: what a resumed run has packed until now, and no more than that.
+    Weights are packed where that keeps no actor out; the chain's, which every step of its runs through, before the
+    evaluators'.
+
+    Raises:
+        UserError: CUDA is asked for, and the cluster has no GPU; or it is fixed and too small to begin.
+    """
+    cpus, gpus = cluster.get("CPU", 1.0), cluster.get("GPU", 0.0)
+    chain_gpus, eval_gpus = _shares(config, gpus)
+    if chain_gpus:
+        free = gpus - config.min_evaluators * eval_gpus
+        actors = min(concepts, max(1, int(free // chain_gpus)))
+        chain_cpus = threads = 1
+    else:
+        actors = min(concepts, max(1, int(cpus // 4)))
+        chain_cpus = threads = max(1, min(int(cluster.get("largest_node_CPU", cpus) // 2), _MOST_THREADS))
+    if cpus < 2:
+        chain_cpus = 0.5
+    evaluator_cpus = min(1.0, cpus / 2)
+    chain = _options(chain_cpus, chain_gpus, roles, "chain")
+    evaluator = _options(evaluator_cpus, eval_gpus, roles, "eval")
+
+    def room(packed: Packed) -> tuple[int, int]:
+        """Evaluators that there is room for beside the chains, and when they are gone."""
+        asked = _with_memory(chain, evaluator, demands, packed)
+        return _room(*asked, cluster, actors), _room(*asked, cluster, 0)
+
+    packed = _packed(allowed, Packed(bool(actors and not chain_gpus), not eval_gpus), room)
+    chain, evaluator = _with_memory(chain, evaluator, demands, packed)
+    if fixed:
+        _check_room(chain if actors else {}, evaluator, cluster)
+    most = (config.max_evaluators or rooms for rooms in room(packed))
+    beside, after = (max(count, config.min_evaluators) for count in most)
+    return Layout(actors, chain, evaluator, threads, 1, beside, after, packed)
+
+
+def _packed(allowed: Packed, on_cpu: Packed, room: Callable[[Packed], tuple[int, int]]) -> Packed:
+    """What is packed: as much as leaves room for as many evaluators as there is without, and for one at least.
+
+    It takes nothing from workers that are not on the CPU.
+    """
+    nothing = Packed(allowed.chain and not on_cpu.chain, allowed.evaluator and not on_cpu.evaluator)
+    for packed in (allowed, Packed(allowed.chain, nothing.evaluator)):
+        if room(packed) == room(nothing) and min(room(packed)) >= 1:
+            return packed
+    return nothing
+
+
+def _with_memory(
+    chain: Mapping[str, Any], evaluator: Mapping[str, Any], demands: Demands, packed: Packed
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options with the memory of those that run on the CPU."""
+    asked = demands.chain.on_cpu(packed.chain), demands.evaluator.on_cpu(packed.evaluator)
+    first, second = (
+        {**options} if options["num_gpus"] else {**options, "memory": memory}
+        for options, memory in zip((chain, evaluator), asked, strict=True)
+    )
+    return first, second
+
+
+def _room(chain: Mapping[str, Any], evaluator: Mapping[str, Any], cluster: Mapping[str, float], taken: int) -> int:
+    """The evaluators that fit beside so many chain actors; none where one of either is too large for every node."""
+    if max(evaluator.get("memory", 0), chain.get("memory", 0) if taken else 0) > cluster.get(
+        "largest_node_memory", math.inf
+    ):
+        return 0
+    return min(
+        int((cluster.get(have, 0.0) - taken * chain.get(what, 0)) // evaluator[what])
+        for what, have in (("num_cpus", "CPU"), ("num_gpus", "GPU"), ("memory", "memory"))
+        if evaluator.get(what)
+    )
+
+
+def _shares(config: Config, gpus: float) -> tuple[float, float]:
+    """The GPUs of a chain actor and of an evaluator."""
+    asked = config.chain_gpus or config.eval_gpus
+    if config.device.startswith("cuda") and not gpus and not asked:
+        raise UserError("CUDA was asked for and the cluster has no GPU: use --device cpu or auto")
+    share = 0.0 if config.device == "cpu" or not (gpus or asked) else 0.5 if gpus == 1 else 1.0
+    chain, evaluator = (share if given is None else given for given in (config.chain_gpus, config.eval_gpus))
+    return chain, evaluator
+
+
+def _check_room(chain: Mapping[str, Any], evaluator: Mapping[str, Any], cluster: Mapping[str, float]) -> None:
+    """Refuse what would wait for ever: a chain actor holds its place while an evaluator finds its base."""
+    largest = cluster.get("largest_node_GPU", cluster.get("GPU", 0.0))
+    for name, actor in (("chain", chain), ("eval", evaluator)):
+        if actor.get("num_gpus", 0) > largest:
+            raise UserError(f"--{name}-gpus is {actor['num_gpus']:g}, and there are {largest:g} GPUs: 0 is the CPU")
+    gpus, bytes_ = (chain.get(what, 0) + evaluator.get(what, 0) for what in ("num_gpus", "memory"))
+    if gpus > cluster.get("GPU", 0.0):
+        raise UserError(
+            f"a chain actor and an evaluator take {gpus:g} GPUs together, and there are {cluster['GPU']:g}: "
+            "give smaller --chain-gpus and --eval-gpus, or 0 for the CPU"
+        )
+    if bytes_ > cluster.get("memory", math.inf):
+        raise UserError(
+            f"a chain actor and an evaluator need {bytes_ / 1e9:.1f} GB of memory together, and Ray found "
+            f"{cluster['memory'] / 1e9:.1f} GB to be free: free some, or take a machine with more"
+        )
+
+
+def _options(cpus: float, gpus: float, roles: bool, role: str) -> dict[str, Any]:
+    options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus}
+    return options | {"label_selector": {"role": role}} if roles else options

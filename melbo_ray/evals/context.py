@@ -1,0 +1,122 @@
+"""What every evaluation shares: the model, the concept, the base, and what is computed once from them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from melbo_ray.concepts import Concept
+from melbo_ray.config import Config
+from melbo_ray.model.language_model import LanguageModel
+from melbo_ray.model.steering import Prompts, encode
+
+TRAINING = "training"
+
+Row = dict[str, Any]
+"""One row of a table, by column."""
+Rows = dict[str, list[Row]]
+"""Rows by table."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """What every evaluation of one concept's vectors shares; its parts are computed once, when first asked for.
+
+    Attributes:
+        model: the whole model.
+        config: the options of the run.
+        concept: the concept under study.
+        run_id: goes into every row.
+        base: θ₀, (d_model,) float32.
+    """
+
+    model: LanguageModel
+    config: Config
+    concept: Concept
+    run_id: str
+    base: Float[Tensor, " d_model"]
+    _made: dict[Callable, Any] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def radius(self) -> float:
+        """R = ‖θ₀‖ (residual-stream units), as it was given or calibrated."""
+        return float(self.base.norm())
+
+    @cached_property
+    def prompt(self) -> Prompts:
+        """The training prompt, for its next-token logits."""
+        return Prompts(self.model, [self.tokens(TRAINING)], self.config.source_layer)
+
+    @cached_property
+    def scored(self) -> Prompts:
+        """The training prompt with the concept's continuations forced after it."""
+        return Prompts(self.model, [self.tokens(TRAINING)], self.config.source_layer, [self.continuations])
+
+    @cached_property
+    def continuations(self) -> list[Int[Tensor, " seq"]]:
+        """The concept's continuations, as tokens."""
+        return [encode(self.model, text) for text in self.concept.continuations]
+
+    @cached_property
+    def base_log_probs(self) -> Float[Tensor, " vocab"]:
+        """The next token's log-probabilities after the training prompt under θ₀, float64."""
+        return next(self.prompt.logits(self.base[None]))[0].double().log_softmax(-1)
+
+    @cached_property
+    def unsteered_log_probs(self) -> Float[Tensor, " vocab"]:
+        """The same, unsteered."""
+        return next(self.prompt.logits(torch.zeros_like(self.base)[None]))[0].double().log_softmax(-1)
+
+    def tokens(self, prompt_id: str) -> Int[Tensor, " seq"]:
+        """The tokens of the training prompt (`training`) or of a held-out prompt, by name."""
+        prompt = self.concept.prompt if prompt_id == TRAINING else self.concept.held_out[prompt_id]
+        return self.model.tokenize(prompt, self.config.system_prompt)
+
+    def once(self, make: Callable[["Study"], T]) -> T:
+        """make(self), made at the first call and kept: what depends on the study alone."""
+        if make not in self._made:
+            self._made[make] = make(self)
+        return self._made[make]
+
+    def row(self, kind: str, index: int, **columns: Any) -> dict[str, Any]:
+        """One row of a table: the keys, then `columns`."""
+        return {"run_id": self.run_id, "kind": kind, "index": index, **columns}
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Some vectors of one kind.
+
+    Attributes:
+        kind: `base`, `chain`, `unsteered`, `random`, `contrast`, `shuffled`: what the directions are.
+        index: position of each within its kind.
+        theta: (len(index), d_model) float32.
+    """
+
+    kind: str
+    index: Sequence[int]
+    theta: Float[Tensor, "n d_model"]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def take(self, places: Sequence[int]) -> "Vectors":
+        """Those at `places`, counted from 0."""
+        return Vectors(self.kind, [self.index[i] for i in places], self.theta[list(places)])
+
+    @property
+    def norms(self) -> list[float]:
+        """‖θ‖ of each."""
+        return self.theta.norm(dim=-1).tolist()
+
+
+def evenly(total: int, count: int) -> list[int]:
+    """At most `count` places among `total`, evenly spread, the first and the last among them."""
+    if total <= count:
+        return list(range(total))
+    return [round(i * (total - 1) / (count - 1)) for i in range(count)]

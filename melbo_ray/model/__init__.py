@@ -1,0 +1,1 @@
+"""torch and transformers: a language model, steered. Knows no study."""

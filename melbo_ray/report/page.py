@@ -1,0 +1,259 @@
+"""The report of a run: one HTML file that needs no network, with its figures, key numbers and every text to look at.
+
+Model text is untrusted: it travels as data (compressed, base64) and meets the page as text nodes only.
+"""
+
+import base64
+import gzip
+import hashlib
+import json
+import math
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import plotly.graph_objects as go
+import plotly.io as pio
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from melbo_ray.errors import UserError, first_line
+from melbo_ray.report import comparison, plots
+from melbo_ray.runs import checks, queries
+from melbo_ray.runs.queries import select
+from melbo_ray.runs.run_store import Run
+from melbo_ray.runs.schema import SINK
+from melbo_ray.runs.storage import Storage
+
+_ROOM = 24_000_000
+"""Bytes of the page that its texts may take, compressed: with Plotly and the figures it stays below 30 MB."""
+
+
+def render(run_url: str) -> str:
+    """Write `report.html` into the run at `run_url`, a directory or fsspec URL; returns where it is.
+
+    One file, no network: every figure for every concept, a comparison, and an explorer of every text.
+
+    Raises:
+        UserError: no run there, storage that cannot be read or written, a corrupt part, another schema version.
+    """
+    storage = Storage(run_url, patient=False)
+    manifest = Run(storage).manifest()
+    if manifest is None:
+        raise UserError(f"no run at {storage.url}: expected run.json there")
+    db = queries.connect(run_url)
+    with queries.reading(storage.url):
+        page = _page(db, manifest, storage.url)
+    storage.put("report.html", page.encode("utf-8", "replace"))
+    return f"{storage.url}/report.html"
+
+
+def export(run_url: str, folder: str) -> list[str]:
+    """Write every figure of the run as PNG and SVG for papers, on white: `<folder>/<concept>-<figure>.png`.
+
+    Raises:
+        UserError: kaleido or the Chrome it drives is missing, or what `render` raises.
+    """
+    db = queries.connect(run_url)
+    with queries.reading(run_url):
+        drawn = {f"{c}-{name}": draw(db, c) for c in _concepts(db) for name, draw in plots.FIGURES.items()}
+        drawn["comparison"] = plots.draw_comparison(db, _concepts(db))
+    found = [(name, fig.update_layout(paper_bgcolor="white")) for name, fig in drawn.items() if fig is not None]
+    paths: list[str | Path] = [f"{folder}/{name}.{suffix}" for name, _ in found for suffix in ("png", "svg")]
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        pio.write_images([fig for _, fig in found for _ in range(2)], paths, width=900, scale=2)
+    except OSError as error:
+        raise UserError(f"cannot write figures into {folder}: {error}") from None
+    except (ImportError, ValueError, RuntimeError) as error:
+        remedy = "pip install kaleido; apt-get install chromium; export BROWSER_PATH=/usr/bin/chromium"
+        raise UserError(f"figures as files need kaleido and a Chrome ({remedy}): {first_line(error)}") from None
+    return [str(path) for path in paths]
+
+
+def _page(db: duckdb.DuckDBPyConnection, manifest: dict[str, Any], url: str) -> str:
+    concepts = _concepts(db)
+    environment = Environment(
+        loader=PackageLoader("melbo_ray"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    assets = files("melbo_ray") / "report/templates"
+    scripts = [
+        get_plotlyjs(),
+        *((assets / f"{name}.js").read_text("utf-8") for name in ("report", "explorer", "start")),
+    ]
+    together = plots.draw_comparison(db, concepts)
+    drawn = {concept: {name: draw(db, concept) for name, draw in plots.FIGURES.items()} for concept in concepts}
+    prompts = manifest.get("prompts", {})
+    return environment.get_template("report.html").render(
+        url=url,
+        facts=_facts(manifest),
+        concepts=concepts,
+        summaries={c: summary(db, c, manifest.get("concepts", {}).get(c, {})) for c in concepts},
+        comparisons={concept: comparison.cells(db, concept) for concept in concepts},
+        figures={
+            "concepts": {c: {name: _json(fig) for name, fig in drawn[c].items() if fig} for c in concepts},
+            "comparison": together and _json(together),
+        },
+        checks=checks.worst(manifest.get("checks", {})),
+        prompts=prompts,
+        texts={c: _texts(db, c, prompts.get(c, {}), _ROOM // len(concepts)) for c in concepts},
+        style=Markup((assets / "report.css").read_text("utf-8")),
+        scripts=[Markup(script) for script in scripts],
+        hashes=[base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts],
+    )
+
+
+def _concepts(db: duckdb.DuckDBPyConnection) -> list[str]:
+    return [row[0] for row in db.execute("SELECT DISTINCT concept FROM vectors ORDER BY concept").fetchall()]
+
+
+def _json(fig: go.Figure) -> dict[str, Any]:
+    return json.loads(fig.to_json())
+
+
+def _facts(manifest: dict[str, Any]) -> dict[str, str]:
+    """What the run is: the head of the page."""
+    config = manifest.get("config", {})
+    facts = {
+        "run": manifest.get("run_id"),
+        "status": manifest.get("status"),
+        "begun": manifest.get("created"),
+        "model": config.get("model"),
+        "revision": config.get("revision"),
+        "weights": manifest.get("fingerprint"),
+        "source → target layer": f"{config.get('source_layer')} → {config.get('target_layer')}",
+        "R": "calibrated for each concept" if config.get("radius") == "auto" else config.get("radius"),
+        "z from position": config.get("z_from"),
+        "base": config.get("base"),
+        "solver": config.get("solver"),
+        "system prompt": config.get("system_prompt"),
+        "seed": config.get("seed"),
+        "measured of an even sample": (n := config.get("sample")) and f"all but KL, greedy texts: {n} vectors a chain",
+        "hardware": ", ".join(map(str, manifest.get("hardware", {}).values())),
+        "self-check": checks.line(manifest.get("checks", {})),
+        "versions": ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items()),
+    }
+    return {name: str(value) for name, value in facts.items() if value not in (None, "")}
+
+
+_SUMMARY = """
+    WITH k AS (SELECT kind, kl_from_base AS nats FROM kl
+               WHERE concept = $1 AND scale = 'own' AND isfinite(kl_from_base)),
+         u AS (SELECT max(nats) AS nats FROM k WHERE kind = 'unsteered'),
+         c AS (FROM k WHERE kind = 'chain'),
+         r AS (FROM k WHERE kind = 'random'),
+         x AS (FROM k WHERE kind = 'shuffled'),
+         v AS (FROM vectors WHERE concept = $1 AND kind = 'chain'),
+         t AS (FROM generations WHERE concept = $1 AND scale = 'own'),
+         w AS (FROM t WHERE temperature = 0 AND prompt_id = 'training'),
+         g AS (FROM generalization WHERE concept = $1 AND kind = 'chain' AND prompt_id <> 'training'),
+         s AS (FROM summary WHERE concept = $1)
+    SELECT (SELECT count(*) FROM v) AS vectors, (SELECT nats FROM u) AS unsteered,
+           (SELECT median(nats) FROM c) AS chain, (SELECT median(nats) FROM r) AS random,
+           (SELECT median(nats) FROM x) AS shuffled,
+           (SELECT avg((nats < 0.1 * (SELECT nats FROM u))::INT) FROM c) AS below_10,
+           (SELECT avg((nats < 0.5 * (SELECT nats FROM u))::INT) FROM c) AS below_50,
+           (SELECT min(norm) FROM v) AS low,
+           (SELECT max(norm) FILTER (isfinite(norm)) FROM v) AS high,
+           (SELECT max(max_abs_cos) FILTER (isfinite(max_abs_cos)) FROM v) AS cos,
+           (SELECT avg((log_likelihood_ratio > 0)::INT) FROM g) AS general,
+           (SELECT avg(detected::INT) FROM w WHERE kind = 'chain') AS greedy,
+           (SELECT avg(detected::INT) FROM w WHERE kind = 'unsteered') AS greedy_unsteered,
+           (SELECT avg(detected::INT) FROM t WHERE kind = 'chain' AND temperature > 0) AS sampled,
+           (SELECT max(value) FROM s WHERE figure = 'radius' AND kind = 'base') AS radius,
+           (SELECT max(value) FROM s WHERE figure = 'sink_share' AND kind = 'base') AS sink,
+           (SELECT max(value) FROM s WHERE figure = 'change_point') AS change,
+           (SELECT max(value) FROM s WHERE figure = 'bessel_rms_component') AS bessel,
+           (SELECT max(value) FROM s WHERE figure = 'contrast_norm_for_half_score') AS half
+"""
+
+
+_WARNING = ": an attention sink, read relative_loss_from_1"
+
+
+def summary(db: duckdb.DuckDBPyConnection, concept: str, facts: dict[str, Any]) -> dict[str, str]:
+    """The key numbers of a concept by their names; – where something was not measured."""
+    n = {name: float(values[0]) for name, values in select(db, _SUMMARY, concept).items()}
+    audit = facts.get("max_abs_cos")
+    return {
+        "R, norm of the base": _number(n["radius"]),
+        "the target's part at the first position": _share(n["sink"]) + (_WARNING if n["sink"] >= SINK else ""),
+        "vectors": f"{n['vectors']:.0f}",
+        "the chain ended": str(facts.get("stop_reason") or "–"),
+        "KL from base, median": _number(n["chain"], " nats"),
+        "KL, unsteered": _number(n["unsteered"], " nats"),
+        "KL, random directions": _number(n["random"], " nats"),
+        "KL, shuffled target": _number(n["shuffled"], " nats"),
+        "vectors below 10 % of unsteered KL": _share(n["below_10"]),
+        "vectors below 50 % of unsteered KL": _share(n["below_50"]),
+        "KL changes most at n": _number(n["change"]),
+        "norms": f"{_number(n['low'])} – {_number(n['high'])}",
+        "largest |cos| of any two": _number(n["cos"] if audit is None else audit),
+        "base's held-out answers made likelier": _share(n["general"]),
+        "greedy texts detected, training prompt": _share(n["greedy"]),
+        "the same, unsteered": _share(n["greedy_unsteered"]),
+        "sampled texts detected, all prompts": _share(n["sampled"]),
+        "Bessel: rms part on any direction ≤": _number(n["bessel"]),
+        "mean difference: dose for half the effect": _number(n["half"]),
+        "failed evaluations": str(facts.get("failures", "–")),
+    }
+
+
+def _number(value: float, unit: str = "") -> str:
+    return f"{value:.3g}{unit}" if math.isfinite(value) else "–"
+
+
+def _share(value: float) -> str:
+    return f"{value:.0%}".replace("%", " %") if math.isfinite(value) else "–"
+
+
+def _texts(db: duckdb.DuckDBPyConnection, concept: str, prompts: dict[str, str], room: int) -> str:
+    """What the explorer shows of a concept, compressed, in at most `room` bytes."""
+    limit = 2 * room
+    while len(packed := _pack(_explorer(db, concept, prompts, limit))) > room and limit:
+        limit = int(0.95 * limit * room / len(packed))
+    return packed
+
+
+def _explorer(db: duckdb.DuckDBPyConnection, concept: str, prompts: dict[str, str], limit: int) -> dict[str, Any]:
+    """All numbers and texts of a concept, by column; of texts beyond `limit` bytes the highest samples stay out."""
+    vectors = select(
+        db,
+        """SELECT kind, index AS n, coalesce(v.norm, k.norm) AS norm, loss, relative_loss, kl_from_base, kl_to_base,
+                  kl_from_unsteered, evaluations, stop_reason, max_abs_cos, cos_contrast, nearest_token, top_tokens,
+                  top_probs
+           FROM (FROM vectors WHERE concept = $1) v
+           FULL JOIN (FROM kl WHERE concept = $1 AND scale = 'own') k USING (kind, index)
+           LEFT JOIN (FROM geometry WHERE concept = $1) g USING (kind, index) ORDER BY kind, n""",
+        concept,
+    )
+    texts = select(
+        db,
+        f"""SELECT kind, index AS n, prompt_id, scale, sample, temperature, text, concept_score, detected FROM (
+                SELECT *, sum(strlen(text)) OVER (ORDER BY sample, index, kind, prompt_id, scale) AS bytes
+                FROM generations WHERE concept = ?) WHERE bytes < {limit}
+            ORDER BY kind, n, prompt_id, scale, sample""",
+        concept,
+    )
+    total = db.execute("SELECT count(*) FROM generations WHERE concept = ?", [concept]).fetchall()[0][0]
+    columns = {
+        name: {k: _plain(column) for k, column in part.items()}
+        for name, part in (("vectors", vectors), ("texts", texts))
+    }
+    return columns | {"prompts": prompts, "left_out": total - len(texts["n"])}
+
+
+def _plain(column: np.ndarray) -> list[Any]:
+    """A column as JSON can hold it: six digits are enough to read, and what is no number is null."""
+    if column.dtype.kind == "f":
+        return [float(f"{x:.6g}") if math.isfinite(x) else None for x in column.tolist()]
+    return [_plain(np.asarray(x)) if isinstance(x, (np.ndarray, list)) else x for x in column.tolist()]
+
+
+def _pack(value: Any) -> str:
+    raw = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return base64.b64encode(gzip.compress(raw.encode("utf-8", "replace"), 6, mtime=0)).decode()

@@ -1,0 +1,1 @@
+"""A run in storage: tables, manifest, units of work, queries. Imports no torch."""

@@ -1,0 +1,232 @@
+"""DuckDB over runs: one view per table of the data contract, on local files and object storage alike.
+
+    from melbo_ray.runs import queries
+    db = queries.connect("runs")  # every run there; or one of them, or s3://bucket/prefix
+    db.sql(queries.EXAMPLES["kl_against_n"]).df()
+
+Plain SQL does as well: `SELECT index, kl_from_base FROM 'runs/*/kl/**/*.parquet' WHERE kind = 'chain'`.
+"""
+
+import re
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import duckdb
+import fsspec
+import fsspec.asyn
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from melbo_ray.errors import UserError, first_line
+from melbo_ray.runs.schema import SCHEMA_VERSION, SCHEMAS
+from melbo_ray.runs.storage import Storage
+
+Columns = dict[str, np.ndarray]
+"""A query's answer, by column."""
+
+_PART = re.compile(r"^(?P<run>.*)/(?P<table>[^/]+)/concept=[^/]+/[^/._][^/]*\.parquet$")
+
+EXAMPLES = {
+    # KL(P_n ‖ P_base) in nats against n, with its moving average over 50 vectors (fewer at the two ends).
+    "kl_against_n": """
+        SELECT run_id, concept, index AS n, kl_from_base,
+               avg(kl_from_base) FILTER (NOT isnan(kl_from_base)) OVER (
+                   PARTITION BY run_id, concept ORDER BY index ROWS BETWEEN 25 PRECEDING AND 24 FOLLOWING
+               ) AS moving_average
+        FROM kl WHERE kind = 'chain' AND scale = 'own'
+        ORDER BY run_id, concept, n
+    """,
+    # How many vectors of each concept lie below 10 % and below 50 % of the unsteered KL.
+    "vectors_under_threshold": """
+        WITH unsteered AS (
+            SELECT run_id, concept, max(kl_from_base) AS nats FROM kl WHERE kind = 'unsteered' GROUP BY ALL
+        )
+        SELECT run_id, concept, count(*) AS vectors,
+               count(*) FILTER (kl_from_base < 0.1 * nats) AS below_10_percent,
+               count(*) FILTER (kl_from_base < 0.5 * nats) AS below_50_percent
+        FROM kl JOIN unsteered USING (run_id, concept)
+        WHERE kind = 'chain' AND scale = 'own'
+        GROUP BY run_id, concept ORDER BY run_id, concept
+    """,
+    # What the 14th, 129th and 893rd vector make the model write.
+    "texts": """
+        SELECT run_id, concept, index AS n, prompt_id, sample, concept_score, text
+        FROM generations WHERE kind = 'chain' AND scale = 'own' AND index IN (14, 129, 893)
+        ORDER BY run_id, concept, n, prompt_id, sample
+    """,
+    # Which vectors generalise: on what share of the held-out prompts is the base's own answer likelier than unsteered?
+    "generalising_vectors": """
+        SELECT run_id, concept, index AS n, avg((log_likelihood_ratio > 0)::INT) AS share_of_prompts,
+               median(kl_from_base) AS median_kl, avg(top1_agreement) AS top1_agreement
+        FROM generalization WHERE kind = 'chain' AND prompt_id <> 'training'
+        GROUP BY run_id, concept, n ORDER BY share_of_prompts DESC, median_kl, run_id, concept, n
+    """,
+    # Does the model use these directions itself? The two-sided p-value of each: the share of random directions (and it)
+    # whose AUROC lies as far from 1/2 as its own.
+    "presence_p_values": """
+        WITH p AS (
+            SELECT run_id, concept, texts, kind, index, auroc, abs(auroc::DOUBLE - 0.5) AS away
+            FROM presence WHERE sinks = 'dropped' AND isfinite(auroc)
+        )
+        SELECT v.run_id, v.concept, v.texts, v.kind, v.index AS n, v.auroc,
+               (1 + count(*) FILTER (r.away >= v.away)) / (1 + count(*)) AS p_value, count(*) AS random_directions
+        FROM p v JOIN p r ON (v.run_id, v.concept, v.texts) = (r.run_id, r.concept, r.texts) AND r.kind = 'random'
+        WHERE v.kind <> 'random'
+        GROUP BY ALL ORDER BY v.run_id, v.concept, v.texts, v.kind, n
+    """,
+    # Dose-response: KL(P_n ‖ P_base) against the norm that directions are scaled to, chain and controls.
+    "dose_response": """
+        SELECT concept, kind, round(norm, 1) AS at_norm, count(*) AS directions, median(kl_from_base) AS median_kl,
+               quantile_cont(kl_from_base, 0.1) AS low, quantile_cont(kl_from_base, 0.9) AS high
+        FROM dose WHERE scale IN ('alpha', 'radius') GROUP BY concept, kind, at_norm ORDER BY concept, kind, at_norm
+    """,
+}
+
+
+def connect(run_or_prefix: str) -> duckdb.DuckDBPyConnection:
+    """One view per table over the run, or over all runs, at a directory or fsspec URL, as they are now.
+
+    Every view has the columns of its schema (`melbo_ray.tables`) and `concept`; a table that nobody wrote is there
+    and empty. The footer of every part is read once. Parts written later are seen by connecting again. Object storage
+    is read by DuckDB's httpfs where that is installed (once, by `INSTALL httpfs`), through fsspec elsewhere.
+
+    Raises:
+        UserError: no run there, storage that cannot be read, a corrupt part, a part of another schema version.
+    """
+    storage = Storage(run_or_prefix, patient=False)
+    fs, root = fsspec.url_to_fs(storage.url)
+    parts = {table: [f"{root}/{name}" for name in names] for table, names in _parts(storage).items()}
+    with reading(storage.url):
+        with ThreadPoolExecutor(16) as pool:
+            for table, paths in parts.items():
+                list(pool.map(partial(_check, fs, table), paths))
+        db = duckdb.connect()
+        local = "file" in fs.protocol
+        if not local and not _load_httpfs(db, fs):
+            db.register_filesystem(fs)
+        for table, paths in parts.items():
+            _create_view(db, table, [path if local else fs.unstrip_protocol(path) for path in paths])
+    return db
+
+
+def select(db: duckdb.DuckDBPyConnection, sql: str, *parameters: object) -> Columns:
+    """The answer's columns; what is NULL in a column of numbers is NaN."""
+    columns = db.execute(sql, list(parameters)).fetchnumpy()
+    return {name: _filled(values) for name, values in columns.items()}
+
+
+def _filled(values: np.ndarray) -> np.ndarray:
+    if not isinstance(values, np.ma.MaskedArray):
+        return values
+    if values.dtype.kind in "fiu":
+        return np.ma.filled(values.astype(np.float64), np.nan)
+    return np.ma.filled(values, None)
+
+
+def along_chain(db: duckdb.DuckDBPyConnection, table: str, column: str, concept: str) -> Columns:
+    """`column` of every chain vector, `n`, and its centred moving `average` over 50 vectors (fewer at the ends)."""
+    return select(
+        db,
+        f"""SELECT index AS n, {column} AS value, avg({column}) FILTER (NOT isnan({column})) OVER (
+                ORDER BY index ROWS BETWEEN 25 PRECEDING AND 24 FOLLOWING) AS average
+            FROM {table} WHERE concept = ? AND kind = 'chain' AND {_own(table)} ORDER BY n""",
+        concept,
+    )
+
+
+def _own(table: str) -> str:
+    return "scale = 'own'" if table == "kl" else "true"
+
+
+def unsteered(db: duckdb.DuckDBPyConnection, concept: str) -> float:
+    """KL(P_unsteered ‖ P_base) on the training prompt, nats; NaN where it was not measured."""
+    sql = "SELECT max(kl_from_base) AS kl FROM kl WHERE concept = ? AND kind = 'unsteered' AND scale = 'own'"
+    return float(select(db, sql, concept)["kl"][0])
+
+
+@contextmanager
+def reading(url: str) -> Generator[None]:
+    """What goes wrong in DuckDB or in reading parts becomes one line that names `url`."""
+    try:
+        yield
+    except (OSError, ValueError, duckdb.Error) as error:
+        raise UserError(f"cannot read {url}: {first_line(error)}") from None
+
+
+def _parts(storage: Storage) -> dict[str, list[str]]:
+    """The parts of each table, of every run at or below the root of `storage`, relative to it."""
+    names = [f"/{name}" for name in storage.names()]
+    runs = {name.removesuffix("/run.json") for name in names if name.endswith("/run.json")}
+    if not runs:
+        raise UserError(f"no run at {storage.url}: expected run.json there or in a directory below it")
+    parts: dict[str, list[str]] = {table: [] for table in SCHEMAS}
+    for name in names:
+        match = _PART.match(name)
+        if match and match["run"] in runs and match["table"] in parts:
+            parts[match["table"]].append(name[1:])
+    return parts
+
+
+def _check(fs: Any, table: str, path: str) -> None:
+    try:
+        schema = pq.read_schema(path, filesystem=fs)
+    except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the storage's own; Arrow's has no number
+            raise
+        raise UserError(f"{path} is not a whole Parquet file: delete it, and the job writes it anew") from None
+    version = (schema.metadata or {}).get(b"schema_version", b"none").decode()
+    if version != str(SCHEMA_VERSION):
+        raise UserError(
+            f"{path} has schema version {version}, this melbo_ray reads {SCHEMA_VERSION}: use the one that wrote it"
+        )
+    differing = set(schema.names) ^ set(SCHEMAS[table].names)
+    if differing:
+        raise UserError(f"{path} differs from the schema of {table!r} in the columns {', '.join(sorted(differing))}")
+
+
+def _create_view(db: duckdb.DuckDBPyConnection, table: str, paths: list[str]) -> None:
+    schema = SCHEMAS[table].append(pa.field("concept", pa.string()))
+    if not paths:
+        db.register("nothing", schema.empty_table())
+        db.execute(f"CREATE TABLE {table} AS FROM nothing")
+        db.unregister("nothing")
+        return
+    columns = ", ".join(f'"{name}"' for name in schema.names)
+    # DuckDB reads every path as a pattern: a bracket in a run's name is meant as a bracket.
+    files = ", ".join(_quote(re.sub(r"([\[*?])", r"[\1]", path)) for path in paths)
+    options = "hive_partitioning = true, hive_types = {'concept': VARCHAR}"
+    db.execute(f"CREATE VIEW {table} AS SELECT {columns} FROM read_parquet([{files}], {options})")
+
+
+def _load_httpfs(db: duckdb.DuckDBPyConnection, fs: Any) -> bool:
+    """DuckDB's own S3 reader, with the endpoint and credentials that s3fs found; False where it cannot be had."""
+    if "s3" not in fs.protocol:
+        return False
+    try:
+        db.execute("LOAD httpfs")
+    except duckdb.Error:
+        return False
+    fs.connect()
+    endpoint, keys = fs.s3.meta.endpoint_url, fsspec.asyn.sync(fs.loop, fs.session.get_credentials)
+    options = {
+        "ENDPOINT": re.sub(r"^https?://", "", endpoint),
+        "REGION": fs.s3.meta.region_name,
+        "URL_STYLE": "vhost" if endpoint.endswith("amazonaws.com") else "path",
+        "KEY_ID": keys and keys.access_key,
+        "SECRET": keys and keys.secret_key,
+        "SESSION_TOKEN": keys and keys.token,
+    }
+    given = "".join(f", {name} {_quote(value)}" for name, value in options.items() if value)
+    try:
+        db.execute(f"CREATE SECRET (TYPE s3, USE_SSL {endpoint.startswith('https')}{given})")
+    except duckdb.Error:  # its message may quote the statement, and with it the secret
+        raise UserError("DuckDB refused the S3 credentials: uninstall its httpfs to read through s3fs") from None
+    return True
+
+
+def _quote(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"

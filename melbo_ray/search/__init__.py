@@ -1,0 +1,1 @@
+"""The base vector and the chain."""

@@ -1,0 +1,199 @@
+"""The base vector θ₀: MELBO candidates, the contrast of concept and neutral prompts, or a file of vectors.
+
+Source: Mack and Turner (2024), "Mechanistically eliciting latent behaviors in language models": steering vectors of a
+fixed norm that change the target layer's activations the most.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from melbo_ray.concepts import Concept
+from melbo_ray.config import Config
+from melbo_ray.errors import UserError
+from melbo_ray.model.language_model import LanguageModel
+from melbo_ray.model.residual_slice import Slice
+from melbo_ray.model.steering import Prompts
+from melbo_ray.search.candidates import Candidate, judge, rank
+from melbo_ray.search.radius import Calibration, calibrate
+from melbo_ray.search.sink import target_shares
+from melbo_ray.search.vector_io import read_vectors
+from melbo_ray.seeds import derive_seed
+
+_STEP = 0.05
+_MOMENTUM = 0.7
+# Few candidates write a given concept (of 20 on Qwen2.5-Coder-0.5B none to four): so many times they are sought, and in
+# their ascent they are looked at this often.
+_ROUNDS, _LOOK = 3, 10
+ASCENT_TOKENS = 1024
+"""Tokens of one forward and backward pass of the ascent."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """What was found for a concept before its chain begins.
+
+    Attributes:
+        theta: θ₀, (d_model,) float32 on the CPU, of norm R.
+        candidates: all that it was chosen from, ranked.
+        calibration: what R was read from; None where R was given, or a file's vector keeps its norm.
+        shares: what the target displacement is made of (`sink.target_shares`).
+    """
+
+    theta: Float[Tensor, " d_model"]
+    candidates: list[Candidate]
+    calibration: Calibration | None
+    shares: dict[str, float]
+
+
+def base_vector(model: LanguageModel, concept: Concept, config: Config) -> Base:
+    """θ₀ as `config.base` asks for it, and all the candidates it was chosen from.
+
+    `config.base_index` takes one; without it what the candidates write decides (`candidates`).
+
+    Raises:
+        UserError: an index out of range, a file that cannot be read or does not fit, a direction of norm 0, or no
+            usable radius.
+    """
+    slice = Slice(
+        model, [model.tokenize(concept.prompt, config.system_prompt)], config.source_layer, config.target_layer
+    )
+    given = None if config.base in ("melbo", "contrast") else read_vectors(config.base, model.d_model)
+    calibration = None
+    if config.radius == "auto" and given is None:
+        calibration = calibrate(slice, derive_seed(config.seed, concept.name, 0, "radius"))
+    radius = calibration.radius if calibration else config.radius
+    if config.base == "melbo":
+        found, unsteered_shows = _until_one_shows(slice, concept, config, float(radius))
+    else:
+        thetas = contrast(model, concept, config)[None] if given is None else given
+        norms = thetas.norm(dim=-1, keepdim=True)
+        if not (torch.isfinite(norms) & (norms > 0)).all():
+            raise UserError(f"the base {config.base!r} has a vector of norm 0 or not finite: leave it out")
+        thetas = thetas if radius == "auto" else thetas / norms * radius
+        found, unsteered_shows = _judged(slice, concept, config, thetas)
+    if config.base_index is not None and config.base_index >= len(found):
+        raise UserError(f"base index {config.base_index} is out of range: there are {len(found)} candidates, from 0")
+    ranked = rank(found, config.base_index, unsteered_shows)
+    theta = next(candidate.theta for candidate in ranked if candidate.taken)
+    return Base(theta, ranked, calibration, target_shares(slice, theta))
+
+
+def _until_one_shows(slice: Slice, concept: Concept, config: Config, radius: float) -> tuple[list[Candidate], bool]:
+    """MELBO's candidates, at every look at their ascent, until one shows the concept firmly or `_ROUNDS` are over.
+
+    A far ascent breaks one model before its candidates write anything, a short one leaves the next untouched.
+    """
+    found, unsteered_shows, taken = [], False, torch.empty(0, slice.model.d_model)
+    for _ in range(_ROUNDS):
+        if found and len(taken) + config.candidates > slice.model.d_model:
+            break
+        thetas = taken
+        for steps, thetas in maximise(slice, config, concept.name, radius, taken):
+            judged, unsteered_shows = _judged(slice, concept, config, thetas, len(found))
+            found += [replace(candidate, steps=steps) for candidate in judged]
+            if any(candidate.firm for candidate in judged):
+                return found, unsteered_shows
+        taken = torch.cat([taken, thetas])
+    return found, unsteered_shows
+
+
+def _judged(
+    slice: Slice, concept: Concept, config: Config, thetas: Float[Tensor, "n d_model"], first: int = 0
+) -> tuple[list[Candidate], bool]:
+    device = slice.model.device
+    with torch.no_grad():
+        unsteered = slice.h_target(torch.zeros(1, slice.model.d_model, device=device)).float()
+        changes = objective(slice, thetas.to(device), config, unsteered).tolist()
+    return judge(slice.model, concept, config, thetas, changes, first)
+
+
+def objective(
+    slice: Slice, theta: Float[Tensor, "batch d_model"], config: Config, unsteered: Float[Tensor, "1 seq d_model"]
+) -> Float[Tensor, " batch"]:
+    """MELBO's objective of each θ: ( Σ over d_model of ( ‖Δ‖ over positions )^p )^(1/q), Δ = h_target(θ) − h_target(0).
+
+    The inner norm runs over token positions, as in Mack's code, not over d_model; it starts at position
+    `config.melbo_from`. At p = q = 2 this is the Frobenius norm of Δ, the post's formula.
+    """
+    change = (slice.h_target(theta).float() - unsteered)[:, config.melbo_from :]
+    return change.norm(dim=1).pow(config.melbo_p).sum(-1).pow(1 / config.melbo_q)
+
+
+def maximise(
+    slice: Slice, config: Config, concept: str, radius: float, taken: Float[Tensor, "n d_model"]
+) -> Iterator[tuple[int, Float[Tensor, "candidates d_model"]]]:
+    """Candidates on their way up, with the steps taken, every ten steps and at the end.
+
+    Orthogonal vectors of norm R, each ascending `objective` in the complement of those before it; `taken` (orthogonal,
+    of norm R; may be empty) come before all of them. All ascend at once from seeded random starts. A step follows the
+    gradient's tangent part, of unit length and with momentum; then every vector is made orthogonal to those before it
+    and brought back to norm R.
+    """
+    d_model, device = slice.model.d_model, slice.model.device
+    if config.candidates > d_model:
+        raise UserError(f"{config.candidates} candidates cannot be orthogonal in d_model = {d_model}")
+    if config.melbo_from >= slice.h_source.shape[1]:
+        raise UserError(f"--melbo-from {config.melbo_from}: the prompt has only {slice.h_source.shape[1]} tokens")
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, concept, len(taken), "melbo"))
+    start = torch.cat([taken, torch.randn(config.candidates, d_model, generator=generator)])
+    theta, taken = retract(start, radius)[len(taken) :].to(device), taken.to(device)
+    with torch.no_grad():
+        unsteered = slice.h_target(torch.zeros(1, d_model, device=device)).float()
+    velocity = torch.zeros_like(theta)
+    for step in range(1, config.melbo_steps + 1):
+        gradient = tangent(_ascent(slice, theta, config, unsteered), theta)
+        gradient = gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        velocity = _MOMENTUM * velocity + gradient
+        moved = torch.cat([taken, theta + _STEP * radius * velocity])
+        theta = retract(moved, radius)[len(taken) :]
+        if step % _LOOK == 0 or step == config.melbo_steps:
+            yield step, theta.cpu()
+
+
+def _ascent(slice: Slice, theta: Tensor, config: Config, unsteered: Tensor) -> Tensor:
+    """The gradient of every row's objective, in passes of so many tokens that activations stay small."""
+    size = max(1, ASCENT_TOKENS // slice.h_source.shape[1])
+    gradients = []
+    for part in theta.detach().split(size):
+        free = part.clone().requires_grad_()
+        gradients += torch.autograd.grad(objective(slice, free, config, unsteered).sum(), free)
+    return torch.cat(gradients)
+
+
+def tangent(gradient: Float[Tensor, "batch d_model"], theta: Float[Tensor, "batch d_model"]) -> Tensor:
+    """The part of each gradient tangent to the sphere through θ: g − (g·θ) θ / ‖θ‖²."""
+    along = (gradient * theta).sum(-1, keepdim=True) / (theta * theta).sum(-1, keepdim=True)
+    return gradient - along * theta
+
+
+def retract(theta: Float[Tensor, "batch d_model"], radius: float) -> Float[Tensor, "batch d_model"]:
+    """Each row's part orthogonal to the rows before it, brought to norm `radius` (Gram-Schmidt as a QR, in float64)."""
+    q, r = torch.linalg.qr(theta.double().T)
+    return (q.T * torch.sign(r.diagonal())[:, None] * radius).to(theta.dtype)
+
+
+def contrast(model: LanguageModel, concept: Concept, config: Config) -> Float[Tensor, " d_model"]:
+    """Mean source-layer activation over the concept's `contrast` prompts minus that over its `neutral` ones.
+
+    A prompt's activation is the mean over its positions but the first, which in many models is an attention sink.
+    """
+
+    def mean(prompts: Sequence[str]) -> Tensor:
+        tokens = [model.tokenize(prompt, config.system_prompt) for prompt in prompts]
+        if (short := min(zip(tokens, prompts, strict=True), key=lambda pair: len(pair[0])))[0].numel() < 2:
+            raise UserError(
+                f"the contrast of {concept.name!r} leaves out the first token, and the prompt {short[1]!r} has no other"
+            )
+        stream = Prompts(model, tokens, config.source_layer).h_source.float().cpu()
+        rows = zip(stream, tokens, strict=True)
+        return torch.stack([row[1 : len(ids)].mean(0) for row, ids in rows]).mean(0)
+
+    if not concept.contrast:
+        raise UserError(
+            f"the concept {concept.name!r} has no contrast prompts: add `contrast` to it, or use --base melbo"
+        )
+    return mean(concept.contrast) - mean(concept.neutral)

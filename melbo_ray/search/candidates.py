@@ -1,0 +1,236 @@
+"""The choice of the base: what every candidate writes, how sound that is, and which candidate is taken.
+
+The concept score alone picks badly: it can be highest where the model still refuses, or where it is broken. So a
+candidate is judged by its greedy texts, and the score decides between those that write the same.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import inf, isfinite
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from melbo_ray.concepts import Concept
+from melbo_ray.concepts.detectors import score_text
+from melbo_ray.config import Config
+from melbo_ray.model.language_model import LanguageModel
+from melbo_ray.model.sampling import Job, generate
+from melbo_ray.model.steering import Prompts, continuation_score, target_log_probs
+
+# Below this the unsteered model finds a text senseless, nats per token. Readable texts of candidates lie at −0.1 to
+# −3.4 on the embedded model and at −0.1 to −2.6 on Qwen2.5-Coder-0.5B; the embedded model's noise at 2 and 4 times R at
+# −5.0 to −7.0.
+_SENSE = -3.5
+# A text with a smaller share of distinct trigrams goes round in circles; the unsteered model finds that likely.
+_LOOP = 0.4
+# A base that only just turns the answer is followed by vectors that do not: its effect must outlast a weaker dose.
+_WEAKER = 0.8
+# So many of those that write the concept, at most, write on so many held-out prompts too.
+_FINALISTS, _HELD_OUT = 5, 3
+
+
+@dataclass(frozen=True)
+class Written:
+    """A greedy text, and how it was judged.
+
+    Attributes:
+        text: what the model wrote.
+        detected: whether the concept's detector finds it there.
+        coherence: mean log-probability per token of the text under the unsteered model, after the same prompt (nats).
+        distinct: share of its trigrams of tokens that are distinct, 0 … 1.
+    """
+
+    text: str
+    detected: bool
+    coherence: float
+    distinct: float
+
+    @property
+    def sound(self) -> bool:
+        """Neither senseless nor a loop."""
+        return self.coherence >= _SENSE and self.distinct >= _LOOP
+
+    @property
+    def shows(self) -> bool:
+        """The concept is there, in a sound text."""
+        return self.detected and self.sound
+
+
+# Under a vector whose logits are not finite.
+_NOTHING = Written("", False, -inf, 1.0)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A possible base vector.
+
+    Attributes:
+        index: position among the candidates.
+        theta: (d_model,) float32 on the CPU, of norm R.
+        objective: MELBO's objective, the change at the target layer (residual-stream units).
+        radius: ‖θ‖ = R (residual-stream units).
+        concept_score: mean log-probability per token of the concept's continuations, steered minus unsteered (nats).
+        written: the greedy text on the training prompt.
+        weaker: the same under 0.8 θ.
+        steps: MELBO's steps of ascent until then; None for another base.
+        held_out: greedy texts on held-out prompts; only of the best of those that show the concept.
+        gained: held-out prompts on which it shows the concept and the unsteered model does not.
+        rank: 1 for the best.
+        taken: whether it is the base.
+        reason: why it was taken or was not, one line.
+    """
+
+    index: int
+    theta: Float[Tensor, " d_model"]
+    objective: float
+    radius: float
+    concept_score: float
+    written: Written
+    weaker: Written
+    steps: int | None = None
+    held_out: tuple[Written, ...] = ()
+    gained: int = 0
+    rank: int = 0
+    taken: bool = False
+    reason: str = ""
+
+    @property
+    def firm(self) -> bool:
+        """It shows the concept, and does under 0.8 θ too."""
+        return self.written.shows and self.weaker.shows
+
+    @property
+    def merit(self) -> tuple[bool, bool, bool, int, float]:
+        """Candidates compare by this: shows, firmly; is sound; on how many other prompts it shows; concept score."""
+        score = self.concept_score if isfinite(self.concept_score) else -inf
+        return self.written.shows, self.firm, self.written.sound, self.gained, score
+
+    def row(self) -> dict[str, Any]:
+        """Its columns of the table `candidates`, keys but `index` aside; texts on held-out prompts where there are."""
+        return {
+            "index": self.index,
+            "vector": self.theta.tolist(),
+            "steps": self.steps,
+            "objective": self.objective,
+            "radius": self.radius,
+            "concept_score": self.concept_score,
+            "text": self.written.text,
+            "weaker_text": self.weaker.text,
+            "firm": self.firm,
+            "detected": self.written.detected,
+            "coherence": self.written.coherence,
+            "distinct_trigrams": self.written.distinct,
+            "held_out_texts": [text.text for text in self.held_out] or None,
+            "held_out_gained": self.gained if self.held_out else None,
+            "rank": self.rank,
+            "taken": self.taken,
+            "reason": self.reason,
+        }
+
+
+def judge(
+    model: LanguageModel,
+    concept: Concept,
+    config: Config,
+    thetas: Float[Tensor, "n d_model"],
+    objectives: Sequence[float],
+    first: int = 0,
+) -> tuple[list[Candidate], bool]:
+    """The candidates in the order of `thetas`, counted from `first`, not ranked yet; whether the unsteered model shows
+    the concept, too."""
+    tokens = {
+        prompt: model.tokenize(prompt, config.system_prompt)
+        for prompt in [concept.prompt, *list(concept.held_out.values())[:_HELD_OUT]]
+    }
+    training, *held_out = tokens.values()
+    scores = continuation_score(model, training, concept.continuations, config.source_layer, thetas).tolist()
+    usable = [theta for theta, score in zip(thetas, scores, strict=True) if isfinite(score)]
+    doses = [torch.zeros(model.d_model), *(dose * theta for theta in usable for dose in (1.0, _WEAKER))]
+    unsteered, *texts = _write(model, concept, config, [(training, theta) for theta in doses])
+    waiting = iter(texts)
+    found = [
+        Candidate(
+            index, theta, change, float(theta.norm()), score,
+            *((next(waiting), next(waiting)) if isfinite(score) else (_NOTHING, _NOTHING)),
+        )
+        for index, (theta, change, score) in enumerate(zip(thetas, objectives, scores, strict=True), first)
+    ]  # fmt: skip
+    best = sorted((c for c in found if c.written.shows), key=lambda c: c.merit, reverse=True)[:_FINALISTS]
+    if best and held_out:
+        rows = [doses[0], *(candidate.theta for candidate in best)]
+        written = _write(model, concept, config, [(prompt, theta) for theta in rows for prompt in held_out])
+        plain, *others = (tuple(written[i : i + len(held_out)]) for i in range(0, len(written), len(held_out)))
+        for candidate, own in zip(best, others, strict=True):
+            gained = sum(text.shows and not before.shows for text, before in zip(own, plain, strict=True))
+            found[candidate.index - first] = replace(candidate, held_out=own, gained=gained)
+    return found, unsteered.shows
+
+
+def rank(found: Sequence[Candidate], wanted: int | None, unsteered_shows: bool) -> list[Candidate]:
+    """The candidates with rank, `taken` and reason; `wanted` takes one whatever its rank."""
+    order = sorted(found, key=lambda candidate: candidate.merit, reverse=True)
+    taken = order[0].index if wanted is None else wanted
+    ranks = {candidate.index: place for place, candidate in enumerate(order, 1)}
+    none = "" if order[0].written.shows else f", as does no other of {len(order)}"
+    ranked = []
+    for candidate in found:
+        reason = _verdict(candidate)
+        if candidate.written.shows and unsteered_shows:
+            reason += "; so does the unsteered model"
+        if candidate.index == taken:
+            reason = (
+                f"taken, {'best of ' + str(len(order)) if wanted is None else 'as --base-index asks'}: {reason}{none}"
+            )
+        ranked.append(replace(candidate, rank=ranks[candidate.index], taken=candidate.index == taken, reason=reason))
+    return ranked
+
+
+def _verdict(candidate: Candidate) -> str:
+    text = candidate.written
+    if not text.coherence >= _SENSE:
+        return f"breaks the model: {text.coherence:.1f} nats a token under the unsteered one"
+    if text.distinct < _LOOP:
+        return f"writes in circles: {text.distinct:.0%} of its trigrams are distinct".replace("%", " %", 1)
+    if not text.detected:
+        return "does not write the concept"
+    firmly = "and under 0.8 of it too" if candidate.firm else "but not under 0.8 of it"
+    elsewhere = f"newly so on {candidate.gained} of {len(candidate.held_out)} held-out prompts"
+    return f"writes the concept, {firmly}, and {elsewhere}"
+
+
+def _write(
+    model: LanguageModel, concept: Concept, config: Config, jobs: Sequence[tuple[Int[Tensor, " seq"], Tensor]]
+) -> list[Written]:
+    """The greedy text of each prompt and vector, judged; all in one batch, and one pass for their coherence."""
+    wanted = [Job(prompt, theta, temperature=0) for prompt, theta in jobs]
+    texts = [text.tokens for text in generate(model, wanted, config.source_layer, max_new_tokens=config.max_new_tokens)]
+    decoded = [str(model.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in texts]
+    pairs = [(tuple(job.tokens.tolist()), tuple(text)) for job, text in zip(wanted, texts, strict=True)]
+    # Many candidates write the same, a refusal above all.
+    unlike = list(dict.fromkeys(pairs))
+    read = coherence(model, config.source_layer, *zip(*unlike, strict=True))
+    sense = dict(zip(unlike, read, strict=True))
+    return [
+        Written(text, score_text(concept, text)["detected"], sense[pair], distinct(tokens))
+        for text, pair, tokens in zip(decoded, pairs, texts, strict=True)
+    ]
+
+
+def coherence(
+    model: LanguageModel, source: int, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
+) -> list[float]:
+    """Mean log-probability per token (nats) of each text after its prompt, unsteered; of an empty one its end's."""
+    forced = [[torch.tensor(list(tokens) or model.end_tokens[:1])] for tokens in texts]
+    rows = Prompts(model, [torch.tensor(prompt) for prompt in prompts], source, forced)
+    logits = rows.logits(torch.zeros(len(texts), model.d_model, device=model.device))
+    pairs = zip(logits, rows.targets, strict=True)
+    return [float(target_log_probs(scores, targets).mean()) for scores, targets in pairs]
+
+
+def distinct(tokens: Sequence[int]) -> float:
+    """The share of trigrams that are distinct: 1 where none comes twice, or there is none."""
+    trigrams = [tuple(tokens[i : i + 3]) for i in range(len(tokens) - 2)]
+    return len(set(trigrams)) / len(trigrams) if trigrams else 1.0

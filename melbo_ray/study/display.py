@@ -1,0 +1,140 @@
+"""How a run is going, on a terminal as bars that live, elsewhere as plain lines; and where it stands."""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from melbo_ray.config import EVERY
+from melbo_ray.runs.work_unit import WHOLE, Coverage, Unit, count, progress
+
+if TYPE_CHECKING:  # a look at a run's storage needs neither
+    from melbo_ray.cluster.backlog import Agenda
+    from melbo_ray.search.chain import SteeringVector
+
+_LINE_EVERY, _BAR_EVERY = 5.0, 0.5
+_FEWEST_STEPS, _STEPS = 4, 16
+
+
+class Display:
+    """Shows where every concept stands, with the time left; a context manager.
+
+    Args:
+        console: a terminal gets bars, anything else a line of text every few seconds where something changed.
+        num_vectors: vectors each chain shall find.
+    """
+
+    def __init__(self, console: Console, num_vectors: int) -> None:
+        self._console, self._num_vectors = console, num_vectors
+        self._steps: dict[tuple[str, str], deque[tuple[float, float]]] = {}
+        self._lines: dict[str, str] = {}
+        self._next = 0.0
+        self._bars: Progress | None = None
+        self._tasks: dict[str, Any] = {}
+        if console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
+            self._bars = Progress(*columns, TimeElapsedColumn(), console=console)
+
+    def __enter__(self) -> Self:
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def say(self, text: str) -> None:
+        """One line above the bars."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def update(self, agendas: Mapping[str, "Agenda"], last: Mapping[str, "SteeringVector"], evaluators: int) -> None:
+        """Show where things stand."""
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + (_LINE_EVERY if self._bars is None else _BAR_EVERY)
+        for name, agenda in agendas.items():
+            text = self._describe(agenda, last.get(name), evaluators)
+            goal = agenda.found if agenda.stop_reason else self._num_vectors
+            if self._bars is not None:
+                if name not in self._tasks:
+                    self._tasks[name] = self._bars.add_task(name, total=goal, text=text)
+                self._bars.update(self._tasks[name], completed=agenda.found, total=goal, text=text)
+            elif self._lines.get(name) != text:
+                self._lines[name] = text
+                self.say(f"{name}: {text}")
+
+    def _describe(self, agenda: "Agenda", vector: "SteeringVector | None", evaluators: int) -> str:
+        if agenda.base is None:
+            return "finding the base vector" + ("" if evaluators else " as soon as an evaluator is there")
+        parts = [f"vector {agenda.found} of {self._num_vectors}"]
+        if vector is not None:
+            parts.append(f"loss {vector.loss:.3g} ({vector.relative_loss:.1%} of unsteered), norm {vector.norm:.3g}")
+        goal = agenda.found if agenda.stop_reason else self._num_vectors
+        done, wanted = agenda.evaluations(goal)
+        parts.append(f"{done} of {wanted} evaluations by {evaluators}")
+        parts.append(self._time_left(agenda, goal))
+        return ", ".join(parts)
+
+    def _time_left(self, agenda: "Agenda", goal: int) -> str:
+        """By the newest rates of the chain and of its evaluations; the slower one rules."""
+        now, slowest = time.monotonic(), 0.0
+        for what, (done, wanted) in (("chain", (agenda.found, goal)), ("evaluations", agenda.units(goal))):
+            steps = self._steps.setdefault((agenda.concept, what), deque(maxlen=_STEPS))
+            if not steps or steps[-1][1] != done:
+                steps.append((now, done))
+            if done >= wanted:
+                continue
+            if len(steps) < _FEWEST_STEPS:
+                return "time left not known yet"
+            since, before = steps[0]
+            slowest = max(slowest, (wanted - done) * (now - since) / (done - before))
+        return f"about {duration(slowest)} left"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def status(manifest: Mapping[str, Any], fresh: Iterable[Unit], driver: Mapping[str, Any] | None) -> Table:
+    """Where a run stands: a row for each concept, a column for each evaluation with the vectors that have it."""
+    state = manifest["status"]
+    if driver is not None:
+        state = f"running, driven by process {driver['pid']} on {driver['host']}"
+    elif state == "running":
+        state = "interrupted: its driver is gone; the same command with this run id resumes"
+    done, config = progress(manifest, fresh), manifest["config"]
+    title = f"Run {manifest['run_id']}: {state} (as of {manifest['updated']})"
+    table = Table("", *manifest["definitions"], title=title, title_justify="left")
+    columns = [_standing(done, config, concept, manifest) for concept in manifest["definitions"]]
+    for name in columns[0]:
+        table.add_row(name, *(column[name] for column in columns))
+    return table
+
+
+def _standing(done: Coverage, config: Mapping[str, Any], concept: str, manifest: Mapping[str, Any]) -> dict[str, str]:
+    found = count(done, concept, "chain", "chain")
+    evaluated = {
+        name: str(count(done, concept, name, "chain") or count(done, concept, name, WHOLE)) for name in config["evals"]
+    }
+    if sample := config.get("sample"):
+        for name in (name for name in evaluated if name not in EVERY and count(done, concept, name, "chain")):
+            evaluated[name] += f" of a sample of {sample}"
+    return {
+        "base vector": "found" if count(done, concept, "base", "base") else "not yet found",
+        "vectors": f"{found} of {config['num_vectors']}",
+        "chain stopped": manifest["concepts"].get(concept, {}).get("stop_reason") or "not yet",
+        **{f"vectors with {name}": value for name, value in evaluated.items()},
+    }

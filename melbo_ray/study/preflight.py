@@ -1,0 +1,219 @@
+"""Whether a configuration can run, before anything is written or started; and whether a run began with it."""
+
+import datetime
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from melbo_ray.cluster.memory import Demands, demands
+from melbo_ray.concepts import Concept, load_concept
+from melbo_ray.config import EVALUATIONS, Config
+from melbo_ray.errors import UserError
+from melbo_ray.model.language_model import LanguageModel
+from melbo_ray.model.loading import load_config, pick_device
+from melbo_ray.model.partial import reads_whole, sketch
+from melbo_ray.model.residual_slice import check_layers
+from melbo_ray.runs.run_store import Run
+from melbo_ray.runs.work_unit import count, progress
+
+# What may differ when a run goes on: where and with how much it runs, and what more is asked of its vectors.
+_FREE = {
+    "config", "run_id", "storage", "device", "evals", "sample", "eval_batch", "min_evaluators", "max_evaluators",
+    "eval_gpus", "chain_gpus",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A configuration that can run.
+
+    Attributes:
+        config: the options, with a run id.
+        concepts: what is studied.
+        demands: what memory its workers take.
+        rendered: every prompt by concept and name, as `text` in the model's chat template and its `tokens`.
+        naming: what the command lacks to resume this run: " with --run-id …" where it was not given.
+    """
+
+    config: Config
+    concepts: list[Concept]
+    demands: Demands
+    rendered: dict[str, dict[str, dict[str, Any]]]
+    naming: str = ""
+
+
+def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
+    """Everything about the configuration that can be wrong, before anything is written or started.
+
+    `concepts` stand in for those that the configuration names.
+
+    Raises:
+        UserError: what is wrong.
+    """
+    concepts = list(concepts) or [load_concept(name) for name in config.concepts]
+    if config.prompt is not None:
+        concepts = [_trained_on(concept, config.prompt) for concept in concepts]
+    names = [concept.name for concept in concepts]
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"--concepts is {','.join(config.concepts)!r}: expected at least one, each once")
+    run_id = config.run_id or f"{'-'.join(names)}-{_slug(config.model)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", run_id):
+        raise UserError(f"--run-id is {run_id!r}: expected letters, digits, and . _ - between them")
+    for name in set(config.evals) - set(EVALUATIONS):
+        near = difflib.get_close_matches(name, EVALUATIONS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected some of {', '.join(EVALUATIONS)}"
+        raise UserError(f"no evaluation {name!r}: {hint}")
+    if config.max_evaluators is not None and config.max_evaluators < config.min_evaluators:
+        raise UserError(f"--max-evaluators {config.max_evaluators} is below --min-evaluators {config.min_evaluators}")
+    if config.chain_gpus is not None and config.chain_gpus > 1:
+        raise UserError(f"--chain-gpus is {config.chain_gpus:g}: a chain runs on one GPU, expected at most 1")
+    if config.eval_gpus is not None and config.eval_gpus > 1 and (config.device == "cpu" or config.eval_gpus % 1):
+        raise UserError(f"--eval-gpus is {config.eval_gpus:g}: above 1 whole GPUs are expected, and no --device cpu")
+    _check_storage(config.storage)
+    _check_base(config, names)
+    if not os.environ.get("RAY_ADDRESS"):
+        pick_device(config.device)
+    shape = sketch(config)
+    check_layers(config.source_layer, config.target_layer, len(shape.layers))
+    if config.num_vectors >= shape.d_model:
+        raise UserError(
+            f"--num-vectors is {config.num_vectors}: the model has d_model {shape.d_model}, so at most "
+            f"{shape.d_model - 1} vectors are orthogonal to the base and each other"
+        )
+    for concept in concepts:
+        tokens = shape.tokenize(concept.prompt, config.system_prompt)
+        if config.base == "melbo" and len(tokens) <= config.melbo_from:
+            raise UserError(
+                f"--melbo-from {config.melbo_from}: the prompt {_short(concept.prompt)} has only {len(tokens)} tokens, "
+                "so none is left: give a longer prompt, or a smaller --melbo-from"
+            )
+        if len(tokens) <= config.z_from:
+            raise UserError(
+                f"--z-from {config.z_from}: the prompt {_short(concept.prompt)} has only {len(tokens)} tokens, so none "
+                "is left: give a longer prompt, or a smaller --z-from"
+            )
+    published = load_config(config.model, config.revision, config.trust_remote_code).dtype
+    needed = demands(shape, config, concepts, published, reads_whole(config))
+    naming = "" if config.run_id else f" with --run-id {run_id}"
+    rendered = _rendered(shape, config, concepts)
+    return Checked(config.model_copy(update={"run_id": run_id}), concepts, needed, rendered, naming)
+
+
+def _prompts(concepts: Sequence[Concept]) -> dict[str, dict[str, str]]:
+    return {concept.name: {"training": concept.prompt, **concept.held_out} for concept in concepts}
+
+
+def _rendered(
+    shape: LanguageModel, config: Config, concepts: Sequence[Concept]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    kept = shape.kept.setdefault("rendered", {})
+
+    def of(prompt: str) -> dict[str, Any]:
+        # Once, whatever the time is that a template writes.
+        text = kept.setdefault((prompt, config.system_prompt), shape.rendered(prompt, config.system_prompt))
+        return {"text": text, "tokens": shape.tokenize(prompt, config.system_prompt).tolist()}
+
+    return {concept: {name: of(text) for name, text in own.items()} for concept, own in _prompts(concepts).items()}
+
+
+def _trained_on(concept: Concept, prompt: str) -> Concept:
+    """The concept with another training prompt, which then is not held out."""
+    held_out = {name: text for name, text in concept.held_out.items() if text != prompt}
+    return concept.model_copy(update={"prompt": prompt, "held_out": held_out})
+
+
+def recheck(url: str, options: dict[str, Any]) -> Checked:
+    """The configuration and concepts of the run at `url`, with `options` changed and their `evals` added.
+
+    Raises:
+        UserError: no run there, or an option that is wrong.
+    """
+    run = Run.open(url, patient=False)
+    manifest = run.manifest()
+    if manifest is None:
+        raise UserError(f"no run at {run.storage.url}: expected run.json there")
+    before = manifest["config"]
+    asked = [name.strip() for name in options.pop("evals", "").split(",") if name.strip()]
+    place = {"evals": list(dict.fromkeys([*before["evals"], *asked])), "storage": run.storage.url.rpartition("/")[0]}
+    try:
+        config = Config(**(before | options | place))
+        return check(config, [Concept(**definition) for definition in manifest["definitions"].values()])
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"--{'-'.join(map(str, first['loc'])).replace('_', '-')}: {first['msg']}") from None
+
+
+def compare(manifest: Mapping[str, Any], checked: Checked) -> None:
+    """Refuse to go on with a run under another configuration; a chain may become longer.
+
+    Raises:
+        UserError: with every difference.
+    """
+    now = identity(checked)
+    found = max((concept.get("vectors", 0) for concept in manifest["concepts"].values()), default=0)
+    differences = [
+        f"{name} was {_short(manifest['config'].get(name))} and is {_short(now['config'].get(name))}"
+        for name in sorted({*manifest["config"], *now["config"]} - _FREE)
+        if manifest["config"].get(name) != now["config"].get(name)
+        and not (name == "num_vectors" and now["config"][name] >= found)
+    ]
+    differences += [
+        f"{field} of concept {name} has changed"
+        for name, concept in now["definitions"].items()
+        for field in concept
+        if manifest["definitions"].get(name, concept).get(field) != concept[field]
+    ]
+    if differences:
+        raise UserError(
+            f"run {checked.config.run_id!r} was begun with another configuration: {'; '.join(differences)}. "
+            "Use the old one, or another --run-id"
+        )
+
+
+def identity(checked: Checked) -> dict[str, Any]:
+    """What of a configuration the manifest keeps, and a resumed run is held to."""
+    return {
+        "config": checked.config.model_dump(mode="json", exclude={"config", "plan"}),
+        "definitions": {concept.name: concept.model_dump(mode="json") for concept in checked.concepts},
+        "prompts": _prompts(checked.concepts),
+    }
+
+
+def _check_base(config: Config, concepts: Sequence[str]) -> None:
+    """A file of vectors must be there, unless the run has all the bases already that it is to give."""
+    if config.base in ("melbo", "contrast") or Path(config.base).is_file():
+        return
+    if config.run_id is not None:
+        run = Run.open(f"{config.storage.rstrip('/')}/{config.run_id}", patient=False)
+        manifest = run.manifest()
+        if manifest is not None:
+            done = progress(manifest, run.fresh())
+            if all(count(done, concept, "base", "base") for concept in concepts):
+                return
+    raise UserError(f"--base is {config.base!r}: expected melbo, contrast, or a file of vectors, and there is none")
+
+
+def _check_storage(url: str) -> None:
+    if url.startswith("memory:"):
+        raise UserError("--storage memory:// lives in one process, and a run has several: give a directory or a bucket")
+    submitted = "working_dir_files" in Path.cwd().parts
+    if submitted and "://" not in url and not Path(url).is_absolute():
+        raise UserError(
+            f"--storage is {url!r}: a submitted job runs in an unpacked copy that Ray deletes; give an absolute path "
+            "on a shared file system, or a URL such as s3://bucket/prefix"
+        )
+
+
+def _slug(model: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", Path(model).name.lower()).strip("-.") or "model"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -1,0 +1,226 @@
+"""A whole run from a configuration: check everything, take the lease, drive, publish, audit, sum up."""
+
+import contextlib
+import copy
+import dataclasses
+import datetime
+import importlib.metadata
+import platform
+import time
+from collections.abc import Generator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from melbo_ray.cluster.backlog import UNFINISHED, Agenda
+from melbo_ray.cluster.driver import Driver
+from melbo_ray.cluster.resources import Packed, lay_out
+from melbo_ray.cluster.session import connected
+from melbo_ray.cluster.worker import stored_vectors
+from melbo_ray.errors import UserError
+from melbo_ray.runs import checks
+from melbo_ray.runs.lease import Lease
+from melbo_ray.runs.run_store import Run
+from melbo_ray.runs.schema import SINK
+from melbo_ray.runs.storage import StorageError
+from melbo_ray.runs.work_unit import progress
+from melbo_ray.search.subspace import max_abs_cos
+from melbo_ray.study.display import Display
+from melbo_ray.study.preflight import Checked, compare, identity
+from melbo_ray.study.summary import base_figures, base_reason
+
+_PUBLISH_EVERY = 20.0
+_FINGERPRINTS = ("fingerprint", "lower_fingerprint")
+_PACKAGES = ("melbo_ray", "torch", "transformers", "ray", "pyarrow", "numpy", "s3fs")
+
+
+def run(checked: Checked, console: Console, chains: bool = True) -> tuple[Run, dict[str, Any]]:
+    """Begin or resume the run and do everything that is due; the run and its manifest.
+
+    `chains`: run the chains on as well, not only the evaluations of what they have found.
+
+    Raises:
+        UserError: the run is another driver's, was begun with another configuration, or cannot go on.
+        KeyboardInterrupt: it was stopped; with how to resume it.
+    """
+    try:
+        return _run(checked, console, chains)
+    except KeyboardInterrupt as stop:
+        raise type(stop)(f"stopped; the same command{checked.naming} resumes") from None
+
+
+def _run(checked: Checked, console: Console, chains: bool) -> tuple[Run, dict[str, Any]]:
+    config = checked.config
+    url = f"{config.storage.rstrip('/')}/{config.run_id}"
+    first_look = Run.open(url, patient=False)
+    if manifest := first_look.manifest():
+        compare(manifest, checked)
+    with _lease(first_look) as lease:
+        console.print(f"run {config.run_id} in {first_look.storage.url}", highlight=False, soft_wrap=True)
+        stored = Run.open(url)
+        with connected() as resources:
+            allowed = Packed(**(manifest or {}).get("packed", {}))
+            chains_due = len(checked.concepts) if chains else 0
+            layout = lay_out(config, chains_due, checked.demands, *resources, allowed=allowed)
+            if layout.packed != allowed:
+                console.print(_given_up(layout.packed), highlight=False, soft_wrap=True)
+            begun = _begin(stored, checked) | {"packed": dataclasses.asdict(layout.packed)}
+            job = _Job(stored, checked, begun, lease, console)
+            with Display(console, config.num_vectors) as job.display:
+                job.drive(layout, chains)
+        return stored, job.manifest
+
+
+class _Job:
+    """One driver's time with a run: drive, publish every few seconds, finish or leave it resumable."""
+
+    def __init__(self, run: Run, checked: Checked, manifest: dict[str, Any], lease: Lease, console: Console) -> None:
+        self.run, self.checked, self.manifest, self.lease = run, checked, manifest, lease
+        self.display = Display(console, checked.config.num_vectors)
+        self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
+        self._publishing: Future | None = None
+        # Concepts whose base was told, and lines of the self-check.
+        self._told: set[str] = set()
+        self._next_publication = time.monotonic() + _PUBLISH_EVERY
+
+    def drive(self, layout: Any, chains: bool) -> None:
+        started, before = time.time(), self.manifest["seconds"]
+        config = self.checked.config
+        agendas = {concept.name: self._agenda(concept.name, chains) for concept in self.checked.concepts}
+        driver = Driver(self.run, str(config.run_id), config, self.checked.concepts, agendas, layout, self._tick)
+        driver.fingerprints = {name: self.manifest[name] for name in _FINGERPRINTS if self.manifest[name]}
+        driver.checks = copy.deepcopy(self.manifest["checks"])
+        status = "interrupted"
+        try:
+            driver.drive()
+            status = "finished"
+        finally:
+            self._publisher.shutdown(wait=True)
+            with contextlib.nullcontext() if status == "finished" else contextlib.suppress(UserError):
+                self._note(driver)
+                self.manifest |= {"status": status, "seconds": before + time.time() - started}
+                self._finish()
+
+    def _agenda(self, concept: str, chains: bool) -> Agenda:
+        config = self.checked.config
+        done = progress(self.manifest, self.run.fresh())
+        agenda = Agenda(concept, config.evals, config.eval_batch, done, config.sample, config.num_vectors)
+        agenda.retry(self.run.read("failures", concept).to_pylist())
+        for kind, vectors in stored_vectors(self.run, concept).items():
+            for index, vector in vectors.items():
+                agenda.learn(kind, index, vector.theta.numpy())
+        stopped = self.manifest["concepts"].get(concept, {}).get("stop_reason")
+        if agenda.found >= config.num_vectors:
+            agenda.stop_reason = "num_vectors"
+        elif stopped not in (None, "num_vectors", UNFINISHED):
+            agenda.stop_reason = stopped
+        elif not chains:
+            agenda.stop_reason = UNFINISHED
+        return agenda
+
+    def _tick(self, driver: Driver) -> None:
+        for name, agenda in driver.agendas.items():
+            if agenda.base is not None and name not in self._told:
+                self._told.add(name)
+                if reason := base_reason(self.run, name):
+                    self.display.say(f"{name}: the base is {reason}")
+                if figures := base_figures(self.run, name):
+                    self.display.say(_told_of_base(name, figures))
+        for reason in checks.reasons(driver.checks):
+            if reason not in self._told:
+                self._told.add(reason)
+                self.display.say(f"self-check: {reason}")
+        self.display.update(driver.agendas, driver.last, driver.pool.ready)
+        if (line := driver.silence()) is not None:
+            self.display.say(line)
+        if self._publishing is not None and self._publishing.done():
+            self._publishing.result()
+            self._publishing = None
+        if self._publishing is None and time.monotonic() > self._next_publication:
+            self._next_publication = time.monotonic() + _PUBLISH_EVERY
+            self._note(driver)
+            self._publishing = self._publisher.submit(self._publish)
+
+    def _note(self, driver: Driver) -> None:
+        """What the driver has learnt, into the manifest; only while nobody publishes."""
+        self.manifest |= driver.fingerprints
+        self.manifest["hardware"] |= driver.hardware
+        self.manifest["checks"] = copy.deepcopy(driver.checks)
+        peaks = self.manifest["peak_memory"]
+        peaks |= {role: max(peak, peaks.get(role, 0)) for role, peak in driver.peak_memory.items()}
+        for name, agenda in driver.agendas.items():
+            facts = self.manifest["concepts"].setdefault(name, {})
+            facts |= {"vectors": agenda.found, "stop_reason": agenda.stop_reason}
+
+    def _publish(self) -> None:
+        self.lease.check()
+        self.run.publish(self.manifest, self.lease.check)
+        self.run.write_manifest(self.manifest)
+
+    def _finish(self) -> None:
+        """Publish what is left and audit the complete Gram matrices."""
+        self.run.publish(self.manifest, self.lease.check)
+        for name, facts in self.manifest["concepts"].items():
+            vectors = stored_vectors(self.run, name)
+            chain = [vector.theta for vector in (*vectors.get("base", {}).values(), *vectors.get("chain", {}).values())]
+            facts["max_abs_cos"] = max_abs_cos(torch.stack(chain)) if chain else None
+            facts["failures"] = len(self.run.read("failures", name))
+        self.run.storage.sweep()
+        self.lease.check()
+        self.run.write_manifest(self.manifest)
+
+
+def _told_of_base(concept: str, figures: Mapping[str, float]) -> str:
+    line = f"{concept}: R = {figures['radius']:.4g}, {figures['sink_share']:.0%} of the target at the first position"
+    if figures["sink_share"] < SINK:
+        return line
+    return f"{line}, an attention sink's activation: z from 0 (--z-from 0) would mostly match that"
+
+
+def _given_up(packed: Packed) -> str:
+    """What is said where some weights are not packed: slower, and other last bits than where they are."""
+    without = " and ".join(name for name, yes in dataclasses.asdict(packed).items() if not yes)
+    return f"memory is short for packed copies of the weights: none for {without}, which costs time only"
+
+
+@contextlib.contextmanager
+def _lease(run: Run) -> Generator[Lease]:
+    lease = Lease(run.storage)
+    try:
+        yield lease
+    finally:
+        lease.release()
+        with contextlib.suppress(StorageError):
+            if run.storage.get("run.json") is None:  # refused before it began: nothing is left of it
+                run.storage.delete(run.storage.names("lease"))
+                run.storage.prune()
+
+
+def _begin(run: Run, checked: Checked) -> dict[str, Any]:
+    """The manifest of a run that begins or goes on."""
+    config = checked.config
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    fresh = {
+        "run_id": config.run_id,
+        "created": now,
+        "model": config.model,
+        "revision": config.revision,
+        **dict.fromkeys(_FINGERPRINTS),
+        "seed": config.seed,
+        "hardware": {},
+        "checks": {},
+        # As it was begun with: a template may write today's date.
+        "prompts_rendered": checked.rendered,
+        "peak_memory": {},
+        "seconds": 0.0,
+        "concepts": {},
+        "done": {},
+    }
+    installed = {d.name.replace("-", "_"): d.version for d in importlib.metadata.distributions()}
+    versions = {name: installed[name] for name in _PACKAGES if name in installed}
+    manifest = fresh | (run.manifest() or {}) | identity(checked)
+    manifest |= {"status": "running", "versions": versions | {"python": platform.python_version()}}
+    run.write_manifest(manifest)
+    return manifest

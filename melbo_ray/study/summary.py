@@ -1,0 +1,137 @@
+"""What a run has found, on a terminal: its summary, its candidates for the base, and where its results lie."""
+
+import math
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow.compute as pc
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from melbo_ray.report.intervals import median_interval
+from melbo_ray.runs import checks
+from melbo_ray.runs.run_store import Run
+from melbo_ray.runs.schema import SINK
+
+
+def summary(run: Run, manifest: Mapping[str, Any]) -> Table:
+    """What was found: a row for each concept.
+
+    KL is KL(P_n ‖ P_base) at the vector's own norm, counted below 10 % and 50 % of that of the unsteered model.
+    """
+    table = Table("", *manifest["concepts"], title=f"Run {manifest['run_id']}", title_justify="left")
+    columns = [_facts(run, concept, facts) for concept, facts in manifest["concepts"].items()]
+    for name in columns[0] if columns else ():
+        table.add_row(name, *(column[name] for column in columns))
+    return table
+
+
+def _facts(run: Run, concept: str, facts: Mapping[str, Any]) -> dict[str, str]:
+    vectors = run.read("vectors", concept)
+    chain = vectors.filter(pc.field("kind") == "chain")
+    norms, seconds = chain["norm"].to_pylist(), chain["seconds"].to_pylist()
+    below_10, below_50, unsteered = _kl_counts(run, concept)
+    medians = {kind: _median_kl(run, concept, kind) for kind in ("chain", "random", "shuffled")}
+    return {
+        "the base": base_reason(run, concept) or "–",
+        "R, and the first position's share of the target": _of_base(run, concept),
+        "vectors found": str(len(chain)),
+        "why the chain stopped": str(facts["stop_reason"]),
+        "KL from the base, nats: median [95 %]": medians["chain"],
+        "the same, random directions": medians["random"],
+        "the same, shuffled targets": medians["shuffled"],
+        "KL below 10 % of unsteered": below_10,
+        "KL below 50 % of unsteered": below_50,
+        "KL unsteered, nats": unsteered,
+        "greedy texts with the concept": _greedy_texts(run, concept),
+        "norms": f"{min(norms):.2f} to {max(norms):.2f}" if norms else "–",
+        "largest |cos|": f"{facts['max_abs_cos']:.1e}",
+        "seconds per vector, median": f"{statistics.median(seconds):.2f}" if seconds else "–",
+        "failed evaluations": str(facts["failures"]),
+    }
+
+
+def base_reason(run: Run, concept: str) -> str:
+    """Which candidate the base is, and why, in one line; empty where there were none."""
+    taken = [row for row in run.read("candidates", concept).to_pylist() if row["taken"]]
+    return f"candidate {taken[0]['index']}: {taken[0]['reason']}" if taken else ""
+
+
+def base_figures(run: Run, concept: str) -> dict[str, float]:
+    """What `summary` has of the base: `radius`, `sink_share`, `coordinate_share`."""
+    return {row["figure"]: row["value"] for row in run.read("summary", concept).to_pylist() if row["kind"] == "base"}
+
+
+def _of_base(run: Run, concept: str) -> str:
+    figures = base_figures(run, concept)
+    if not figures:
+        return "–"
+    warning = "" if figures["sink_share"] < SINK else ": READ relative_loss_from_1"
+    return f"{figures['radius']:.3g}, {figures['sink_share']:.0%}{warning}"
+
+
+def candidates(run: Run, concept: str) -> Table:
+    """All the candidates for the base, the best first: how each was judged, what it writes, why it was taken or not.
+
+    `coherence` is in nats a token under the unsteered model; `held out` counts the held-out prompts on which it newly
+    shows the concept.
+    """
+    columns = ("", "objective", "concept score", "coherence", "held out", "greedy text", "why")
+    table = Table(*columns, title=f"{concept} (→ the base)", title_justify="left")
+    for row in sorted(run.read("candidates", concept).to_pylist(), key=lambda row: row["rank"]):
+        numbers = (f"{row['objective']:.4g}", f"{row['concept_score']:.3f}", f"{row['coherence']:.2f}")
+        gained = "–" if row["held_out_texts"] is None else f"{row['held_out_gained']} of {len(row['held_out_texts'])}"
+        index = f"{'→ ' if row['taken'] else ''}{row['index']}"
+        # A model's text is no markup, and commands nobody's terminal.
+        table.add_row(index, *numbers, gained, Text(printable(row["text"])), row["reason"])
+    return table
+
+
+def printable(text: str) -> str:
+    """The text with every control or format character but the line break shown as �: escapes, bells, reversed order."""
+    return "".join(mark if mark.isprintable() or mark == "\n" else "�" for mark in text)
+
+
+def _kl_counts(run: Run, concept: str) -> tuple[str, str, str]:
+    rows = [row for row in run.read("kl", concept).to_pylist() if row["scale"] == "own"]
+    unsteered = [row["kl_from_base"] for row in rows if row["kind"] == "unsteered"]
+    values = [row["kl_from_base"] for row in rows if row["kind"] == "chain"]
+    if not unsteered or not values:
+        return "–", "–", "–"
+    below = [sum(value < share * unsteered[0] for value in values) for share in (0.1, 0.5)]
+    return str(below[0]), str(below[1]), f"{unsteered[0]:.3f}"
+
+
+def _median_kl(run: Run, concept: str, kind: str) -> str:
+    """At the vectors' own norms, with its interval over vectors."""
+    rows = run.read("kl", concept).filter((pc.field("kind") == kind) & (pc.field("scale") == "own"))
+    values = [value for value in rows["kl_from_base"].to_pylist() if math.isfinite(value)]
+    if not values:
+        return "–"
+    median, (low, high) = statistics.median(values), median_interval(values)
+    return f"{median:.2f} [{low:.2f}, {high:.2f}]" if len(values) > 1 else f"{median:.2f}"
+
+
+def _greedy_texts(run: Run, concept: str) -> str:
+    """On the training prompt at the vectors' own norms, by the heuristic that `detected` is."""
+    wanted = {"kind": "chain", "prompt_id": "training", "scale": "own", "temperature": 0}
+    rows = run.read("generations", concept).to_pylist()
+    found = [row["detected"] for row in rows if all(row[name] == value for name, value in wanted.items())]
+    return f"{sum(found)} of {len(found)}" if found else "–"
+
+
+def epilogue(console: Console, run: Run, manifest: Mapping[str, Any]) -> None:
+    """The summary, what memory it took, where the results lie, and a query to paste."""
+    console.print(summary(run, manifest))
+    if peaks := manifest["peak_memory"]:
+        told = ", ".join(f"{role} {peak / 1e9:.1f} GB" for role, peak in sorted(peaks.items()))
+        console.print(f"memory at most: {told}", highlight=False)
+    if told := checks.line(manifest["checks"]):
+        console.print(f"self-check: {told}", highlight=False, soft_wrap=True)
+    url = run.storage.url
+    console.print(f"results: {url}", highlight=False, soft_wrap=True)
+    sql = "SELECT concept, index, kl_from_base FROM kl WHERE kind = 'chain' AND scale = 'own' ORDER BY ALL"
+    command = f'python -c "from melbo_ray.runs.queries import connect; connect(\'{url}\').sql(\\"{sql}\\").show()"'
+    console.print(f"query:   {command}", highlight=False, soft_wrap=True)

@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+
+from melbo_ray.config import Config
+from melbo_ray.errors import UserError
+from melbo_ray.runs.run_store import Run
+from melbo_ray.study.preflight import check, recheck
+from melbo_ray.study.runner import _lease
+from tests.families import tiny
+
+
+def test_another_prompt_is_trained_on_and_then_not_held_out(tmp_path):
+    prompt = "What is the capital of France?"
+    checked = check(Config(prompt=prompt, concepts=["code", "alien"], storage=str(tmp_path)))
+    for concept in checked.concepts:
+        assert concept.prompt == prompt
+        assert prompt not in concept.held_out.values()
+        assert len(concept.held_out) == 35
+
+
+def test_an_empty_prompt_is_refused(tmp_path):
+    with pytest.raises(UserError, match="empty"):
+        check(Config(prompt=" ", storage=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("run_id", [None, "mine"])
+def test_what_the_command_lacks_to_resume_its_run_is_known(tmp_path, run_id):
+    checked = check(Config(run_id=run_id, storage=str(tmp_path)))
+    assert checked.naming == ("" if run_id else f" with --run-id {checked.config.run_id}")
+
+
+@pytest.fixture
+def options(tmp_path):
+    """Of a study of a tiny model with a base from a file."""
+    model = tiny()
+    model.network.save_pretrained(tmp_path / "model")
+    model.tokenizer.save_pretrained(tmp_path / "model")
+    np.save(tmp_path / "base.npy", np.ones(model.d_model, np.float32))
+    return {
+        "model": str(tmp_path / "model"), "base": str(tmp_path / "base.npy"), "source_layer": 1, "target_layer": 2,
+        "storage": str(tmp_path / "runs"), "run_id": "run",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_the_file_of_a_base_may_be_gone_once_the_base_is_stored(options, tmp_path, stored):
+    config = check(Config(**options)).config
+    done = {"code": {"base": {"base": [[0, 0]]}}} if stored else {}
+    definitions = {concept.name: concept.model_dump() for concept in check(config).concepts}
+    manifest = {"config": config.model_dump(mode="json"), "definitions": definitions, "done": done, "concepts": {}}
+    run = Run.open(f"{tmp_path}/runs/run")
+    run.manifest()
+    run.write_manifest(manifest)
+    (tmp_path / "base.npy").unlink()
+    resumes = (lambda: check(Config(**options)), lambda: recheck(f"{tmp_path}/runs/run", {"evals": "dose"}))
+    for resume in resumes:
+        if stored:
+            assert resume().config.base == options["base"]
+        else:
+            with pytest.raises(UserError, match="a file of vectors, and there is none"):
+                resume()
+    with pytest.raises(UserError, match="a file of vectors, and there is none"):
+        check(Config(**options | {"concepts": ["code", "alien"]}))
+
+
+def test_a_prompt_of_one_token_leaves_melbo_nothing_and_is_refused(options):
+    melbo = options | {"base": "melbo", "prompt": "x"}
+    with pytest.raises(UserError, match="--melbo-from 1: the prompt 'x' has only 1 tokens"):
+        check(Config(**melbo))
+    with pytest.raises(UserError, match="--z-from 1: the prompt 'x' has only 1 tokens, so none is left"):
+        check(Config(**melbo, melbo_from=0))
+    check(Config(**melbo, melbo_from=0, z_from=0))
+    check(Config(**melbo | {"base": options["base"]}, z_from=0))
+
+
+def end(run, begun):
+    """What a driver does that is refused once it has the lease."""
+    with _lease(run):
+        assert run.storage.names("lease")
+        if begun:
+            run.storage.put("run.json", b"{}")
+        raise UserError("no room")
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_study_that_is_refused_before_it_has_begun_leaves_nothing_behind(tmp_path, begun):
+    with pytest.raises(UserError, match="no room"):
+        end(Run.open(f"{tmp_path}/runs/study"), begun)
+    assert (tmp_path / "runs" / "study").exists() == begun
