@@ -1,6 +1,6 @@
 """How fast everything is, against the published algorithm and against this machine's limits. Needs no Ray.
 
-python -m benchmarks.bench                                      # the embedded model: about ten minutes on two idle cores
+python -m benchmarks.bench                                # the embedded model: about ten minutes on two idle cores
 python -m benchmarks.bench --quick                              # everything, smaller: under two minutes
 python -m benchmarks.bench --only step,texts                    # some parts
 python -m benchmarks.bench --only solvers --model FOLDER        # the solvers' matrix on a model of yours
@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from benchmarks import chain, growth, memory, query, solvers, text
 from benchmarks.reference import Bench, Row
 from melbo_ray.cli import exit_code
-from melbo_ray.concepts import load_concept
+from melbo_ray.concepts.loader import load_concept
 from melbo_ray.config import Config, read_options
 from melbo_ray.errors import UserError, first_line
 from melbo_ray.model.language_model import LanguageModel

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 from benchmarks.reference import Bench, Row
 from melbo_ray.cluster.memory import demands
 from melbo_ray.cluster.worker import Worker
-from melbo_ray.concepts import load_concept
+from melbo_ray.concepts.loader import load_concept
 from melbo_ray.config import Config
 from melbo_ray.evals.runner import EVALUATIONS
 from melbo_ray.host import resident_peak

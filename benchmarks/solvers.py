@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.reference import Bench, Row
-from melbo_ray.concepts import Concept, load_concept
 from melbo_ray.concepts.detectors import score_text
+from melbo_ray.concepts.loader import Concept, load_concept
 from melbo_ray.evals.kl import kl
 from melbo_ray.model.sampling import Job, generate
 from melbo_ray.model.steering import Prompts

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from benchmarks.reference import Bench, Row, timed
-from melbo_ray.concepts import load_concept
+from melbo_ray.concepts.loader import load_concept
 from melbo_ray.evals.context import Study, Vectors
 from melbo_ray.evals.runner import EVALUATIONS
 from melbo_ray.model import packed_linear

@@ -10,7 +10,7 @@ if sys.platform == "win32":
 # Loaded when asked for: a job that only reads a run shall not wait for torch and transformers.
 _HOMES = {
     "Candidate": "search.candidates",
-    "Concept": "concepts",
+    "Concept": "concepts.loader",
     "Config": "config",
     "LanguageModel": "model.language_model",
     "Slice": "model.residual_slice",
@@ -18,7 +18,7 @@ _HOMES = {
     "UserError": "errors",
     "base_vector": "search.base_vectors",
     "chain": "search.chain",
-    "load_concept": "concepts",
+    "load_concept": "concepts.loader",
 }
 __all__ = list(_HOMES)
 

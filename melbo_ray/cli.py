@@ -4,11 +4,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from melbo_ray.errors import UserError
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, from `ray job stop` or a scheduler: it ends a job as Ctrl-C does, but for the exit code."""
+from melbo_ray.errors import Terminated, UserError
 
 
 def exit_code(main: Callable[[], None]) -> int:

@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from melbo_ray.cli import Terminated, exit_code
-from melbo_ray.errors import UserError
+from melbo_ray.cli import exit_code
+from melbo_ray.errors import Terminated, UserError
 
 
 def stopped_by(number):

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from melbo_ray.concepts import load_concept
+from melbo_ray.concepts.loader import load_concept
 from melbo_ray.config import Config, parse
 from melbo_ray.errors import UserError
 

@@ -1,1 +1,1 @@
-"""A run on Ray: workers, the pool, the driver. Only `driver`, `pool` and `session` import ray."""
+"""A run on Ray: workers, the pool, the driver. Only `driver`, `metrics`, `pool` and `session` import ray."""

@@ -12,7 +12,7 @@ from melbo_ray.cluster.pool import ATTEMPTS, Pool
 from melbo_ray.cluster.resources import Layout
 from melbo_ray.cluster.session import LOST, Deaths, Silence, answer
 from melbo_ray.cluster.worker import Found, Worker, stored_vectors
-from melbo_ray.concepts import Concept
+from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError
 from melbo_ray.evals.runner import EVALUATIONS

@@ -13,8 +13,7 @@ import ray
 import torch
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
-from melbo_ray.cli import Terminated
-from melbo_ray.errors import UserError, first_line
+from melbo_ray.errors import Terminated, UserError, first_line
 from melbo_ray.host import cores
 
 _QUIET = 10.0

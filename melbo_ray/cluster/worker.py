@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from melbo_ray.concepts import Concept
+from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError
 from melbo_ray.evals import runner

@@ -10,7 +10,7 @@ of the concept and no refusal (`refuses`); otherwise two different words of the 
 import re
 from typing import Any
 
-from melbo_ray.concepts import Concept
+from melbo_ray.concepts.loader import Concept
 from melbo_ray.concepts.source_code import code_lines, language
 
 _REFUSAL = re.compile(

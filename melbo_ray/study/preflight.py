@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from melbo_ray.cluster.memory import Demands, demands
-from melbo_ray.concepts import Concept, load_concept
+from melbo_ray.concepts.loader import Concept, load_concept
 from melbo_ray.config import EVALUATIONS, Config
 from melbo_ray.errors import UserError
 from melbo_ray.model.language_model import LanguageModel

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from melbo_ray.cluster.memory import demands
-from melbo_ray.concepts import load_concept
+from melbo_ray.concepts.loader import load_concept
 from melbo_ray.config import Config
 from melbo_ray.host import resident_peak
 from melbo_ray.model.kv_cache import Job

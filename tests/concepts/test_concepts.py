@@ -1,6 +1,6 @@
 import pytest
 
-from melbo_ray.concepts import load_concept
+from melbo_ray.concepts.loader import load_concept
 from melbo_ray.errors import UserError
 
 _WHOLE = 'name = "a"\nprompt = "p"\ncontinuations = ["c"]\nwords = ["w"]\n'

@@ -1,7 +1,7 @@
 import pytest
 
-from melbo_ray.concepts import Concept, load_concept
 from melbo_ray.concepts.detectors import concept_words, refuses, score_text
+from melbo_ray.concepts.loader import Concept, load_concept
 from melbo_ray.concepts.source_code import code_lines, language
 
 PROSE = (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from melbo_ray.concepts import Concept
+from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import Config
 from melbo_ray.evals.context import Study, Vectors
 from tests.families import directions, tiny

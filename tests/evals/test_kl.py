@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from melbo_ray.concepts import Concept
+from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import Config
 from melbo_ray.evals.context import Study, Vectors
 from melbo_ray.evals.runner import evaluate

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from melbo_ray.cluster.worker import Worker
-from melbo_ray.concepts import Concept
+from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError
 from melbo_ray.evals import self_check

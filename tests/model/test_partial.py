@@ -7,7 +7,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from melbo_ray.cluster.memory import demands
-from melbo_ray.concepts import load_concept
+from melbo_ray.concepts.loader import load_concept
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError
 from melbo_ray.model.language_model import LanguageModel

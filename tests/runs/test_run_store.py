@@ -173,7 +173,7 @@ def test_a_passing_fault_of_s3_is_retried(s3, code):
 
 
 def test_a_connection_that_stalls_is_given_up_and_tried_again(s3, monkeypatch):
-    monkeypatch.setattr(melbo_ray.storage, "_READ_SECONDS", 1)
+    monkeypatch.setattr(melbo_ray.runs.storage, "_READ_SECONDS", 1)
     with faulty(s3) as (through, faults), environment(through):
         faults.waiting += [2.5]
         Storage("s3://bucket/stalled").put("x", b"y")
@@ -282,7 +282,7 @@ def test_a_driver_whose_lease_ran_out_untaken_goes_on(url):
 
 
 def test_a_driver_that_is_cut_off_from_storage_does_not_believe_that_it_renews(tmp_path, monkeypatch):
-    monkeypatch.setattr(melbo_ray.lease, "_RENEW_EVERY", 0.01)
+    monkeypatch.setattr(melbo_ray.runs.lease, "_RENEW_EVERY", 0.01)
     storage, tries = Storage(str(tmp_path)), []
     cut_off = Storage(str(tmp_path))
     first = Lease(cut_off)

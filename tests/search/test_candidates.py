@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
-from melbo_ray.concepts import Concept, load_concept
 from melbo_ray.concepts.detectors import score_text
+from melbo_ray.concepts.loader import Concept, load_concept
 from melbo_ray.config import Config
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.residual_slice import Slice
