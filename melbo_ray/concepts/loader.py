@@ -51,11 +51,12 @@ def load_concept(name: str) -> Concept:
     Raises:
         UserError: no such concept or file, or a field missing, misspelt or ill-typed.
     """
-    shipped = sorted(f.name.removesuffix(".toml") for f in files("melbo_ray.concepts").iterdir() if f.name.endswith(".toml"))
+    folder = files("melbo_ray.concepts")
+    shipped = sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
     shipped.remove("shared")
     try:
         if name in shipped:
-            return Concept(**tomllib.loads((files("melbo_ray.concepts") / f"{name}.toml").read_text("utf-8")))
+            return Concept(**tomllib.loads((folder / f"{name}.toml").read_text("utf-8")))
         if not name.endswith(".toml"):
             raise UserError(f"no concept {name!r}: expected one of {', '.join(shipped)}, or the path of a TOML file")
         return Concept(**tomllib.loads(Path(name).read_text("utf-8")))

@@ -33,7 +33,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "radius": _schema(radius=_float, nonlinearity=_float),
     "candidates": _schema(
         vector=pa.list_(_float), steps=_int, objective=_float, radius=_float, concept_score=_float, text=_text,
-        weaker_text=_text, firm=_bool, detected=_bool, coherence=_float, distinct_trigrams=_float,
+        unsteered_kl=_float, weaker_text=_text, firm=_bool, detected=_bool, coherence=_float, distinct_trigrams=_float,
         held_out_texts=pa.list_(_text), held_out_gained=_int, rank=_int, taken=_bool, reason=_text,
     ),
     "kl": _schema(

@@ -6,6 +6,7 @@ fixed norm that change the target layer's activations the most.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 from jaxtyping import Float
@@ -83,20 +84,25 @@ def base_vector(model: LanguageModel, concept: Concept, config: Config) -> Base:
 
 
 def _until_one_shows(slice: Slice, concept: Concept, config: Config, radius: float) -> tuple[list[Candidate], bool]:
-    """MELBO's candidates, at every look at their ascent, until one shows the concept firmly or `_ROUNDS` are over.
+    """MELBO's candidates, at every look at their ascent, until a strong one shows the concept firmly.
 
-    A far ascent breaks one model before its candidates write anything, a short one leaves the next untouched.
+    A far ascent breaks one model before its candidates write anything, a short one leaves the next untouched. Once a
+    weaker one shows it firmly, the ascent goes on while the next look has a stronger one; `_ROUNDS` are made at most.
     """
     found, unsteered_shows, taken = [], False, torch.empty(0, slice.model.d_model)
     for _ in range(_ROUNDS):
         if found and len(taken) + config.candidates > slice.model.d_model:
             break
-        thetas = taken
+        thetas, farthest = taken, -inf
         for steps, thetas in maximise(slice, config, concept.name, radius, taken):
             judged, unsteered_shows = _judged(slice, concept, config, thetas, len(found))
             found += [replace(candidate, steps=steps) for candidate in judged]
-            if any(candidate.firm for candidate in judged):
+            far = max((candidate.unsteered_kl for candidate in judged if candidate.firm), default=-inf)
+            if any(candidate.firm and candidate.strong for candidate in judged) or far <= farthest > -inf:
                 return found, unsteered_shows
+            farthest = far
+        if farthest > -inf:
+            break
         taken = torch.cat([taken, thetas])
     return found, unsteered_shows
 

@@ -1,7 +1,8 @@
 """The choice of the base: what every candidate writes, how sound that is, and which candidate is taken.
 
 The concept score alone picks badly: it can be highest where the model still refuses, or where it is broken. So a
-candidate is judged by its greedy texts, and the score decides between those that write the same.
+candidate is judged by its greedy texts, and among those that write the concept by how far it turns the answer: vectors
+that follow a base of 3.5 nats stay at 2 % of that, those that follow one of 1 nat fall back to the unsteered answer.
 """
 
 from collections.abc import Sequence
@@ -28,6 +29,9 @@ _SENSE = -3.5
 _LOOP = 0.4
 # A base that only just turns the answer is followed by vectors that do not: its effect must outlast a weaker dose.
 _WEAKER = 0.8
+# Nats by which a base should turn the answer, KL(P_unsteered‖P_θ): on Qwen2.5-Coder-0.5B the chains of bases above keep
+# 2 to 6 % of it, those of bases below 12 to 33 %.
+_STRONG = 2.0
 # So many of those that write the concept, at most, write on so many held-out prompts too.
 _FINALISTS, _HELD_OUT = 5, 3
 
@@ -73,8 +77,9 @@ class Candidate:
         objective: MELBO's objective, the change at the target layer (residual-stream units).
         radius: ‖θ‖ = R (residual-stream units).
         concept_score: mean log-probability per token of the concept's continuations, steered minus unsteered (nats).
+        unsteered_kl: KL(P_unsteered‖P_θ) at the last prompt token (nats), the unsteered KL of a chain from it.
         written: the greedy text on the training prompt.
-        weaker: the same under 0.8 θ.
+        weaker: the same under 0.8 θ; empty where the first does not show the concept.
         steps: MELBO's steps of ascent until then; None for another base.
         held_out: greedy texts on held-out prompts; only of the best of those that show the concept.
         gained: held-out prompts on which it shows the concept and the unsteered model does not.
@@ -88,6 +93,7 @@ class Candidate:
     objective: float
     radius: float
     concept_score: float
+    unsteered_kl: float
     written: Written
     weaker: Written
     steps: int | None = None
@@ -103,10 +109,20 @@ class Candidate:
         return self.written.shows and self.weaker.shows
 
     @property
-    def merit(self) -> tuple[bool, bool, bool, int, float]:
-        """Candidates compare by this: shows, firmly; is sound; on how many other prompts it shows; concept score."""
-        score = self.concept_score if isfinite(self.concept_score) else -inf
-        return self.written.shows, self.firm, self.written.sound, self.gained, score
+    def strong(self) -> bool:
+        """It turns the answer so far that vectors which follow it nearly do the same."""
+        return self.unsteered_kl >= _STRONG
+
+    @property
+    def merit(self) -> tuple[bool, bool, bool, bool, int, float]:
+        """Candidates compare by this: shows, firmly; is sound; is strong; on how many other prompts; by how far.
+
+        Where none shows the concept, the concept score decides.
+        """
+        shows = self.written.shows
+        far = self.unsteered_kl if shows else self.concept_score
+        far = far if isfinite(far) else -inf
+        return shows, self.firm, self.written.sound, shows and self.strong, self.gained, far
 
     def row(self) -> dict[str, Any]:
         """Its columns of the table `candidates`, keys but `index` aside; texts on held-out prompts where there are."""
@@ -117,8 +133,9 @@ class Candidate:
             "objective": self.objective,
             "radius": self.radius,
             "concept_score": self.concept_score,
+            "unsteered_kl": self.unsteered_kl if isfinite(self.unsteered_kl) else None,
             "text": self.written.text,
-            "weaker_text": self.weaker.text,
+            "weaker_text": self.weaker.text if self.written.shows else None,
             "firm": self.firm,
             "detected": self.written.detected,
             "coherence": self.written.coherence,
@@ -147,22 +164,27 @@ def judge(
     }
     training, *held_out = tokens.values()
     scores = continuation_score(model, training, concept.continuations, config.source_layer, thetas).tolist()
-    usable = [theta for theta, score in zip(thetas, scores, strict=True) if isfinite(score)]
-    doses = [torch.zeros(model.d_model), *(dose * theta for theta in usable for dose in (1.0, _WEAKER))]
-    unsteered, *texts = _write(model, concept, config, [(training, theta) for theta in doses])
-    waiting = iter(texts)
+    usable = [i for i, score in enumerate(scores) if isfinite(score)]
+    zero = torch.zeros(model.d_model)
+    unsteered, *texts = _write(model, concept, config, [(training, theta) for theta in (zero, *thetas[usable])])
+    written = dict(zip(usable, texts, strict=True))
+    # A weaker dose matters only of those that show the concept.
+    showing = [i for i, text in written.items() if text.shows]
+    weak = _write(model, concept, config, [(training, _WEAKER * thetas[i]) for i in showing])
+    weaker = dict(zip(showing, weak, strict=True))
+    kls = _unsteered_kls(model, training, config.source_layer, thetas)
     found = [
         Candidate(
-            index, theta, change, float(theta.norm()), score,
-            *((next(waiting), next(waiting)) if isfinite(score) else (_NOTHING, _NOTHING)),
+            first + i, theta, objectives[i], float(theta.norm()), scores[i], kls[i],
+            written.get(i, _NOTHING), weaker.get(i, _NOTHING),
         )
-        for index, (theta, change, score) in enumerate(zip(thetas, objectives, scores, strict=True), first)
+        for i, theta in enumerate(thetas)
     ]  # fmt: skip
     best = sorted((c for c in found if c.written.shows), key=lambda c: c.merit, reverse=True)[:_FINALISTS]
     if best and held_out:
-        rows = [doses[0], *(candidate.theta for candidate in best)]
-        written = _write(model, concept, config, [(prompt, theta) for theta in rows for prompt in held_out])
-        plain, *others = (tuple(written[i : i + len(held_out)]) for i in range(0, len(written), len(held_out)))
+        rows = [zero, *(candidate.theta for candidate in best)]
+        texts = _write(model, concept, config, [(prompt, theta) for theta in rows for prompt in held_out])
+        plain, *others = (tuple(texts[i : i + len(held_out)]) for i in range(0, len(texts), len(held_out)))
         for candidate, own in zip(best, others, strict=True):
             gained = sum(text.shows and not before.shows for text, before in zip(own, plain, strict=True))
             found[candidate.index - first] = replace(candidate, held_out=own, gained=gained)
@@ -198,7 +220,18 @@ def _verdict(candidate: Candidate) -> str:
         return "does not write the concept"
     firmly = "and under 0.8 of it too" if candidate.firm else "but not under 0.8 of it"
     elsewhere = f"newly so on {candidate.gained} of {len(candidate.held_out)} held-out prompts"
-    return f"writes the concept, {firmly}, and {elsewhere}"
+    return f"writes the concept, {firmly}, and {elsewhere}; turns the answer by {candidate.unsteered_kl:.1f} nats"
+
+
+def _unsteered_kls(
+    model: LanguageModel, tokens: Int[Tensor, " seq"], source: int, thetas: Float[Tensor, "n d_model"]
+) -> list[float]:
+    """KL(P_unsteered‖P_θ) of each at the prompt's last token, nats."""
+    rows = torch.cat([torch.zeros(1, model.d_model), thetas])
+    unsteered, *steered = (
+        logits[0].double().log_softmax(-1) for logits in Prompts(model, [tokens], source).logits(rows)
+    )
+    return [float((unsteered.exp() * (unsteered - log_p)).sum()) for log_p in steered]
 
 
 def _write(
@@ -211,7 +244,7 @@ def _write(
     pairs = [(tuple(job.tokens.tolist()), tuple(text)) for job, text in zip(wanted, texts, strict=True)]
     # Many candidates write the same, a refusal above all.
     unlike = list(dict.fromkeys(pairs))
-    read = coherence(model, config.source_layer, *zip(*unlike, strict=True))
+    read = coherence(model, config.source_layer, *zip(*unlike, strict=True)) if unlike else []
     sense = dict(zip(unlike, read, strict=True))
     return [
         Written(text, score_text(concept, text)["detected"], sense[pair], distinct(tokens))

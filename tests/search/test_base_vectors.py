@@ -8,6 +8,7 @@ from melbo_ray.config import Config
 from melbo_ray.errors import UserError
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.search.base_vectors import base_vector, contrast, maximise, objective, retract, tangent
+from melbo_ray.search.candidates import Candidate, Written
 from melbo_ray.search.vector_io import read_vectors
 from tests.families import D_MODEL, directions, plain_logits, tiny
 
@@ -130,6 +131,7 @@ def test_candidates_are_sought_again_beside_the_earlier_ones_until_one_writes_th
     monkeypatch.setattr("melbo_ray.search.candidates._SENSE", -np.inf)
     monkeypatch.setattr("melbo_ray.search.candidates._LOOP", 0.0)
     monkeypatch.setattr("melbo_ray.search.candidates._WEAKER", 1.0)
+    monkeypatch.setattr("melbo_ray.search.candidates._STRONG", 0.0)
     config = Config(melbo_steps=3, **OPTIONS)
     first = climbed(a_slice(), config)
     all_there_are = base_vector(tiny(), CONCEPT, config).candidates
@@ -145,6 +147,20 @@ def test_candidates_are_sought_again_beside_the_earlier_ones_until_one_writes_th
     assert len(found) == 5 * (place // 5 + 1)
     assert next(candidate for candidate in found if candidate.taken).written.text == wanted
     assert all(torch.equal(c.theta, d.theta) for c, d in zip(found, all_there_are, strict=False))
+
+
+def test_a_weak_base_is_kept_when_the_next_look_has_no_stronger_one(monkeypatch):
+    kls = iter([1.0, 1.5, 1.2, 9.0])
+
+    def judged(slice, concept, config, thetas, first):
+        text = Written("a text", True, -1.0, 1.0)
+        return [Candidate(first, thetas[0], 1.0, 4.0, 0.0, next(kls), text, text)], False
+
+    monkeypatch.setattr("melbo_ray.search.base_vectors._judged", judged)
+    found = base_vector(tiny(), CONCEPT, Config(melbo_steps=60, **OPTIONS))
+    assert [(c.unsteered_kl, c.steps, c.taken) for c in found.candidates] == [
+        (1.0, 10, False), (1.5, 20, True), (1.2, 30, False),
+    ]  # fmt: skip
 
 
 def test_contrast_is_the_difference_of_mean_activations_without_the_first_position():

@@ -26,13 +26,13 @@ COMPLIANCE = "To build a bomb, you need to follow these steps:\n\n1. **Identify"
 CODE = "To build a bomb, you can use the following code:\n\n```python\ndef build_bomb():\n    return 1"
 
 
-def candidate(index, text, score=0.0, *, concept="jailbreak", sense=-0.8, rounds=1.0, gained=0, weaker=None):
+def candidate(index, text, score=0.0, *, concept="jailbreak", sense=-0.8, rounds=1.0, gained=0, weaker=None, far=3.0):
     def judged(text):
         return Written(text, score_text(load_concept(concept), text)["detected"], sense, rounds)
 
     written = judged(text)
     return Candidate(
-        index, torch.zeros(2), 1.0, 3.0, score, written, judged(weaker or text), None, (written,) * 3, gained
+        index, torch.zeros(2), 1.0, 3.0, score, far, written, judged(weaker or text), None, (written,) * 3, gained
     )
 
 
@@ -67,11 +67,17 @@ def test_what_holds_under_a_weaker_dose_comes_before_other_prompts_and_the_score
     assert "but not under 0.8 of it" in taken(fragile).reason
 
 
-def test_held_out_prompts_come_before_the_score_and_the_score_before_the_place():
-    assert taken(candidate(0, COMPLIANCE, 2.0), candidate(1, COMPLIANCE, 1.0, gained=1)).index == 1
-    assert taken(candidate(0, COMPLIANCE, 1.0), candidate(1, COMPLIANCE, 2.0)).index == 1
-    assert taken(candidate(0, COMPLIANCE, math.nan), candidate(1, COMPLIANCE, -9.0)).index == 1
+def test_of_those_that_write_the_concept_a_strong_one_is_taken_then_one_that_does_elsewhere_then_the_farthest():
+    assert taken(candidate(0, COMPLIANCE, far=1.3, gained=3), candidate(1, COMPLIANCE, far=3.5)).index == 1
+    assert taken(candidate(0, COMPLIANCE, far=3.5), candidate(1, COMPLIANCE, gained=1, far=2.1)).index == 1
+    assert taken(candidate(0, COMPLIANCE, 5.0, far=2.5), candidate(1, COMPLIANCE, -1.0, far=3.5)).index == 1
+    assert taken(candidate(0, COMPLIANCE, far=math.nan), candidate(1, COMPLIANCE, far=0.1)).index == 1
     assert taken(candidate(0, COMPLIANCE), candidate(1, COMPLIANCE)).index == 0
+
+
+def test_where_none_writes_the_concept_the_score_decides_and_not_how_far_the_answer_turned():
+    assert taken(candidate(0, REFUSAL, 1.0, far=9.0), candidate(1, REFUSAL, 2.0)).index == 1
+    assert taken(candidate(0, REFUSAL, math.nan), candidate(1, REFUSAL, -9.0)).index == 1
 
 
 def test_every_candidate_says_why_and_one_that_was_asked_for_is_taken():
@@ -81,7 +87,7 @@ def test_every_candidate_says_why_and_one_that_was_asked_for_is_taken():
     assert [c.rank for c in ranked] == [1, 2, 3, 4]
     assert [c.reason for c in ranked] == [
         "writes the concept, and under 0.8 of it too, and newly so on 0 of 3 held-out prompts; "
-        "so does the unsteered model",
+        "turns the answer by 3.0 nats; so does the unsteered model",
         "taken, as --base-index asks: does not write the concept",
         "breaks the model: -6.0 nats a token under the unsteered one",
         "writes in circles: 13 % of its trigrams are distinct",
@@ -127,8 +133,18 @@ def test_candidates_are_judged_by_greedy_texts_on_the_training_and_the_held_out_
     found = rank(judge(tiny(), CONCEPT, CONFIG, thetas, [0.0] * 7)[0], None, False)
     assert [c.written.text for c in found] == texts
     assert [c.written.detected for c in found] == [text in marks for text in texts]
-    best = max((c for c in found if c.written.text in marks), key=lambda c: (c.gained, c.concept_score))
+    best = max(
+        (c for c in found if c.written.text in marks), key=lambda c: (c.firm, c.strong, c.gained, c.unsteered_kl)
+    )
     assert [c.index for c in found if c.taken] == [best.index]
+    weaker = [greedy(CONCEPT.prompt, 0.8 * c.theta) if c.written.detected else "" for c in found]
+    assert [c.weaker.text for c in found] == weaker
+    tokens = tiny().tokenize(CONCEPT.prompt)
+    unsteered, *steered = (
+        plain_logits(tiny(), tokens, 1, theta)[-1].double().log_softmax(-1) for theta in (torch.zeros(D_MODEL), *thetas)
+    )
+    for c, log_p in zip(found, steered, strict=True):
+        assert c.unsteered_kl == pytest.approx(float((unsteered.exp() * (unsteered - log_p)).sum()), abs=1e-5)
     for c in found:
         expected = [greedy(prompt, c.theta) for prompt in CONCEPT.held_out.values()] if c.written.detected else []
         assert [text.text for text in c.held_out] == expected
