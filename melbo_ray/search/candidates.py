@@ -14,57 +14,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from melbo_ray.concepts.detectors import score_text
 from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import Config
 from melbo_ray.model.language_model import LanguageModel
-from melbo_ray.model.sampling import Job, generate
-from melbo_ray.model.steering import Prompts, continuation_score, target_log_probs
+from melbo_ray.model.steering import Prompts, continuation_score
+from melbo_ray.search.written import NOTHING, Written, write
 
-# Below this the unsteered model finds a text senseless, nats per token. Readable texts of candidates lie at −0.1 to
-# −3.4 on the embedded model and at −0.1 to −2.6 on Qwen2.5-Coder-0.5B; the embedded model's noise at 2 and 4 times R at
-# −5.0 to −7.0.
-_SENSE = -3.5
-# A text with a smaller share of distinct trigrams goes round in circles; the unsteered model finds that likely.
-_LOOP = 0.4
 # A base that only just turns the answer is followed by vectors that do not: its effect must outlast a weaker dose.
 _WEAKER = 0.8
-# Nats by which a base should turn the answer, KL(P_unsteered‖P_θ): on Qwen2.5-Coder-0.5B the chains of bases above keep
-# 2 to 6 % of it, those of bases below 12 to 33 %.
-_STRONG = 2.0
+# Nats by which a base should turn the answer, KL(P_unsteered‖P_θ): on Qwen2.5-Coder-0.5B chains from bases above keep
+# within 2 to 4 % of that, chains from bases below 1.7 within 12 to 33 %.
+_STRONG = 1.8
 # So many of those that write the concept, at most, write on so many held-out prompts too.
 _FINALISTS, _HELD_OUT = 5, 3
-
-
-@dataclass(frozen=True)
-class Written:
-    """A greedy text, and how it was judged.
-
-    Attributes:
-        text: what the model wrote.
-        detected: whether the concept's detector finds it there.
-        coherence: mean log-probability per token of the text under the unsteered model, after the same prompt (nats).
-        distinct: share of its trigrams of tokens that are distinct, 0 … 1.
-    """
-
-    text: str
-    detected: bool
-    coherence: float
-    distinct: float
-
-    @property
-    def sound(self) -> bool:
-        """Neither senseless nor a loop."""
-        return self.coherence >= _SENSE and self.distinct >= _LOOP
-
-    @property
-    def shows(self) -> bool:
-        """The concept is there, in a sound text."""
-        return self.detected and self.sound
-
-
-# Under a vector whose logits are not finite.
-_NOTHING = Written("", False, -inf, 1.0)
 
 
 @dataclass(frozen=True)
@@ -166,24 +128,24 @@ def judge(
     scores = continuation_score(model, training, concept.continuations, config.source_layer, thetas).tolist()
     usable = [i for i, score in enumerate(scores) if isfinite(score)]
     zero = torch.zeros(model.d_model)
-    unsteered, *texts = _write(model, concept, config, [(training, theta) for theta in (zero, *thetas[usable])])
+    unsteered, *texts = write(model, concept, config, [(training, theta) for theta in (zero, *thetas[usable])])
     written = dict(zip(usable, texts, strict=True))
     # A weaker dose matters only of those that show the concept.
     showing = [i for i, text in written.items() if text.shows]
-    weak = _write(model, concept, config, [(training, _WEAKER * thetas[i]) for i in showing])
+    weak = write(model, concept, config, [(training, _WEAKER * thetas[i]) for i in showing])
     weaker = dict(zip(showing, weak, strict=True))
     kls = _unsteered_kls(model, training, config.source_layer, thetas)
     found = [
         Candidate(
             first + i, theta, objectives[i], float(theta.norm()), scores[i], kls[i],
-            written.get(i, _NOTHING), weaker.get(i, _NOTHING),
+            written.get(i, NOTHING), weaker.get(i, NOTHING),
         )
         for i, theta in enumerate(thetas)
     ]  # fmt: skip
     best = sorted((c for c in found if c.written.shows), key=lambda c: c.merit, reverse=True)[:_FINALISTS]
     if best and held_out:
         rows = [zero, *(candidate.theta for candidate in best)]
-        texts = _write(model, concept, config, [(prompt, theta) for theta in rows for prompt in held_out])
+        texts = write(model, concept, config, [(prompt, theta) for theta in rows for prompt in held_out])
         plain, *others = (tuple(texts[i : i + len(held_out)]) for i in range(0, len(texts), len(held_out)))
         for candidate, own in zip(best, others, strict=True):
             gained = sum(text.shows and not before.shows for text, before in zip(own, plain, strict=True))
@@ -212,9 +174,9 @@ def rank(found: Sequence[Candidate], wanted: int | None, unsteered_shows: bool) 
 
 def _verdict(candidate: Candidate) -> str:
     text = candidate.written
-    if not text.coherence >= _SENSE:
+    if text.senseless:
         return f"breaks the model: {text.coherence:.1f} nats a token under the unsteered one"
-    if text.distinct < _LOOP:
+    if text.loops:
         return f"writes in circles: {text.distinct:.0%} of its trigrams are distinct".replace("%", " %", 1)
     if not text.detected:
         return "does not write the concept"
@@ -232,38 +194,3 @@ def _unsteered_kls(
         logits[0].double().log_softmax(-1) for logits in Prompts(model, [tokens], source).logits(rows)
     )
     return [float((unsteered.exp() * (unsteered - log_p)).sum()) for log_p in steered]
-
-
-def _write(
-    model: LanguageModel, concept: Concept, config: Config, jobs: Sequence[tuple[Int[Tensor, " seq"], Tensor]]
-) -> list[Written]:
-    """The greedy text of each prompt and vector, judged; all in one batch, and one pass for their coherence."""
-    wanted = [Job(prompt, theta, temperature=0) for prompt, theta in jobs]
-    texts = [text.tokens for text in generate(model, wanted, config.source_layer, max_new_tokens=config.max_new_tokens)]
-    decoded = [str(model.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in texts]
-    pairs = [(tuple(job.tokens.tolist()), tuple(text)) for job, text in zip(wanted, texts, strict=True)]
-    # Many candidates write the same, a refusal above all.
-    unlike = list(dict.fromkeys(pairs))
-    read = coherence(model, config.source_layer, *zip(*unlike, strict=True)) if unlike else []
-    sense = dict(zip(unlike, read, strict=True))
-    return [
-        Written(text, score_text(concept, text)["detected"], sense[pair], distinct(tokens))
-        for text, pair, tokens in zip(decoded, pairs, texts, strict=True)
-    ]
-
-
-def coherence(
-    model: LanguageModel, source: int, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
-) -> list[float]:
-    """Mean log-probability per token (nats) of each text after its prompt, unsteered; of an empty one its end's."""
-    forced = [[torch.tensor(list(tokens) or model.end_tokens[:1])] for tokens in texts]
-    rows = Prompts(model, [torch.tensor(prompt) for prompt in prompts], source, forced)
-    logits = rows.logits(torch.zeros(len(texts), model.d_model, device=model.device))
-    pairs = zip(logits, rows.targets, strict=True)
-    return [float(target_log_probs(scores, targets).mean()) for scores, targets in pairs]
-
-
-def distinct(tokens: Sequence[int]) -> float:
-    """The share of trigrams that are distinct: 1 where none comes twice, or there is none."""
-    trigrams = [tuple(tokens[i : i + 3]) for i in range(len(tokens) - 2)]
-    return len(set(trigrams)) / len(trigrams) if trigrams else 1.0

@@ -8,8 +8,9 @@ from melbo_ray.config import Config
 from melbo_ray.errors import UserError
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.search.base_vectors import base_vector, contrast, maximise, objective, retract, tangent
-from melbo_ray.search.candidates import Candidate, Written
+from melbo_ray.search.candidates import Candidate
 from melbo_ray.search.vector_io import read_vectors
+from melbo_ray.search.written import Written
 from tests.families import D_MODEL, directions, plain_logits, tiny
 
 CONCEPT = Concept(
@@ -128,8 +129,8 @@ def test_base_index_takes_one():
 
 
 def test_candidates_are_sought_again_beside_the_earlier_ones_until_one_writes_the_concept(monkeypatch):
-    monkeypatch.setattr("melbo_ray.search.candidates._SENSE", -np.inf)
-    monkeypatch.setattr("melbo_ray.search.candidates._LOOP", 0.0)
+    monkeypatch.setattr("melbo_ray.search.written._SENSE", -np.inf)
+    monkeypatch.setattr("melbo_ray.search.written._LOOP", 0.0)
     monkeypatch.setattr("melbo_ray.search.candidates._WEAKER", 1.0)
     monkeypatch.setattr("melbo_ray.search.candidates._STRONG", 0.0)
     config = Config(melbo_steps=3, **OPTIONS)
@@ -141,7 +142,7 @@ def test_candidates_are_sought_again_beside_the_earlier_ones_until_one_writes_th
     torch.testing.assert_close(thetas[:5], first)
     assert all_there_are[0].reason.endswith("does not write the concept")
     wanted = all_there_are[12].written.text
-    monkeypatch.setattr("melbo_ray.search.candidates.score_text", lambda _concept, text: {"detected": text == wanted})
+    monkeypatch.setattr("melbo_ray.search.written.score_text", lambda _concept, text: {"detected": text == wanted})
     found = base_vector(tiny(), CONCEPT, config).candidates
     place = next(c.index for c in all_there_are if c.written.text == wanted)
     assert len(found) == 5 * (place // 5 + 1)

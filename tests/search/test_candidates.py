@@ -13,7 +13,8 @@ from melbo_ray.config import Config
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.search.base_vectors import maximise
-from melbo_ray.search.candidates import Candidate, Written, coherence, distinct, judge, rank
+from melbo_ray.search.candidates import Candidate, judge, rank
+from melbo_ray.search.written import Written, coherence, distinct
 from tests.families import D_MODEL, directions, plain_logits, tiny
 
 CONCEPT = Concept(
@@ -124,12 +125,12 @@ def greedy(prompt, theta):
 
 
 def test_candidates_are_judged_by_greedy_texts_on_the_training_and_the_held_out_prompts(monkeypatch):
-    monkeypatch.setattr("melbo_ray.search.candidates._SENSE", -math.inf)
-    monkeypatch.setattr("melbo_ray.search.candidates._LOOP", 0.0)
+    monkeypatch.setattr("melbo_ray.search.written._SENSE", -math.inf)
+    monkeypatch.setattr("melbo_ray.search.written._LOOP", 0.0)
     thetas = directions(7, norm=4.0)
     texts = [greedy(CONCEPT.prompt, theta) for theta in thetas]
     marks = {texts[2], texts[5]}  # the concept is what these two write
-    monkeypatch.setattr("melbo_ray.search.candidates.score_text", lambda _concept, text: {"detected": text in marks})
+    monkeypatch.setattr("melbo_ray.search.written.score_text", lambda _concept, text: {"detected": text in marks})
     found = rank(judge(tiny(), CONCEPT, CONFIG, thetas, [0.0] * 7)[0], None, False)
     assert [c.written.text for c in found] == texts
     assert [c.written.detected for c in found] == [text in marks for text in texts]
