@@ -5,6 +5,7 @@ candidate is judged by its greedy texts, and among those that write the concept 
 that follow a base of 3.5 nats stay at 2 % of that, those that follow one of 1 nat fall back to the unsteered answer.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
@@ -20,8 +21,9 @@ from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.steering import Prompts, continuation_score
 from melbo_ray.search.written import NOTHING, Written, write
 
-# A base that only just turns the answer is followed by vectors that do not: its effect must outlast a weaker dose.
-_WEAKER = 0.8
+# A base that only just turns the answer is followed by vectors that do not, and so is one between two regions of noise:
+# its effect must outlast weaker doses.
+_WEAKER = (0.8, 0.9)
 # Nats by which a base should turn the answer, KL(P_unsteered‖P_θ): on Qwen2.5-Coder-0.5B chains from bases above keep
 # within 2 to 4 % of that, chains from bases below 1.7 within 12 to 33 %.
 _STRONG = 1.8
@@ -41,7 +43,7 @@ class Candidate:
         concept_score: mean log-probability per token of the concept's continuations, steered minus unsteered (nats).
         unsteered_kl: KL(P_unsteered‖P_θ) at the last prompt token (nats), the unsteered KL of a chain from it.
         written: the greedy text on the training prompt.
-        weaker: the same under 0.8 θ; empty where the first does not show the concept.
+        weaker: the same under 0.8 θ and 0.9 θ; none where `written` does not show the concept.
         steps: MELBO's steps of ascent until then; None for another base.
         held_out: greedy texts on held-out prompts; only of the best of those that show the concept.
         gained: held-out prompts on which it shows the concept and the unsteered model does not.
@@ -57,7 +59,7 @@ class Candidate:
     concept_score: float
     unsteered_kl: float
     written: Written
-    weaker: Written
+    weaker: tuple[Written, ...]
     steps: int | None = None
     held_out: tuple[Written, ...] = ()
     gained: int = 0
@@ -67,8 +69,8 @@ class Candidate:
 
     @property
     def firm(self) -> bool:
-        """It shows the concept, and does under 0.8 θ too."""
-        return self.written.shows and self.weaker.shows
+        """It shows the concept, and does under weaker doses too."""
+        return self.written.shows and all(text.shows for text in self.weaker)
 
     @property
     def strong(self) -> bool:
@@ -97,7 +99,7 @@ class Candidate:
             "concept_score": self.concept_score,
             "unsteered_kl": self.unsteered_kl if isfinite(self.unsteered_kl) else None,
             "text": self.written.text,
-            "weaker_text": self.weaker.text if self.written.shows else None,
+            "weaker_text": self.weaker[0].text if self.weaker else None,
             "firm": self.firm,
             "detected": self.written.detected,
             "coherence": self.written.coherence,
@@ -132,13 +134,13 @@ def judge(
     written = dict(zip(usable, texts, strict=True))
     # A weaker dose matters only of those that show the concept.
     showing = [i for i, text in written.items() if text.shows]
-    weak = write(model, concept, config, [(training, _WEAKER * thetas[i]) for i in showing])
-    weaker = dict(zip(showing, weak, strict=True))
+    weak = iter(write(model, concept, config, [(training, dose * thetas[i]) for i in showing for dose in _WEAKER]))
+    weaker = {i: tuple(itertools.islice(weak, len(_WEAKER))) for i in showing}
     kls = _unsteered_kls(model, training, config.source_layer, thetas)
     found = [
         Candidate(
             first + i, theta, objectives[i], float(theta.norm()), scores[i], kls[i],
-            written.get(i, NOTHING), weaker.get(i, NOTHING),
+            written.get(i, NOTHING), weaker.get(i, ()),
         )
         for i, theta in enumerate(thetas)
     ]  # fmt: skip
@@ -180,7 +182,7 @@ def _verdict(candidate: Candidate) -> str:
         return f"writes in circles: {text.distinct:.0%} of its trigrams are distinct".replace("%", " %", 1)
     if not text.detected:
         return "does not write the concept"
-    firmly = "and under 0.8 of it too" if candidate.firm else "but not under 0.8 of it"
+    firmly = "and under 0.8 and 0.9 of it too" if candidate.firm else "but not under 0.8 and 0.9 of it"
     elsewhere = f"newly so on {candidate.gained} of {len(candidate.held_out)} held-out prompts"
     return f"writes the concept, {firmly}, and {elsewhere}; turns the answer by {candidate.unsteered_kl:.1f} nats"
 

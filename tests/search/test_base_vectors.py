@@ -131,7 +131,7 @@ def test_base_index_takes_one():
 def test_candidates_are_sought_again_beside_the_earlier_ones_until_one_writes_the_concept(monkeypatch):
     monkeypatch.setattr("melbo_ray.search.written._SENSE", -np.inf)
     monkeypatch.setattr("melbo_ray.search.written._LOOP", 0.0)
-    monkeypatch.setattr("melbo_ray.search.candidates._WEAKER", 1.0)
+    monkeypatch.setattr("melbo_ray.search.candidates._WEAKER", (1.0,))
     monkeypatch.setattr("melbo_ray.search.candidates._STRONG", 0.0)
     config = Config(melbo_steps=3, **OPTIONS)
     first = climbed(a_slice(), config)
@@ -155,7 +155,7 @@ def test_a_weak_base_is_kept_when_the_next_look_has_no_stronger_one(monkeypatch)
 
     def judged(slice, concept, config, thetas, first):
         text = Written("a text", True, -1.0, 1.0)
-        return [Candidate(first, thetas[0], 1.0, 4.0, 0.0, next(kls), text, text)], False
+        return [Candidate(first, thetas[0], 1.0, 4.0, 0.0, next(kls), text, (text,))], False
 
     monkeypatch.setattr("melbo_ray.search.base_vectors._judged", judged)
     found = base_vector(tiny(), CONCEPT, Config(melbo_steps=60, **OPTIONS))

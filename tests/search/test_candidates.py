@@ -33,7 +33,17 @@ def candidate(index, text, score=0.0, *, concept="jailbreak", sense=-0.8, rounds
 
     written = judged(text)
     return Candidate(
-        index, torch.zeros(2), 1.0, 3.0, score, far, written, judged(weaker or text), None, (written,) * 3, gained
+        index,
+        torch.zeros(2),
+        1.0,
+        3.0,
+        score,
+        far,
+        written,
+        (judged(weaker or text), written),
+        None,
+        (written,) * 3,
+        gained,
     )
 
 
@@ -65,7 +75,7 @@ def test_what_holds_under_a_weaker_dose_comes_before_other_prompts_and_the_score
     assert best.index == 1
     assert best.firm
     assert not fragile.firm
-    assert "but not under 0.8 of it" in taken(fragile).reason
+    assert "but not under 0.8 and 0.9 of it" in taken(fragile).reason
 
 
 def test_of_those_that_write_the_concept_a_strong_one_is_taken_then_one_that_does_elsewhere_then_the_farthest():
@@ -87,7 +97,7 @@ def test_every_candidate_says_why_and_one_that_was_asked_for_is_taken():
     ranked = rank(found, 1, True)
     assert [c.rank for c in ranked] == [1, 2, 3, 4]
     assert [c.reason for c in ranked] == [
-        "writes the concept, and under 0.8 of it too, and newly so on 0 of 3 held-out prompts; "
+        "writes the concept, and under 0.8 and 0.9 of it too, and newly so on 0 of 3 held-out prompts; "
         "turns the answer by 3.0 nats; so does the unsteered model",
         "taken, as --base-index asks: does not write the concept",
         "breaks the model: -6.0 nats a token under the unsteered one",
@@ -138,8 +148,9 @@ def test_candidates_are_judged_by_greedy_texts_on_the_training_and_the_held_out_
         (c for c in found if c.written.text in marks), key=lambda c: (c.firm, c.strong, c.gained, c.unsteered_kl)
     )
     assert [c.index for c in found if c.taken] == [best.index]
-    weaker = [greedy(CONCEPT.prompt, 0.8 * c.theta) if c.written.detected else "" for c in found]
-    assert [c.weaker.text for c in found] == weaker
+    for c in found:
+        weaker = [greedy(CONCEPT.prompt, dose * c.theta) for dose in (0.8, 0.9)] if c.written.detected else []
+        assert [text.text for text in c.weaker] == weaker
     tokens = tiny().tokenize(CONCEPT.prompt)
     unsteered, *steered = (
         plain_logits(tiny(), tokens, 1, theta)[-1].double().log_softmax(-1) for theta in (torch.zeros(D_MODEL), *thetas)
