@@ -25,6 +25,7 @@ from melbo_ray.host import resident_peak
 from melbo_ray.model.loading import EMBEDDED, load_config, locate
 from melbo_ray.model.partial import reads_whole, sketch
 from melbo_ray.runs import schema
+from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.work_unit import Unit
 
@@ -102,7 +103,7 @@ def _measured(role: str, config: Config, packed: bool) -> int:
 def work(role: str, packed: bool, folder: str, config: Config) -> int:
     """All that a worker of this role does, once, with its run in `folder`; its resident peak, bytes."""
     concept, run = load_concept(config.concepts[0]), Run.open(folder)
-    run.write_manifest({"status": "running"})
+    run.write_manifest(Manifest(run_id="bench"))
     worker = Worker(folder, "bench", config, [concept], 1, role == "evaluator", packed)
     worker.ready()
     base = normalize(torch.ones(worker.model.d_model), dim=0)

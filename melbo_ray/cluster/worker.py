@@ -6,7 +6,6 @@ that depends on the work alone, so any worker can be lost, repeated, or outrun b
 
 import contextlib
 import dataclasses
-import json
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,8 +84,8 @@ class Worker:
     def model(self) -> LanguageModel:
         """The model, spread over the worker's GPUs where it has several; or its lower part."""
         model = dataclasses.replace(self._load(), packed=self.packed)
-        manifest = json.loads(self.run.storage.get("run.json") or "{}")
-        take_prompts(model, manifest.get("prompts_rendered", {}), self.concepts, self.config.system_prompt)
+        if (manifest := self.run.manifest()) is not None:
+            take_prompts(model, manifest.prompts_rendered, self.concepts, self.config.system_prompt)
         return model
 
     def _load(self) -> LanguageModel:

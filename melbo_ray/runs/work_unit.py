@@ -1,9 +1,8 @@
 """Units of work: what is written at once under a name that says what it is; and which of them a run has done."""
 
-import json
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 _BLOCK = 512
 WHOLE = "whole"
@@ -89,9 +88,9 @@ def spans_of(coverage: Coverage, unit: Unit) -> list[list[int]]:
     return coverage.get(unit.concept, {}).get(unit.evaluation, {}).get(unit.kind, [])
 
 
-def progress(manifest: Mapping[str, Any], fresh: Iterable[Unit]) -> Coverage:
+def progress(published: Coverage, fresh: Iterable[Unit]) -> Coverage:
     """What is done of a run: published and fresh together."""
-    done = json.loads(json.dumps(manifest.get("done", {})))
+    done = copy.deepcopy(published)
     for unit in fresh:
         cover(done, unit)
     return done

@@ -16,6 +16,7 @@ import torch
 from melbo_ray.cluster.worker import stored_vectors
 from melbo_ray.evals.runner import EVALUATIONS
 from melbo_ray.runs.lease import Lease, holder
+from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.schema import table
 from melbo_ray.runs.storage import Storage
@@ -118,7 +119,7 @@ def test_a_run_that_is_stopped_leaves_what_it_has_published_and_the_lease_free(t
     _, said = driver.communicate(timeout=60)
     assert (driver.returncode, said) == (code, "stopped; the same command resumes\n")
     run = Run.open(url)
-    assert run.manifest()["status"] == "interrupted"
+    assert run.manifest().status == "interrupted"
     assert holder(run.storage) is None
     assert 0 < len(run.read("vectors", "code")) < 41
 
@@ -197,8 +198,8 @@ def _found(url: str) -> int:
 
 
 def _published(url: str) -> list[int]:
-    manifest = Run.open(url).manifest() or {}
-    spans = manifest.get("done", {}).get("code", {}).get("chain", {}).get("chain", [])
+    manifest = Run.open(url).manifest() or Manifest()
+    spans = manifest.done.get("code", {}).get("chain", {}).get("chain", [])
     return [i for first, last in spans for i in range(first, last + 1)]
 
 
