@@ -28,6 +28,7 @@ from melbo_ray.runs import schema
 from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.work_unit import Unit
+from melbo_ray.search.vectors import BaseVector, row
 
 SECOND = "MELBO_SECOND_MODEL"
 # Qwen2.5-1.5B's, and one for a quick look; saved as bfloat16, as models are published.
@@ -108,9 +109,8 @@ def work(role: str, packed: bool, folder: str, config: Config) -> int:
     worker.ready()
     base = normalize(torch.ones(worker.model.d_model), dim=0)
     if role == "chain":
-        empty = dict.fromkeys(schema.SCHEMAS["vectors"].names)
-        row = empty | {"run_id": "bench", "kind": "base", "index": 0, "vector": base.tolist()}
-        run.commit(Unit(concept.name, "base", "base", 0, 0), {"vectors": schema.table("vectors", [row])})
+        written = {"vectors": schema.table("vectors", [row("bench", "base", BaseVector(base))])}
+        run.commit(Unit.base(concept.name), written)
         list(worker.chains([concept.name]))
     else:
         worker.find_base(concept.name)

@@ -11,11 +11,11 @@ from rich.table import Table
 
 from melbo_ray.config import EVERY
 from melbo_ray.runs.manifest import Manifest, Outcome
-from melbo_ray.runs.work_unit import WHOLE, Coverage, Unit, count, progress
+from melbo_ray.runs.work_unit import WHOLE, Coverage, Unit, count, covers, progress
 
 if TYPE_CHECKING:  # a look at a run's storage needs neither
     from melbo_ray.cluster.backlog import Agenda
-    from melbo_ray.search.chain import SteeringVector
+    from melbo_ray.search.vectors import SteeringVector
 
 _LINE_EVERY, _BAR_EVERY = 5.0, 0.5
 _FEWEST_STEPS, _STEPS = 4, 16
@@ -135,7 +135,7 @@ def _standing(done: Coverage, concept: str, manifest: Manifest) -> dict[str, str
         for name in (name for name in evaluated if name not in EVERY and count(done, concept, name, "chain")):
             evaluated[name] += f" of a sample of {sample}"
     return {
-        "base vector": "found" if count(done, concept, "base", "base") else "not yet found",
+        "base vector": "found" if covers(done, Unit.base(concept)) else "not yet found",
         "vectors": f"{found} of {config['num_vectors']}",
         "chain stopped": outcome.stop_reason or "not yet",
         **{f"vectors with {name}": value for name, value in evaluated.items()},

@@ -21,7 +21,7 @@ from melbo_ray.model.partial import reads_whole, sketch
 from melbo_ray.model.residual_slice import check_layers
 from melbo_ray.runs.manifest import Manifest, Rendered, RenderedPrompt
 from melbo_ray.runs.run_store import Run
-from melbo_ray.runs.work_unit import count, progress
+from melbo_ray.runs.work_unit import Unit, covers, progress
 
 # What may differ when a run goes on: where and with how much it runs, and what more is asked of its vectors.
 _FREE = {
@@ -197,7 +197,7 @@ def _check_base(config: Config, concepts: Sequence[str]) -> None:
         manifest = run.manifest()
         if manifest is not None:
             done = progress(manifest.done, run.fresh())
-            if all(count(done, concept, "base", "base") for concept in concepts):
+            if all(covers(done, Unit.base(concept)) for concept in concepts):
                 return
     raise UserError(f"--base is {config.base!r}: expected melbo, contrast, or a file of vectors, and there is none")
 

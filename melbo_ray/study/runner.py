@@ -18,7 +18,6 @@ from melbo_ray.cluster.backlog import UNFINISHED, Agenda
 from melbo_ray.cluster.driver import Driver
 from melbo_ray.cluster.resources import lay_out
 from melbo_ray.cluster.session import connected
-from melbo_ray.cluster.worker import stored_vectors
 from melbo_ray.errors import UserError
 from melbo_ray.runs import checks
 from melbo_ray.runs.lease import Lease
@@ -28,6 +27,7 @@ from melbo_ray.runs.schema import SINK
 from melbo_ray.runs.storage import StorageError
 from melbo_ray.runs.work_unit import progress
 from melbo_ray.search.subspace import max_abs_cos
+from melbo_ray.search.vectors import stored_vectors
 from melbo_ray.study.display import Display
 from melbo_ray.study.preflight import Checked, compare, defined, prompts, recorded
 from melbo_ray.study.summary import base_figures, base_reason
@@ -109,9 +109,7 @@ class _Job:
         done = progress(self.manifest.done, self.run.fresh())
         agenda = Agenda(concept, config.evals, config.eval_batch, done, config.sample, config.num_vectors)
         agenda.retry(self.run.read("failures", concept).to_pylist())
-        for kind, vectors in stored_vectors(self.run, concept).items():
-            for index, vector in vectors.items():
-                agenda.learn(kind, index, vector.theta.numpy())
+        agenda.learn_stored(stored_vectors(self.run, concept))
         stopped = self.manifest.concepts.get(concept, Outcome()).stop_reason
         if agenda.found >= config.num_vectors:
             agenda.stop_reason = "num_vectors"
@@ -166,9 +164,9 @@ class _Job:
         """Publish what is left and audit the complete Gram matrices."""
         self.run.publish(self.manifest, self.lease.check)
         for name, outcome in self.manifest.concepts.items():
-            vectors = stored_vectors(self.run, name)
-            chain = [vector.theta for vector in (*vectors.get("base", {}).values(), *vectors.get("chain", {}).values())]
-            outcome.max_abs_cos = max_abs_cos(torch.stack(chain)) if chain else None
+            stored = stored_vectors(self.run, name)
+            thetas = [vector.theta for vector in (stored.base, *stored.chain) if vector is not None]
+            outcome.max_abs_cos = max_abs_cos(torch.stack(thetas)) if thetas else None
             outcome.failures = len(self.run.read("failures", name))
         self.run.storage.sweep()
         self.lease.check()

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from melbo_ray.cluster.worker import stored_vectors
 from melbo_ray.evals.runner import EVALUATIONS
 from melbo_ray.runs.lease import Lease, holder
 from melbo_ray.runs.manifest import Manifest
@@ -21,6 +20,7 @@ from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.schema import table
 from melbo_ray.runs.storage import Storage
 from melbo_ray.runs.work_unit import WHOLE, Unit
+from melbo_ray.search.vectors import stored_vectors
 from tests.cluster.conftest import REPOSITORY, rows, run_here
 
 
@@ -68,7 +68,7 @@ def test_a_study_ends_with_tables_a_manifest_and_a_summary(undisturbed):
 def test_the_audit_is_the_largest_cosine_of_all_pairs(undisturbed):
     _, url = undisturbed
     vectors = stored_vectors(Run.open(url), "code")
-    stack = torch.stack([vectors["base"][0].theta, *(v.theta for v in vectors["chain"].values())]).double().numpy()
+    stack = torch.stack([vectors.base.theta, *(vector.theta for vector in vectors.chain)]).double().numpy()
     stack /= (stack**2).sum(1, keepdims=True) ** 0.5
     gram = abs(stack @ stack.T - torch.eye(len(stack)).numpy())
     told = json.loads((Path(url) / "run.json").read_text())["concepts"]["code"]["max_abs_cos"]

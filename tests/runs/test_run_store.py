@@ -25,7 +25,7 @@ from melbo_ray.runs.manifest import Manifest, RenderedPrompt
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.schema import table
 from melbo_ray.runs.storage import Storage, StorageError
-from melbo_ray.runs.work_unit import WHOLE, Unit, count, cover, covers
+from melbo_ray.runs.work_unit import WHOLE, Task, Unit, count, cover, covers
 from tests.s3 import environment, faulty, serve
 
 
@@ -344,6 +344,14 @@ def test_a_unit_is_named_by_its_work():
     one = Unit("my-concept", "kl", "chain", 9, 16)
     assert one.name == "units/my-concept/kl.chain.000009-000016.zip"
     assert Unit.of(one.name) == one
+    assert one.task is Task.EVALUATION
+
+
+def test_the_searches_are_units_of_their_own_under_the_names_that_runs_have():
+    base, vector = Unit.base("code"), Unit.vector("code", 7)
+    assert (base.name, base.task) == ("units/code/base.base.000000-000000.zip", Task.BASE)
+    assert (vector.name, vector.task) == ("units/code/chain.chain.000007-000007.zip", Task.CHAIN)
+    assert (Unit.of(base.name), Unit.of(vector.name)) == (base, vector)
 
 
 def test_rows_are_read_the_same_fresh_and_published(run):
