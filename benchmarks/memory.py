@@ -25,8 +25,10 @@ from melbo_ray.host import resident_peak
 from melbo_ray.model.loading import EMBEDDED, load_config, locate
 from melbo_ray.model.partial import reads_whole, sketch
 from melbo_ray.runs import schema
+from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.work_unit import Unit
+from melbo_ray.search.vectors import BaseVector, row
 
 SECOND = "MELBO_SECOND_MODEL"
 # Qwen2.5-1.5B's, and one for a quick look; saved as bfloat16, as models are published.
@@ -102,14 +104,13 @@ def _measured(role: str, config: Config, packed: bool) -> int:
 def work(role: str, packed: bool, folder: str, config: Config) -> int:
     """All that a worker of this role does, once, with its run in `folder`; its resident peak, bytes."""
     concept, run = load_concept(config.concepts[0]), Run.open(folder)
-    run.write_manifest({"status": "running"})
+    run.write_manifest(Manifest(run_id="bench"))
     worker = Worker(folder, "bench", config, [concept], 1, role == "evaluator", packed)
     worker.ready()
     base = normalize(torch.ones(worker.model.d_model), dim=0)
     if role == "chain":
-        empty = dict.fromkeys(schema.SCHEMAS["vectors"].names)
-        row = empty | {"run_id": "bench", "kind": "base", "index": 0, "vector": base.tolist()}
-        run.commit(Unit(concept.name, "base", "base", 0, 0), {"vectors": schema.table("vectors", [row])})
+        written = {"vectors": schema.table("vectors", [row("bench", "base", BaseVector(base))])}
+        run.commit(Unit.base(concept.name), written)
         list(worker.chains([concept.name]))
     else:
         worker.find_base(concept.name)

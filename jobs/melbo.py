@@ -20,7 +20,7 @@ def main() -> None:
     console = Console()
     checked = check(parse(__doc__ or "").model_copy(update={"evals": []}))
     stored, manifest = run(checked, console, chains=False)
-    for concept in manifest["concepts"]:
+    for concept in manifest.concepts:
         console.print(candidates(stored, concept))
     console.print(f"results: {stored.storage.url}", highlight=False, soft_wrap=True)
 

@@ -14,7 +14,7 @@ _HOMES = {
     "Config": "config",
     "LanguageModel": "model.language_model",
     "Slice": "model.residual_slice",
-    "SteeringVector": "search.chain",
+    "SteeringVector": "search.vectors",
     "UserError": "errors",
     "base_vector": "search.base_vectors",
     "chain": "search.chain",

@@ -10,6 +10,7 @@ import numpy as np
 from melbo_ray.config import EVERY
 from melbo_ray.evals.runner import EVALUATIONS
 from melbo_ray.runs.work_unit import WHOLE, Coverage, Unit, block_of, count, covers, spans_of, uncover
+from melbo_ray.search.vectors import StoredVectors
 
 UNFINISHED = "unfinished"
 """The stop reason of a chain that nobody runs on now, and somebody may."""
@@ -56,6 +57,13 @@ class Agenda:
     def learn(self, kind: str, index: int, theta: np.ndarray) -> None:
         """Note a vector that is durable."""
         self.theta.setdefault(kind, {})[index] = theta
+
+    def learn_stored(self, stored: StoredVectors) -> None:
+        """Note every vector that is durable."""
+        if stored.base is not None:
+            self.learn("base", 0, stored.base.theta.numpy())
+        for vector in stored.chain:
+            self.learn("chain", vector.index, vector.theta.numpy())
 
     def retry(self, failures: Iterable[Mapping[str, Any]]) -> None:
         """Make due again what has failed, given as rows of the table `failures`."""

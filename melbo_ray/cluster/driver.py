@@ -11,15 +11,15 @@ from melbo_ray.cluster.metrics import Metrics
 from melbo_ray.cluster.pool import ATTEMPTS, Pool
 from melbo_ray.cluster.resources import Layout
 from melbo_ray.cluster.session import LOST, Deaths, Silence, answer
-from melbo_ray.cluster.worker import Found, Worker, stored_vectors
+from melbo_ray.cluster.worker import Found, Worker
 from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError
 from melbo_ray.evals.runner import EVALUATIONS
 from melbo_ray.runs import checks, schema
 from melbo_ray.runs.run_store import Run
-from melbo_ray.runs.work_unit import WHOLE, Unit, cover
-from melbo_ray.search.chain import SteeringVector
+from melbo_ray.runs.work_unit import WHOLE, Task, Unit, cover
+from melbo_ray.search.vectors import SteeringVector, stored_vectors
 
 _BACKLOG = 64
 _STREAM = {"num_returns": "streaming", "_generator_backpressure_num_objects": 8}
@@ -131,13 +131,13 @@ class Driver:
             self._chains.append(_Chain(actor, concepts, actor.ready.remote()))
 
     def _enlist(self, agenda: Agenda) -> None:
-        due = [Unit(agenda.concept, "base", "base", 0, 0)] if agenda.base is None else agenda.due()
+        due = [Unit.base(agenda.concept)] if agenda.base is None else agenda.due()
         new = [unit for unit in due if unit not in self._issued]
         self._issued.update(new)
         self.pool.add(new)
 
     def _evaluate(self, actor: Any, unit: Unit) -> Any:
-        if unit.evaluation == "base":
+        if unit.task is Task.BASE:
             return actor.find_base.remote(unit.concept)
         agenda = self.agendas[unit.concept]
         return actor.evaluate.remote(unit, agenda.vectors(unit), agenda.base, agenda.failed(unit))
@@ -164,7 +164,7 @@ class Driver:
             return
         agenda = self.agendas[unit.concept]
         cover(agenda.done, unit)
-        if unit.evaluation == "base":
+        if unit.task is Task.BASE:
             self._learn_stored(agenda)
         else:
             self._evaluations += unit.last - unit.first + 1
@@ -204,9 +204,7 @@ class Driver:
         self._enlist(agenda)
 
     def _learn_stored(self, agenda: Agenda) -> None:
-        for kind, vectors in stored_vectors(self.run, agenda.concept).items():
-            for index, vector in vectors.items():
-                agenda.learn(kind, index, vector.theta.numpy())
+        agenda.learn_stored(stored_vectors(self.run, agenda.concept))
         self._enlist(agenda)
 
     def _meet(self, worker: dict[str, Any]) -> None:
@@ -223,7 +221,7 @@ class Driver:
     def _give_up(self, unit: Unit) -> None:
         """File a unit as failed that has taken too many workers with it."""
         agenda = self.agendas[unit.concept]
-        if unit.evaluation == "base":
+        if unit.task is Task.BASE:
             raise UserError(f"finding the base of {unit.concept!r} ended its worker {ATTEMPTS} times")
         whole, failed = unit.kind == WHOLE, agenda.failed(unit)
         keys = {"run_id": self.run_id, "kind": "chain" if whole else unit.kind}

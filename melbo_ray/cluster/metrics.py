@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from ray.util.metrics import Gauge
 
 from melbo_ray.cluster.backlog import Agenda
-from melbo_ray.search.chain import SteeringVector
+from melbo_ray.search.vectors import SteeringVector
 
 _GAUGES = {
     "vectors_found": "vectors the chain has",

@@ -8,16 +8,9 @@ from typing import Any
 from melbo_ray.cluster.memory import Demands
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError
+from melbo_ray.runs.manifest import ALL_PACKED, Packed
 
 _MOST_THREADS = 8
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Whether each kind of worker holds packed copies of its weights; results differ in the last bits by it."""
-
-    chain: bool = True
-    evaluator: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,7 @@ def lay_out(
     cluster: Mapping[str, float],
     roles: bool,
     fixed: bool = False,
-    allowed: Packed = Packed(),
+    allowed: Packed = ALL_PACKED,
 ) -> Layout:
     """The layout for `concepts` chains, whose workers make these demands, on a cluster's total resources.
 

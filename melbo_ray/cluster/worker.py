@@ -6,7 +6,6 @@ that depends on the work alone, so any worker can be lost, repeated, or outrun b
 
 import contextlib
 import dataclasses
-import json
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,8 +29,9 @@ from melbo_ray.runs import schema
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.work_unit import WHOLE, Unit
 from melbo_ray.search import base_vectors
-from melbo_ray.search.chain import SteeringVector, chains
+from melbo_ray.search.chain import chains
 from melbo_ray.search.radius import Calibration
+from melbo_ray.search.vectors import BaseVector, SteeringVector, row, stored_vectors
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class Worker:
     def model(self) -> LanguageModel:
         """The model, spread over the worker's GPUs where it has several; or its lower part."""
         model = dataclasses.replace(self._load(), packed=self.packed)
-        manifest = json.loads(self.run.storage.get("run.json") or "{}")
-        take_prompts(model, manifest.get("prompts_rendered", {}), self.concepts, self.config.system_prompt)
+        if (manifest := self.run.manifest()) is not None:
+            take_prompts(model, manifest.prompts_rendered, self.concepts, self.config.system_prompt)
         return model
 
     def _load(self) -> LanguageModel:
@@ -134,13 +134,13 @@ class Worker:
         figures = {"radius": float(base.theta.norm()), **base.shares}
         facts = {"run_id": self.run_id, "kind": "base", "index": 0}
         written = {
-            "vectors": schema.table("vectors", [self._row("base", 0, base.theta)]),
+            "vectors": schema.table("vectors", [row(self.run_id, "base", BaseVector(base.theta))]),
             "candidates": schema.table("candidates", found),
             "radius": schema.table("radius", self._curve(base.calibration)),
             "summary": schema.table("summary", [facts | {"figure": k, "value": v} for k, v in figures.items()]),
         }
         with contextlib.suppress(FileExistsError):  # another worker was first; what it wrote is the base
-            self.run.commit(Unit(concept, "base", "base", 0, 0), written, exclusive=True)
+            self.run.commit(Unit.base(concept), written, exclusive=True)
 
     def chains(self, concepts: Sequence[str]) -> Iterator[Found]:
         """The chains of several concepts, from where storage says they stand; a vector is durable before it is yielded.
@@ -166,14 +166,13 @@ class Worker:
         # From the configuration alone: a resumed chain must take the same engine to find the same vectors to the bit.
         evaluations = self.config.num_vectors // self.config.block * self.config.max_evaluations
         part = Slice(self.model, prompts, self.config.source_layer, self.config.target_layer, evaluations)
-        bases = {concept: vectors["base"][0].theta for concept, vectors in stored.items()}
-        earlier = {c: [vector for _, vector in sorted(v.get("chain", {}).items())] for c, v in stored.items()}
+        bases = {concept: vectors.base.theta for concept, vectors in stored.items() if vectors.base is not None}
+        earlier = {concept: vectors.chain for concept, vectors in stored.items()}
         stopped: dict[str, str] = {}
         told: set[str] = set()
         for concept, vector in chains(part, bases, self.config, earlier, stopped):
-            row = self._row("chain", vector.index, vector.theta) | vector.certificate
-            unit = Unit(concept, "chain", "chain", vector.index, vector.index)
-            self.run.commit(unit, {"vectors": schema.table("vectors", [row])}, exclusive=True)
+            written = {"vectors": schema.table("vectors", [row(self.run_id, "chain", vector)])}
+            self.run.commit(Unit.vector(concept, vector.index), written, exclusive=True)
             yield Found(concept, vector, peak_memory=self._peak_memory())
             for name in stopped.keys() - told:
                 told.add(name)
@@ -211,18 +210,3 @@ class Worker:
         curve = zip(calibration.radii, calibration.nonlinearity, strict=True) if calibration else ()
         keys = {"run_id": self.run_id, "kind": "random"}
         return [keys | {"index": i, "radius": r, "nonlinearity": share} for i, (r, share) in enumerate(curve)]
-
-    def _row(self, kind: str, index: int, theta: torch.Tensor) -> dict[str, Any]:
-        empty = dict.fromkeys(schema.SCHEMAS["vectors"].names)
-        keys = {"run_id": self.run_id, "kind": kind, "index": index}
-        return empty | keys | {"vector": theta.tolist(), "norm": float(theta.norm())}
-
-
-def stored_vectors(run: Run, concept: str) -> dict[str, dict[int, SteeringVector]]:
-    """Every durable vector of a concept with its certificate, by kind and index."""
-    found: dict[str, dict[int, SteeringVector]] = {}
-    for row in run.read("vectors", concept).to_pylist():
-        theta = torch.tensor(row.pop("vector"), dtype=torch.float32)
-        kind, _ = row.pop("kind"), row.pop("run_id")
-        found.setdefault(kind, {})[row["index"]] = SteeringVector(theta=theta, **row)
-    return found

@@ -24,6 +24,7 @@ from melbo_ray.model.residual_slice import Slice
 from melbo_ray.model.sampling import generate
 from melbo_ray.model.steering import Prompts, encode, target_log_probs
 from melbo_ray.runs.checks import EXACT, PLAIN, Check
+from melbo_ray.runs.manifest import Rendered
 from melbo_ray.search.chain import derive_seed, value_and_grad
 
 # Tokens of a greedy text, and texts at most: each token is a pass of the model.
@@ -67,9 +68,7 @@ def selfcheck(
     return {name: _checked(name, *way) for name, way in ways.items()}
 
 
-def take_prompts(
-    model: LanguageModel, rendered: Mapping[str, Any], concepts: Mapping[str, Concept], system_prompt: str
-) -> None:
+def take_prompts(model: LanguageModel, rendered: Rendered, concepts: Mapping[str, Concept], system_prompt: str) -> None:
     """Let the model read every prompt as the run's manifest has it: a template may write today's date.
 
     Raises:
@@ -78,8 +77,8 @@ def take_prompts(
     for concept, prompts in rendered.items():
         for name, stored in prompts.items():
             prompt = concepts[concept].prompt if name == "training" else concepts[concept].held_out[name]
-            model.kept.setdefault("rendered", {})[prompt, system_prompt] = stored["text"]
-            if model.tokenize(prompt, system_prompt).tolist() != stored["tokens"]:
+            model.kept.setdefault("rendered", {})[prompt, system_prompt] = stored.text
+            if model.tokenize(prompt, system_prompt).tolist() != stored.tokens:
                 raise UserError(
                     f"the tokenizer of {model.name!r} on {socket.gethostname()} makes other tokens of the prompt "
                     f"{name!r} than this run was begun with: install the versions that its run.json names"

@@ -13,8 +13,8 @@ from melbo_ray.evals import generalization, kl
 from melbo_ray.evals.context import TRAINING, Row, Rows, Study, Vectors
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.search import chain
-from melbo_ray.search.chain import SteeringVector
 from melbo_ray.search.subspace import Subspace
+from melbo_ray.search.vectors import SteeringVector, row
 from melbo_ray.seeds import derive_seed
 
 _COUNT = 8
@@ -109,5 +109,4 @@ def random_target(study: Study, part: Slice, taken: Subspace, seed: int) -> Targ
 
 def _row(study: Study, vector: SteeringVector) -> Row:
     # The rows of an evaluation are the same whoever wrote them: no times.
-    columns = vector.certificate | {"seconds": None}
-    return study.row("shuffled", vector.index, vector=vector.theta.tolist(), **columns)
+    return row(study.run_id, "shuffled", vector) | {"seconds": None}

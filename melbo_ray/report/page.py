@@ -23,7 +23,8 @@ from plotly.offline import get_plotlyjs
 from melbo_ray.errors import UserError, first_line
 from melbo_ray.report import comparison, plots
 from melbo_ray.runs import checks, queries
-from melbo_ray.runs.queries import select
+from melbo_ray.runs.manifest import Manifest, Outcome
+from melbo_ray.runs.queries import select, under_threshold, unsteered
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.schema import SINK
 from melbo_ray.runs.storage import Storage
@@ -74,7 +75,7 @@ def export(run_url: str, folder: str) -> list[str]:
     return [str(path) for path in paths]
 
 
-def _page(db: duckdb.DuckDBPyConnection, manifest: dict[str, Any], url: str) -> str:
+def _page(db: duckdb.DuckDBPyConnection, manifest: Manifest, url: str) -> str:
     concepts = _concepts(db)
     environment = Environment(
         loader=PackageLoader("melbo_ray.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
@@ -87,18 +88,18 @@ def _page(db: duckdb.DuckDBPyConnection, manifest: dict[str, Any], url: str) -> 
     ]
     together = plots.draw_comparison(db, concepts)
     drawn = {concept: {name: draw(db, concept) for name, draw in plots.FIGURES.items()} for concept in concepts}
-    prompts = manifest.get("prompts", {})
+    prompts = manifest.prompts
     return environment.get_template("report.html").render(
         url=url,
         facts=_facts(manifest),
         concepts=concepts,
-        summaries={c: summary(db, c, manifest.get("concepts", {}).get(c, {})) for c in concepts},
+        summaries={c: summary(db, c, manifest.concepts.get(c, Outcome())) for c in concepts},
         comparisons={concept: comparison.cells(db, concept) for concept in concepts},
         figures={
             "concepts": {c: {name: _json(fig) for name, fig in drawn[c].items() if fig} for c in concepts},
             "comparison": together and _json(together),
         },
-        checks=checks.worst(manifest.get("checks", {})),
+        checks=checks.worst(manifest.checks),
         prompts=prompts,
         texts={c: _texts(db, c, prompts.get(c, {}), _ROOM // len(concepts)) for c in concepts},
         style=Markup((assets / "report.css").read_text("utf-8")),
@@ -115,16 +116,16 @@ def _json(fig: go.Figure) -> dict[str, Any]:
     return json.loads(fig.to_json())
 
 
-def _facts(manifest: dict[str, Any]) -> dict[str, str]:
+def _facts(manifest: Manifest) -> dict[str, str]:
     """What the run is: the head of the page."""
-    config = manifest.get("config", {})
+    config = manifest.config
     facts = {
-        "run": manifest.get("run_id"),
-        "status": manifest.get("status"),
-        "begun": manifest.get("created"),
+        "run": manifest.run_id,
+        "status": manifest.status,
+        "begun": manifest.created,
         "model": config.get("model"),
         "revision": config.get("revision"),
-        "weights": manifest.get("fingerprint"),
+        "weights": manifest.fingerprint,
         "source → target layer": f"{config.get('source_layer')} → {config.get('target_layer')}",
         "R": "calibrated for each concept" if config.get("radius") == "auto" else config.get("radius"),
         "z from position": config.get("z_from"),
@@ -133,9 +134,9 @@ def _facts(manifest: dict[str, Any]) -> dict[str, str]:
         "system prompt": config.get("system_prompt"),
         "seed": config.get("seed"),
         "measured of an even sample": (n := config.get("sample")) and f"all but KL, greedy texts: {n} vectors a chain",
-        "hardware": ", ".join(map(str, manifest.get("hardware", {}).values())),
-        "self-check": checks.line(manifest.get("checks", {})),
-        "versions": ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items()),
+        "hardware": ", ".join(map(str, manifest.hardware.values())),
+        "self-check": checks.line(manifest.checks),
+        "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }
     return {name: str(value) for name, value in facts.items() if value not in (None, "")}
 
@@ -143,7 +144,6 @@ def _facts(manifest: dict[str, Any]) -> dict[str, str]:
 _SUMMARY = """
     WITH k AS (SELECT kind, kl_from_base AS nats FROM kl
                WHERE concept = $1 AND scale = 'own' AND isfinite(kl_from_base)),
-         u AS (SELECT max(nats) AS nats FROM k WHERE kind = 'unsteered'),
          c AS (FROM k WHERE kind = 'chain'),
          r AS (FROM k WHERE kind = 'random'),
          x AS (FROM k WHERE kind = 'shuffled'),
@@ -152,11 +152,9 @@ _SUMMARY = """
          w AS (FROM t WHERE temperature = 0 AND prompt_id = 'training'),
          g AS (FROM generalization WHERE concept = $1 AND kind = 'chain' AND prompt_id <> 'training'),
          s AS (FROM summary WHERE concept = $1)
-    SELECT (SELECT count(*) FROM v) AS vectors, (SELECT nats FROM u) AS unsteered,
+    SELECT (SELECT count(*) FROM v) AS vectors,
            (SELECT median(nats) FROM c) AS chain, (SELECT median(nats) FROM r) AS random,
            (SELECT median(nats) FROM x) AS shuffled,
-           (SELECT avg((nats < 0.1 * (SELECT nats FROM u))::INT) FROM c) AS below_10,
-           (SELECT avg((nats < 0.5 * (SELECT nats FROM u))::INT) FROM c) AS below_50,
            (SELECT min(norm) FROM v) AS low,
            (SELECT max(norm) FILTER (isfinite(norm)) FROM v) AS high,
            (SELECT max(max_abs_cos) FILTER (isfinite(max_abs_cos)) FROM v) AS cos,
@@ -175,21 +173,23 @@ _SUMMARY = """
 _WARNING = ": an attention sink, read relative_loss_from_1"
 
 
-def summary(db: duckdb.DuckDBPyConnection, concept: str, facts: dict[str, Any]) -> dict[str, str]:
+def summary(db: duckdb.DuckDBPyConnection, concept: str, outcome: Outcome) -> dict[str, str]:
     """The key numbers of a concept by their names; – where something was not measured."""
     n = {name: float(values[0]) for name, values in select(db, _SUMMARY, concept).items()}
-    audit = facts.get("max_abs_cos")
+    counts = under_threshold(db, concept)
+    below = {share: counts.get(f"below_{share}_percent", math.nan) / counts.get("vectors", 1) for share in (10, 50)}
+    audit = outcome.max_abs_cos
     return {
         "R, norm of the base": _number(n["radius"]),
         "the target's part at the first position": _share(n["sink"]) + (_WARNING if n["sink"] >= SINK else ""),
         "vectors": f"{n['vectors']:.0f}",
-        "the chain ended": str(facts.get("stop_reason") or "–"),
+        "the chain ended": outcome.stop_reason or "–",
         "KL from base, median": _number(n["chain"], " nats"),
-        "KL, unsteered": _number(n["unsteered"], " nats"),
+        "KL, unsteered": _number(unsteered(db, concept), " nats"),
         "KL, random directions": _number(n["random"], " nats"),
         "KL, shuffled target": _number(n["shuffled"], " nats"),
-        "vectors below 10 % of unsteered KL": _share(n["below_10"]),
-        "vectors below 50 % of unsteered KL": _share(n["below_50"]),
+        "vectors below 10 % of unsteered KL": _share(below[10]),
+        "vectors below 50 % of unsteered KL": _share(below[50]),
         "KL changes most at n": _number(n["change"]),
         "norms": f"{_number(n['low'])} – {_number(n['high'])}",
         "largest |cos| of any two": _number(n["cos"] if audit is None else audit),
@@ -199,7 +199,7 @@ def summary(db: duckdb.DuckDBPyConnection, concept: str, facts: dict[str, Any]) 
         "sampled texts detected, all prompts": _share(n["sampled"]),
         "Bessel: rms part on any direction ≤": _number(n["bessel"]),
         "mean difference: dose for half the effect": _number(n["half"]),
-        "failed evaluations": str(facts.get("failures", "–")),
+        "failed evaluations": "–" if outcome.failures is None else str(outcome.failures),
     }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from melbo_ray.runs.queries import Columns, along_chain, select, unsteered
+from melbo_ray.runs.queries import WINDOW, Columns, along_chain, select, unsteered
 
 CHAIN, AVERAGE, BASE, UNSTEERED, CONTROL = "#4f86f7", "#f59e0b", "#10b981", "#ef4444", "#94a3b8"
 CONTRAST = "#a855f7"
@@ -29,10 +29,10 @@ def draw_kl(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
     # A random direction of the chain's n-th norm has index n: its band moves with n, unless there are only a few.
     band = select(
         db,
-        """SELECT index AS n, quantile_cont(kl_from_base, 0.05) OVER w AS low,
-                  quantile_cont(kl_from_base, 0.95) OVER w AS high
-           FROM kl WHERE concept = ? AND kind = 'random' AND scale = 'own'
-           WINDOW w AS (ORDER BY index ROWS BETWEEN 25 PRECEDING AND 24 FOLLOWING) ORDER BY n""",
+        f"""SELECT index AS n, quantile_cont(kl_from_base, 0.05) OVER w AS low,
+                   quantile_cont(kl_from_base, 0.95) OVER w AS high
+            FROM kl WHERE concept = ? AND kind = 'random' AND scale = 'own'
+            WINDOW w AS (ORDER BY index {WINDOW}) ORDER BY n""",
         concept,
     )
     if 0 < len(band["n"]) < 0.5 * len(chain["n"]):

@@ -1,14 +1,24 @@
 """What the self-check of a run came to: in the manifest by role, host and check, and in one line."""
 
-from typing import Any
+from typing import NotRequired
+
+from typing_extensions import TypedDict  # pydantic asks for it below Python 3.12
 
 EXACT, PLAIN = "exact", "plain way"
 
-Check = dict[str, Any]
-"""One check: `error` and its `tolerance`, how much was `compared`, `verdict` (`exact`, `plain way`), and the `reason`.
 
-Errors are relative; that of `texts` counts tokens, as `compared` does there.
-"""
+class Check(TypedDict):
+    """One check. Errors are relative; that of `texts` counts tokens, as `compared` does there."""
+
+    error: float
+    tolerance: float
+    compared: int
+    verdict: str  # `exact` or `plain way`
+    reason: str
+    role: NotRequired[str]
+    host: NotRequired[str]
+
+
 Checks = dict[str, dict[str, dict[str, Check]]]
 """Checks by role of the worker (`chain`, `evaluator`), host and name."""
 
@@ -26,7 +36,7 @@ def worst(checks: Checks) -> dict[str, Check]:
     for role, hosts in checks.items():
         for host, by_name in hosts.items():
             for name, check in by_name.items():
-                here = check | {"role": role, "host": host}
+                here: Check = {**check, "role": role, "host": host}
                 found[name] = max(found.get(name, here), here, key=_badness)
     return found
 

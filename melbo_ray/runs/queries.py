@@ -30,20 +30,27 @@ Columns = dict[str, np.ndarray]
 
 _PART = re.compile(r"^(?P<run>.*)/(?P<table>[^/]+)/concept=[^/]+/[^/._][^/]*\.parquet$")
 
+WINDOW = "ROWS BETWEEN 25 PRECEDING AND 24 FOLLOWING"
+"""Of a moving average: 50 vectors, centred, fewer at the two ends of a chain."""
+
+
+def _moving_average(column: str, over: str = "") -> str:
+    return f"avg({column}) FILTER (NOT isnan({column})) OVER ({over} ORDER BY index {WINDOW})"
+
+
 EXAMPLES = {
     # KL(P_n ‖ P_base) in nats against n, with its moving average over 50 vectors (fewer at the two ends).
-    "kl_against_n": """
+    "kl_against_n": f"""
         SELECT run_id, concept, index AS n, kl_from_base,
-               avg(kl_from_base) FILTER (NOT isnan(kl_from_base)) OVER (
-                   PARTITION BY run_id, concept ORDER BY index ROWS BETWEEN 25 PRECEDING AND 24 FOLLOWING
-               ) AS moving_average
+               {_moving_average("kl_from_base", "PARTITION BY run_id, concept")} AS moving_average
         FROM kl WHERE kind = 'chain' AND scale = 'own'
         ORDER BY run_id, concept, n
     """,
     # How many vectors of each concept lie below 10 % and below 50 % of the unsteered KL.
     "vectors_under_threshold": """
         WITH unsteered AS (
-            SELECT run_id, concept, max(kl_from_base) AS nats FROM kl WHERE kind = 'unsteered' GROUP BY ALL
+            SELECT run_id, concept, max(kl_from_base) AS nats FROM kl
+            WHERE kind = 'unsteered' AND scale = 'own' GROUP BY ALL
         )
         SELECT run_id, concept, count(*) AS vectors,
                count(*) FILTER (kl_from_base < 0.1 * nats) AS below_10_percent,
@@ -131,8 +138,7 @@ def along_chain(db: duckdb.DuckDBPyConnection, table: str, column: str, concept:
     """`column` of every chain vector, `n`, and its centred moving `average` over 50 vectors (fewer at the ends)."""
     return select(
         db,
-        f"""SELECT index AS n, {column} AS value, avg({column}) FILTER (NOT isnan({column})) OVER (
-                ORDER BY index ROWS BETWEEN 25 PRECEDING AND 24 FOLLOWING) AS average
+        f"""SELECT index AS n, {column} AS value, {_moving_average(column)} AS average
             FROM {table} WHERE concept = ? AND kind = 'chain' AND {_own(table)} ORDER BY n""",
         concept,
     )
@@ -140,6 +146,16 @@ def along_chain(db: duckdb.DuckDBPyConnection, table: str, column: str, concept:
 
 def _own(table: str) -> str:
     return "scale = 'own'" if table == "kl" else "true"
+
+
+def under_threshold(db: duckdb.DuckDBPyConnection, concept: str) -> dict[str, int]:
+    """`vectors` of one run's chain, how many are `below_10_percent` and `below_50_percent` of the unsteered KL.
+
+    Empty where the chain's KL or the unsteered one was not measured.
+    """
+    sql = "SELECT vectors, below_10_percent, below_50_percent"
+    found = select(db, f"{sql} FROM ({EXAMPLES['vectors_under_threshold']}) WHERE concept = ?", concept)
+    return {name: int(values[0]) for name, values in found.items() if len(values)}
 
 
 def unsteered(db: duckdb.DuckDBPyConnection, concept: str) -> float:

@@ -15,17 +15,15 @@ import dataclasses
 import datetime
 import io
 import json
-import re
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from melbo_ray.errors import UserError
+from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.schema import SCHEMA_VERSION, SCHEMAS
 from melbo_ray.runs.storage import Storage, StorageError
 from melbo_ray.runs.work_unit import WHOLE, Coverage, Unit, cover, covers, spans_of, uncover
@@ -46,42 +44,28 @@ class Run:
         """The run whose folder is `url`."""
         return cls(Storage(url, patient))
 
-    def manifest(self) -> dict[str, Any] | None:
+    def manifest(self) -> Manifest | None:
         """`run.json`; None where there is no run yet.
 
         Raises:
             UserError: it is no manifest, or one of another schema version.
         """
         data = self._known = self.storage.get("run.json")
-        if data is None:
-            return None
-        try:
-            manifest = json.loads(data)
-            version = manifest["schema_version"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self.storage.url}/run.json is not the manifest of a run") from None
-        if version != SCHEMA_VERSION:
-            raise UserError(
-                f"{self.storage.url} has schema version {version}, and this melbo_ray reads {SCHEMA_VERSION}: "
-                "use the release that wrote it, or start a new run"
-            )
-        return manifest
+        return None if data is None else Manifest.decode(data, self.storage.url)
 
-    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
+    def write_manifest(self, manifest: Manifest) -> None:
         """Replace `run.json` as this object has last read or written it; what another has made of it stays.
 
         Raises:
             StorageError: another driver has come between.
         """
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        text = json.dumps({"schema_version": SCHEMA_VERSION, **manifest, "updated": now}, indent=1, ensure_ascii=False)
-        # Token ids on one line. A break inside a string would be escaped.
-        text = re.sub(r"\[\n[\d\s,]+\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text)
+        data = manifest.model_copy(update={"updated": now}).encode()
         version = self.storage.version("run.json")
         if self.storage.get("run.json") != self._known:
             raise StorageError(f"{self.storage.url}/run.json: another driver has written it meanwhile; this one stops")
-        self.storage.swap("run.json", text.encode(), version)
-        self._known = text.encode()
+        self.storage.swap("run.json", data, version)
+        self._known = data
 
     def commit(self, unit: Unit, tables: Mapping[str, pa.Table], exclusive: bool = False) -> None:
         """Make a unit durable: all its rows appear at once, or none.
@@ -134,8 +118,8 @@ class Run:
             [_schema(table).empty_table(), *(rows.cast(_schema(table)) for rows in merged)]
         ).sort_by("index")
 
-    def publish(self, manifest: dict[str, Any], guard: Callable[[], None]) -> None:
-        """Merge the fresh units into the tables' parts, record them in `manifest["done"]`, and delete them.
+    def publish(self, manifest: Manifest, guard: Callable[[], None]) -> None:
+        """Merge the fresh units into the tables' parts, record them in `manifest.done`, and delete them.
 
         `guard` is called before each write and raises where the run is no longer ours; a write that is held up until
         another driver has replaced the part is refused by storage. Killed anywhere, the next call finishes the work.
@@ -159,7 +143,7 @@ class Run:
         if groups:
             units = [unit for group in groups.values() for unit in group]
             for unit in units:
-                cover(manifest["done"], unit)
+                cover(manifest.done, unit)
             guard()
             self.write_manifest(manifest)
             self.storage.delete(unit.name for unit in units)

@@ -6,7 +6,8 @@ columns: a change to them takes a new SCHEMA_VERSION.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, get_type_hints
 
 import pyarrow as pa
 
@@ -24,12 +25,40 @@ def _schema(**columns: pa.DataType) -> pa.Schema:
 _text, _float, _double, _int, _bool = pa.string(), pa.float32(), pa.float64(), pa.int32(), pa.bool_()
 _KL = {"kl_from_base": _float, "kl_to_base": _float, "kl_from_unsteered": _float}
 
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """How a vector was found and how closely it does what it was sought for: columns of `vectors`, with their types.
+
+    Attributes:
+        norm: ‖θ‖ (residual-stream units).
+        loss: ‖z(θ) − z(θ₀)‖ (residual-stream units), without the norm penalty.
+        relative_loss: loss / ‖z(0) − z(θ₀)‖.
+        relative_loss_from_0: the same with z over every position, as in the post.
+        relative_loss_from_1: the same with z over all positions but the first; null where there is no other.
+        evaluations: value-and-gradient evaluations it took; of a block, those of the block.
+        stop_reason: `converged`, `max_evaluations` or `line_search`: why the solver stopped.
+        max_abs_cos: largest |cos| with θ₀ and every earlier vector, float64.
+        seconds: wall time it took; of a block, an equal share.
+        seed: seed of its random start.
+    """
+
+    norm: Annotated[float, _float]
+    loss: Annotated[float, _float]
+    relative_loss: Annotated[float, _float]
+    relative_loss_from_0: Annotated[float, _float]
+    relative_loss_from_1: Annotated[float | None, _float]
+    evaluations: Annotated[int, _int]
+    stop_reason: Annotated[str, _text]
+    max_abs_cos: Annotated[float, _double]
+    seconds: Annotated[float, _float]
+    seed: Annotated[int, pa.int64()]
+
+
+_CERTIFICATE = {name: hint.__metadata__[0] for name, hint in get_type_hints(Certificate, include_extras=True).items()}
+
 SCHEMAS: dict[str, pa.Schema] = {
-    "vectors": _schema(
-        vector=pa.list_(_float), norm=_float, loss=_float, relative_loss=_float, relative_loss_from_0=_float,
-        relative_loss_from_1=_float, evaluations=_int, stop_reason=_text, max_abs_cos=_double, seconds=_float,
-        seed=pa.int64(),
-    ),
+    "vectors": _schema(vector=pa.list_(_float), **_CERTIFICATE),
     "radius": _schema(radius=_float, nonlinearity=_float),
     "candidates": _schema(
         vector=pa.list_(_float), steps=_int, objective=_float, radius=_float, concept_score=_float, text=_text,

@@ -1,9 +1,9 @@
 """Units of work: what is written at once under a name that says what it is; and which of them a run has done."""
 
-import json
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from enum import Enum
 
 _BLOCK = 512
 WHOLE = "whole"
@@ -12,13 +12,21 @@ Coverage = dict[str, dict[str, dict[str, list[list[int]]]]]
 """The indices that are done, as spans with both ends: by concept, evaluation and kind."""
 
 
+class Task(Enum):
+    """What a unit is: a search for a vector, or an evaluation of those found."""
+
+    BASE = "base"
+    CHAIN = "chain"
+    EVALUATION = "evaluation"
+
+
 @dataclass(frozen=True, order=True)
 class Unit:
-    """Work whose rows appear together: one evaluation of consecutive vectors of one kind.
+    """Work whose rows appear together: a search for one vector, or one evaluation of consecutive vectors of one kind.
 
     Attributes:
         concept: its name.
-        evaluation: name of the evaluation; `base` and `chain` for the vectors themselves.
+        evaluation: name of the evaluation; of the other tasks, `base` and `chain`.
         kind: `chain`, `base`, …, or `whole` for an evaluation of the chain as a whole, which replaces earlier ones.
         first: index of the first vector.
         last: index of the last one.
@@ -29,6 +37,21 @@ class Unit:
     kind: str
     first: int
     last: int
+
+    @classmethod
+    def base(cls, concept: str) -> "Unit":
+        """Finding the base of a concept."""
+        return cls(concept, Task.BASE.value, "base", 0, 0)
+
+    @classmethod
+    def vector(cls, concept: str, index: int) -> "Unit":
+        """One vector of a concept's chain."""
+        return cls(concept, Task.CHAIN.value, "chain", index, index)
+
+    @property
+    def task(self) -> Task:
+        """What is done."""
+        return {"base": Task.BASE, "chain": Task.CHAIN}.get(self.evaluation, Task.EVALUATION)
 
     @property
     def name(self) -> str:
@@ -89,9 +112,9 @@ def spans_of(coverage: Coverage, unit: Unit) -> list[list[int]]:
     return coverage.get(unit.concept, {}).get(unit.evaluation, {}).get(unit.kind, [])
 
 
-def progress(manifest: Mapping[str, Any], fresh: Iterable[Unit]) -> Coverage:
+def progress(published: Coverage, fresh: Iterable[Unit]) -> Coverage:
     """What is done of a run: published and fresh together."""
-    done = json.loads(json.dumps(manifest.get("done", {})))
+    done = copy.deepcopy(published)
     for unit in fresh:
         cover(done, unit)
     return done

@@ -92,7 +92,7 @@ class Candidate:
         """Its columns of the table `candidates`, keys but `index` aside; texts on held-out prompts where there are."""
         return {
             "index": self.index,
-            "vector": self.theta.tolist(),
+            "vector": self.theta.numpy(),
             "steps": self.steps,
             "objective": self.objective,
             "radius": self.radius,

@@ -8,8 +8,6 @@ Here z leaves the first position out by default (`z_from`): in many models it is
 import math
 import time
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,45 +18,8 @@ from melbo_ray.errors import UserError
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.search.solvers import BlockSolver, Solution, adam, block, lbfgs
 from melbo_ray.search.subspace import Subspace
+from melbo_ray.search.vectors import SteeringVector
 from melbo_ray.seeds import derive_seed
-
-
-@dataclass(frozen=True)
-class SteeringVector:
-    """A vector of the chain with its certificate.
-
-    Attributes:
-        index: position in the chain, from 1; the base is 0.
-        theta: (d_model,) float32 on the CPU.
-        norm: ‖θ‖ (residual-stream units).
-        loss: ‖z(θ) − z(θ₀)‖ (residual-stream units), without the norm penalty.
-        relative_loss: loss / ‖z(0) − z(θ₀)‖.
-        relative_loss_from_0: the same with z over every position, as in the post.
-        relative_loss_from_1: the same with z over all positions but the first; null where there is no other.
-        evaluations: value-and-gradient evaluations it took; of a block, those of the block.
-        stop_reason: `converged`, `max_evaluations` or `line_search`: why the solver stopped.
-        max_abs_cos: largest |cos| with θ₀ and every earlier vector, float64.
-        seconds: wall time it took; of a block, an equal share.
-        seed: seed of its random start.
-    """
-
-    index: int
-    theta: Float[Tensor, " d_model"]
-    norm: float
-    loss: float
-    relative_loss: float
-    relative_loss_from_0: float
-    relative_loss_from_1: float | None
-    evaluations: int
-    stop_reason: str
-    max_abs_cos: float
-    seconds: float
-    seed: int
-
-    @property
-    def certificate(self) -> dict[str, Any]:
-        """The columns of the table `vectors` beside the vector itself and its keys."""
-        return {name: value for name, value in vars(self).items() if name not in ("index", "theta")}
 
 
 def chain(

@@ -10,11 +10,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from melbo_ray.config import EVERY
-from melbo_ray.runs.work_unit import WHOLE, Coverage, Unit, count, progress
+from melbo_ray.runs.manifest import Manifest, Outcome
+from melbo_ray.runs.work_unit import WHOLE, Coverage, Unit, count, covers, progress
 
 if TYPE_CHECKING:  # a look at a run's storage needs neither
     from melbo_ray.cluster.backlog import Agenda
-    from melbo_ray.search.chain import SteeringVector
+    from melbo_ray.search.vectors import SteeringVector
 
 _LINE_EVERY, _BAR_EVERY = 5.0, 0.5
 _FEWEST_STEPS, _STEPS = 4, 16
@@ -108,23 +109,24 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def status(manifest: Mapping[str, Any], fresh: Iterable[Unit], driver: Mapping[str, Any] | None) -> Table:
+def status(manifest: Manifest, fresh: Iterable[Unit], driver: Mapping[str, Any] | None) -> Table:
     """Where a run stands: a row for each concept, a column for each evaluation with the vectors that have it."""
-    state = manifest["status"]
+    state: str = manifest.status
     if driver is not None:
         state = f"running, driven by process {driver['pid']} on {driver['host']}"
     elif state == "running":
         state = "interrupted: its driver is gone; the same command with this run id resumes"
-    done, config = progress(manifest, fresh), manifest["config"]
-    title = f"Run {manifest['run_id']}: {state} (as of {manifest['updated']})"
-    table = Table("", *manifest["definitions"], title=title, title_justify="left")
-    columns = [_standing(done, config, concept, manifest) for concept in manifest["definitions"]]
+    done = progress(manifest.done, fresh)
+    title = f"Run {manifest.run_id}: {state} (as of {manifest.updated})"
+    table = Table("", *manifest.definitions, title=title, title_justify="left")
+    columns = [_standing(done, concept, manifest) for concept in manifest.definitions]
     for name in columns[0]:
         table.add_row(name, *(column[name] for column in columns))
     return table
 
 
-def _standing(done: Coverage, config: Mapping[str, Any], concept: str, manifest: Mapping[str, Any]) -> dict[str, str]:
+def _standing(done: Coverage, concept: str, manifest: Manifest) -> dict[str, str]:
+    config, outcome = manifest.config, manifest.concepts.get(concept, Outcome())
     found = count(done, concept, "chain", "chain")
     evaluated = {
         name: str(count(done, concept, name, "chain") or count(done, concept, name, WHOLE)) for name in config["evals"]
@@ -133,8 +135,8 @@ def _standing(done: Coverage, config: Mapping[str, Any], concept: str, manifest:
         for name in (name for name in evaluated if name not in EVERY and count(done, concept, name, "chain")):
             evaluated[name] += f" of a sample of {sample}"
     return {
-        "base vector": "found" if count(done, concept, "base", "base") else "not yet found",
+        "base vector": "found" if covers(done, Unit.base(concept)) else "not yet found",
         "vectors": f"{found} of {config['num_vectors']}",
-        "chain stopped": manifest["concepts"].get(concept, {}).get("stop_reason") or "not yet",
+        "chain stopped": outcome.stop_reason or "not yet",
         **{f"vectors with {name}": value for name, value in evaluated.items()},
     }

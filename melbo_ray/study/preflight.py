@@ -4,7 +4,7 @@ import datetime
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.loading import load_config, pick_device
 from melbo_ray.model.partial import reads_whole, sketch
 from melbo_ray.model.residual_slice import check_layers
+from melbo_ray.runs.manifest import Manifest, Rendered, RenderedPrompt
 from melbo_ray.runs.run_store import Run
-from melbo_ray.runs.work_unit import count, progress
+from melbo_ray.runs.work_unit import Unit, covers, progress
 
 # What may differ when a run goes on: where and with how much it runs, and what more is asked of its vectors.
 _FREE = {
@@ -44,7 +45,7 @@ class Checked:
     config: Config
     concepts: list[Concept]
     demands: Demands
-    rendered: dict[str, dict[str, dict[str, Any]]]
+    rendered: Rendered
     naming: str = ""
 
 
@@ -105,21 +106,20 @@ def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
     return Checked(config.model_copy(update={"run_id": run_id}), concepts, needed, rendered, naming)
 
 
-def _prompts(concepts: Sequence[Concept]) -> dict[str, dict[str, str]]:
+def prompts(concepts: Sequence[Concept]) -> dict[str, dict[str, str]]:
+    """The text of every prompt by concept and name."""
     return {concept.name: {"training": concept.prompt, **concept.held_out} for concept in concepts}
 
 
-def _rendered(
-    shape: LanguageModel, config: Config, concepts: Sequence[Concept]
-) -> dict[str, dict[str, dict[str, Any]]]:
+def _rendered(shape: LanguageModel, config: Config, concepts: Sequence[Concept]) -> Rendered:
     kept = shape.kept.setdefault("rendered", {})
 
-    def of(prompt: str) -> dict[str, Any]:
+    def of(prompt: str) -> RenderedPrompt:
         # Once, whatever the time is that a template writes.
         text = kept.setdefault((prompt, config.system_prompt), shape.rendered(prompt, config.system_prompt))
-        return {"text": text, "tokens": shape.tokenize(prompt, config.system_prompt).tolist()}
+        return RenderedPrompt(text=text, tokens=shape.tokenize(prompt, config.system_prompt).tolist())
 
-    return {concept: {name: of(text) for name, text in own.items()} for concept, own in _prompts(concepts).items()}
+    return {concept: {name: of(text) for name, text in own.items()} for concept, own in prompts(concepts).items()}
 
 
 def _trained_on(concept: Concept, prompt: str) -> Concept:
@@ -138,36 +138,38 @@ def recheck(url: str, options: dict[str, Any]) -> Checked:
     manifest = run.manifest()
     if manifest is None:
         raise UserError(f"no run at {run.storage.url}: expected run.json there")
-    before = manifest["config"]
+    before = manifest.config
     asked = [name.strip() for name in options.pop("evals", "").split(",") if name.strip()]
-    place = {"evals": list(dict.fromkeys([*before["evals"], *asked])), "storage": run.storage.url.rpartition("/")[0]}
+    place: dict[str, Any] = {
+        "evals": list(dict.fromkeys([*before["evals"], *asked])),
+        "storage": run.storage.url.rpartition("/")[0],
+    }
     try:
         config = Config(**(before | options | place))
-        return check(config, [Concept(**definition) for definition in manifest["definitions"].values()])
+        return check(config, [Concept(**definition) for definition in manifest.definitions.values()])
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"--{'-'.join(map(str, first['loc'])).replace('_', '-')}: {first['msg']}") from None
 
 
-def compare(manifest: Mapping[str, Any], checked: Checked) -> None:
+def compare(manifest: Manifest, checked: Checked) -> None:
     """Refuse to go on with a run under another configuration; a chain may become longer.
 
     Raises:
         UserError: with every difference.
     """
-    now = identity(checked)
-    found = max((concept.get("vectors", 0) for concept in manifest["concepts"].values()), default=0)
+    before, options = manifest.config, recorded(checked.config)
+    found = max((outcome.vectors for outcome in manifest.concepts.values()), default=0)
     differences = [
-        f"{name} was {_short(manifest['config'].get(name))} and is {_short(now['config'].get(name))}"
-        for name in sorted({*manifest["config"], *now["config"]} - _FREE)
-        if manifest["config"].get(name) != now["config"].get(name)
-        and not (name == "num_vectors" and now["config"][name] >= found)
+        f"{name} was {_short(before.get(name))} and is {_short(options.get(name))}"
+        for name in sorted({*before, *options} - _FREE)
+        if before.get(name) != options.get(name) and not (name == "num_vectors" and options[name] >= found)
     ]
     differences += [
         f"{field} of concept {name} has changed"
-        for name, concept in now["definitions"].items()
+        for name, concept in defined(checked.concepts).items()
         for field in concept
-        if manifest["definitions"].get(name, concept).get(field) != concept[field]
+        if manifest.definitions.get(name, concept).get(field) != concept[field]
     ]
     if differences:
         raise UserError(
@@ -176,13 +178,14 @@ def compare(manifest: Mapping[str, Any], checked: Checked) -> None:
         )
 
 
-def identity(checked: Checked) -> dict[str, Any]:
-    """What of a configuration the manifest keeps, and a resumed run is held to."""
-    return {
-        "config": checked.config.model_dump(mode="json", exclude={"config", "plan"}),
-        "definitions": {concept.name: concept.model_dump(mode="json") for concept in checked.concepts},
-        "prompts": _prompts(checked.concepts),
-    }
+def recorded(config: Config) -> dict[str, Any]:
+    """The options as the manifest keeps them, and a resumed run is held to them."""
+    return config.model_dump(mode="json", exclude={"config", "plan"})
+
+
+def defined(concepts: Sequence[Concept]) -> dict[str, dict[str, Any]]:
+    """The concepts as the manifest keeps them, and a resumed run is held to them."""
+    return {concept.name: concept.model_dump(mode="json") for concept in concepts}
 
 
 def _check_base(config: Config, concepts: Sequence[str]) -> None:
@@ -193,8 +196,8 @@ def _check_base(config: Config, concepts: Sequence[str]) -> None:
         run = Run.open(f"{config.storage.rstrip('/')}/{config.run_id}", patient=False)
         manifest = run.manifest()
         if manifest is not None:
-            done = progress(manifest, run.fresh())
-            if all(count(done, concept, "base", "base") for concept in concepts):
+            done = progress(manifest.done, run.fresh())
+            if all(covers(done, Unit.base(concept)) for concept in concepts):
                 return
     raise UserError(f"--base is {config.base!r}: expected melbo, contrast, or a file of vectors, and there is none")
 

@@ -16,19 +16,20 @@ from rich.console import Console
 
 from melbo_ray.cluster.backlog import UNFINISHED, Agenda
 from melbo_ray.cluster.driver import Driver
-from melbo_ray.cluster.resources import Packed, lay_out
+from melbo_ray.cluster.resources import lay_out
 from melbo_ray.cluster.session import connected
-from melbo_ray.cluster.worker import stored_vectors
 from melbo_ray.errors import UserError
 from melbo_ray.runs import checks
 from melbo_ray.runs.lease import Lease
+from melbo_ray.runs.manifest import ALL_PACKED, Manifest, Outcome, Packed
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.schema import SINK
 from melbo_ray.runs.storage import StorageError
 from melbo_ray.runs.work_unit import progress
 from melbo_ray.search.subspace import max_abs_cos
+from melbo_ray.search.vectors import stored_vectors
 from melbo_ray.study.display import Display
-from melbo_ray.study.preflight import Checked, compare, identity
+from melbo_ray.study.preflight import Checked, compare, defined, prompts, recorded
 from melbo_ray.study.summary import base_figures, base_reason
 
 _PUBLISH_EVERY = 20.0
@@ -36,7 +37,7 @@ _FINGERPRINTS = ("fingerprint", "lower_fingerprint")
 _PACKAGES = ("melbo_ray", "torch", "transformers", "ray", "pyarrow", "numpy", "s3fs")
 
 
-def run(checked: Checked, console: Console, chains: bool = True) -> tuple[Run, dict[str, Any]]:
+def run(checked: Checked, console: Console, chains: bool = True) -> tuple[Run, Manifest]:
     """Begin or resume the run and do everything that is due; the run and its manifest.
 
     `chains`: run the chains on as well, not only the evaluations of what they have found.
@@ -51,7 +52,7 @@ def run(checked: Checked, console: Console, chains: bool = True) -> tuple[Run, d
         raise type(stop)(f"stopped; the same command{checked.naming} resumes") from None
 
 
-def _run(checked: Checked, console: Console, chains: bool) -> tuple[Run, dict[str, Any]]:
+def _run(checked: Checked, console: Console, chains: bool) -> tuple[Run, Manifest]:
     config = checked.config
     url = f"{config.storage.rstrip('/')}/{config.run_id}"
     first_look = Run.open(url, patient=False)
@@ -61,13 +62,12 @@ def _run(checked: Checked, console: Console, chains: bool) -> tuple[Run, dict[st
         console.print(f"run {config.run_id} in {first_look.storage.url}", highlight=False, soft_wrap=True)
         stored = Run.open(url)
         with connected() as resources:
-            allowed = Packed(**(manifest or {}).get("packed", {}))
+            allowed = manifest.packed if manifest else ALL_PACKED
             chains_due = len(checked.concepts) if chains else 0
             layout = lay_out(config, chains_due, checked.demands, *resources, allowed=allowed)
             if layout.packed != allowed:
                 console.print(_given_up(layout.packed), highlight=False, soft_wrap=True)
-            begun = _begin(stored, checked) | {"packed": dataclasses.asdict(layout.packed)}
-            job = _Job(stored, checked, begun, lease, console)
+            job = _Job(stored, checked, _begin(stored, checked, layout.packed), lease, console)
             with Display(console, config.num_vectors) as job.display:
                 job.drive(layout, chains)
         return stored, job.manifest
@@ -76,7 +76,7 @@ def _run(checked: Checked, console: Console, chains: bool) -> tuple[Run, dict[st
 class _Job:
     """One driver's time with a run: drive, publish every few seconds, finish or leave it resumable."""
 
-    def __init__(self, run: Run, checked: Checked, manifest: dict[str, Any], lease: Lease, console: Console) -> None:
+    def __init__(self, run: Run, checked: Checked, manifest: Manifest, lease: Lease, console: Console) -> None:
         self.run, self.checked, self.manifest, self.lease = run, checked, manifest, lease
         self.display = Display(console, checked.config.num_vectors)
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
@@ -86,32 +86,31 @@ class _Job:
         self._next_publication = time.monotonic() + _PUBLISH_EVERY
 
     def drive(self, layout: Any, chains: bool) -> None:
-        started, before = time.time(), self.manifest["seconds"]
+        started, before = time.time(), self.manifest.seconds
         config = self.checked.config
         agendas = {concept.name: self._agenda(concept.name, chains) for concept in self.checked.concepts}
         driver = Driver(self.run, str(config.run_id), config, self.checked.concepts, agendas, layout, self._tick)
-        driver.fingerprints = {name: self.manifest[name] for name in _FINGERPRINTS if self.manifest[name]}
-        driver.checks = copy.deepcopy(self.manifest["checks"])
-        status = "interrupted"
+        driver.fingerprints = {name: known for name in _FINGERPRINTS if (known := getattr(self.manifest, name))}
+        driver.checks = copy.deepcopy(self.manifest.checks)
+        finished = False
         try:
             driver.drive()
-            status = "finished"
+            finished = True
         finally:
             self._publisher.shutdown(wait=True)
-            with contextlib.nullcontext() if status == "finished" else contextlib.suppress(UserError):
+            with contextlib.nullcontext() if finished else contextlib.suppress(UserError):
                 self._note(driver)
-                self.manifest |= {"status": status, "seconds": before + time.time() - started}
+                self.manifest.status = "finished" if finished else "interrupted"
+                self.manifest.seconds = before + time.time() - started
                 self._finish()
 
     def _agenda(self, concept: str, chains: bool) -> Agenda:
         config = self.checked.config
-        done = progress(self.manifest, self.run.fresh())
+        done = progress(self.manifest.done, self.run.fresh())
         agenda = Agenda(concept, config.evals, config.eval_batch, done, config.sample, config.num_vectors)
         agenda.retry(self.run.read("failures", concept).to_pylist())
-        for kind, vectors in stored_vectors(self.run, concept).items():
-            for index, vector in vectors.items():
-                agenda.learn(kind, index, vector.theta.numpy())
-        stopped = self.manifest["concepts"].get(concept, {}).get("stop_reason")
+        agenda.learn_stored(stored_vectors(self.run, concept))
+        stopped = self.manifest.concepts.get(concept, Outcome()).stop_reason
         if agenda.found >= config.num_vectors:
             agenda.stop_reason = "num_vectors"
         elif stopped not in (None, "num_vectors", UNFINISHED):
@@ -145,14 +144,16 @@ class _Job:
 
     def _note(self, driver: Driver) -> None:
         """What the driver has learnt, into the manifest; only while nobody publishes."""
-        self.manifest |= driver.fingerprints
-        self.manifest["hardware"] |= driver.hardware
-        self.manifest["checks"] = copy.deepcopy(driver.checks)
-        peaks = self.manifest["peak_memory"]
+        manifest = self.manifest
+        for name, fingerprint in driver.fingerprints.items():
+            setattr(manifest, name, fingerprint)
+        manifest.hardware |= driver.hardware
+        manifest.checks = copy.deepcopy(driver.checks)
+        peaks = manifest.peak_memory
         peaks |= {role: max(peak, peaks.get(role, 0)) for role, peak in driver.peak_memory.items()}
         for name, agenda in driver.agendas.items():
-            facts = self.manifest["concepts"].setdefault(name, {})
-            facts |= {"vectors": agenda.found, "stop_reason": agenda.stop_reason}
+            outcome = manifest.concepts.setdefault(name, Outcome())
+            outcome.vectors, outcome.stop_reason = agenda.found, agenda.stop_reason
 
     def _publish(self) -> None:
         self.lease.check()
@@ -162,11 +163,11 @@ class _Job:
     def _finish(self) -> None:
         """Publish what is left and audit the complete Gram matrices."""
         self.run.publish(self.manifest, self.lease.check)
-        for name, facts in self.manifest["concepts"].items():
-            vectors = stored_vectors(self.run, name)
-            chain = [vector.theta for vector in (*vectors.get("base", {}).values(), *vectors.get("chain", {}).values())]
-            facts["max_abs_cos"] = max_abs_cos(torch.stack(chain)) if chain else None
-            facts["failures"] = len(self.run.read("failures", name))
+        for name, outcome in self.manifest.concepts.items():
+            stored = stored_vectors(self.run, name)
+            thetas = [vector.theta for vector in (stored.base, *stored.chain) if vector is not None]
+            outcome.max_abs_cos = max_abs_cos(torch.stack(thetas)) if thetas else None
+            outcome.failures = len(self.run.read("failures", name))
         self.run.storage.sweep()
         self.lease.check()
         self.run.write_manifest(self.manifest)
@@ -198,29 +199,23 @@ def _lease(run: Run) -> Generator[Lease]:
                 run.storage.prune()
 
 
-def _begin(run: Run, checked: Checked) -> dict[str, Any]:
+def _begin(run: Run, checked: Checked, packed: Packed) -> Manifest:
     """The manifest of a run that begins or goes on."""
     config = checked.config
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    fresh = {
-        "run_id": config.run_id,
-        "created": now,
-        "model": config.model,
-        "revision": config.revision,
-        **dict.fromkeys(_FINGERPRINTS),
-        "seed": config.seed,
-        "hardware": {},
-        "checks": {},
-        # As it was begun with: a template may write today's date.
-        "prompts_rendered": checked.rendered,
-        "peak_memory": {},
-        "seconds": 0.0,
-        "concepts": {},
-        "done": {},
-    }
+    manifest = run.manifest() or Manifest(
+        run_id=str(config.run_id),
+        created=now,
+        model=config.model,
+        revision=config.revision,
+        seed=config.seed,
+        prompts_rendered=checked.rendered,
+    )
+    manifest.config, manifest.definitions = recorded(config), defined(checked.concepts)
+    manifest.prompts = prompts(checked.concepts)
     installed = {d.name.replace("-", "_"): d.version for d in importlib.metadata.distributions()}
     versions = {name: installed[name] for name in _PACKAGES if name in installed}
-    manifest = fresh | (run.manifest() or {}) | identity(checked)
-    manifest |= {"status": "running", "versions": versions | {"python": platform.python_version()}}
+    manifest.versions = versions | {"python": platform.python_version()}
+    manifest.status, manifest.packed = "running", packed
     run.write_manifest(manifest)
     return manifest

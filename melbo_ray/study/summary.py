@@ -2,54 +2,55 @@
 
 import math
 import statistics
-from collections.abc import Mapping
-from typing import Any
 
+import duckdb
 import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from melbo_ray.report.intervals import median_interval
-from melbo_ray.runs import checks
+from melbo_ray.runs import checks, queries
+from melbo_ray.runs.manifest import Manifest, Outcome
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.schema import SINK
 
 
-def summary(run: Run, manifest: Mapping[str, Any]) -> Table:
-    """What was found: a row for each concept.
+def summary(run: Run, manifest: Manifest) -> Table:
+    """What was found, of what is published: a row for each concept.
 
     KL is KL(P_n ‖ P_base) at the vector's own norm, counted below 10 % and 50 % of that of the unsteered model.
     """
-    table = Table("", *manifest["concepts"], title=f"Run {manifest['run_id']}", title_justify="left")
-    columns = [_facts(run, concept, facts) for concept, facts in manifest["concepts"].items()]
+    db = queries.connect(run.storage.url)
+    table = Table("", *manifest.concepts, title=f"Run {manifest.run_id}", title_justify="left")
+    columns = [_facts(run, db, concept, outcome) for concept, outcome in manifest.concepts.items()]
     for name in columns[0] if columns else ():
         table.add_row(name, *(column[name] for column in columns))
     return table
 
 
-def _facts(run: Run, concept: str, facts: Mapping[str, Any]) -> dict[str, str]:
+def _facts(run: Run, db: duckdb.DuckDBPyConnection, concept: str, outcome: Outcome) -> dict[str, str]:
     vectors = run.read("vectors", concept)
     chain = vectors.filter(pc.field("kind") == "chain")
     norms, seconds = chain["norm"].to_pylist(), chain["seconds"].to_pylist()
-    below_10, below_50, unsteered = _kl_counts(run, concept)
+    counts = queries.under_threshold(db, concept)
     medians = {kind: _median_kl(run, concept, kind) for kind in ("chain", "random", "shuffled")}
     return {
         "the base": base_reason(run, concept) or "–",
         "R, and the first position's share of the target": _of_base(run, concept),
         "vectors found": str(len(chain)),
-        "why the chain stopped": str(facts["stop_reason"]),
+        "why the chain stopped": str(outcome.stop_reason),
         "KL from the base, nats: median [95 %]": medians["chain"],
         "the same, random directions": medians["random"],
         "the same, shuffled targets": medians["shuffled"],
-        "KL below 10 % of unsteered": below_10,
-        "KL below 50 % of unsteered": below_50,
-        "KL unsteered, nats": unsteered,
+        "KL below 10 % of unsteered": str(counts.get("below_10_percent", "–")),
+        "KL below 50 % of unsteered": str(counts.get("below_50_percent", "–")),
+        "KL unsteered, nats": f"{queries.unsteered(db, concept):.3f}" if counts else "–",
         "greedy texts with the concept": _greedy_texts(run, concept),
         "norms": f"{min(norms):.2f} to {max(norms):.2f}" if norms else "–",
-        "largest |cos|": f"{facts['max_abs_cos']:.1e}",
+        "largest |cos|": "–" if outcome.max_abs_cos is None else f"{outcome.max_abs_cos:.1e}",
         "seconds per vector, median": f"{statistics.median(seconds):.2f}" if seconds else "–",
-        "failed evaluations": str(facts["failures"]),
+        "failed evaluations": str(outcome.failures),
     }
 
 
@@ -94,16 +95,6 @@ def printable(text: str) -> str:
     return "".join(mark if mark.isprintable() or mark == "\n" else "�" for mark in text)
 
 
-def _kl_counts(run: Run, concept: str) -> tuple[str, str, str]:
-    rows = [row for row in run.read("kl", concept).to_pylist() if row["scale"] == "own"]
-    unsteered = [row["kl_from_base"] for row in rows if row["kind"] == "unsteered"]
-    values = [row["kl_from_base"] for row in rows if row["kind"] == "chain"]
-    if not unsteered or not values:
-        return "–", "–", "–"
-    below = [sum(value < share * unsteered[0] for value in values) for share in (0.1, 0.5)]
-    return str(below[0]), str(below[1]), f"{unsteered[0]:.3f}"
-
-
 def _median_kl(run: Run, concept: str, kind: str) -> str:
     """At the vectors' own norms, with its interval over vectors."""
     rows = run.read("kl", concept).filter((pc.field("kind") == kind) & (pc.field("scale") == "own"))
@@ -122,13 +113,13 @@ def _greedy_texts(run: Run, concept: str) -> str:
     return f"{sum(found)} of {len(found)}" if found else "–"
 
 
-def epilogue(console: Console, run: Run, manifest: Mapping[str, Any]) -> None:
+def epilogue(console: Console, run: Run, manifest: Manifest) -> None:
     """The summary, what memory it took, where the results lie, and a query to paste."""
     console.print(summary(run, manifest))
-    if peaks := manifest["peak_memory"]:
+    if peaks := manifest.peak_memory:
         told = ", ".join(f"{role} {peak / 1e9:.1f} GB" for role, peak in sorted(peaks.items()))
         console.print(f"memory at most: {told}", highlight=False)
-    if told := checks.line(manifest["checks"]):
+    if told := checks.line(manifest.checks):
         console.print(f"self-check: {told}", highlight=False, soft_wrap=True)
     url = run.storage.url
     console.print(f"results: {url}", highlight=False, soft_wrap=True)

@@ -14,6 +14,7 @@ import pytest
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
+from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.storage import StorageError
 from tests.cluster.conftest import REPOSITORY
@@ -138,8 +139,8 @@ class Chaos:
         """
         with contextlib.suppress(StorageError):
             run = Run.open(self.url)
-            manifest = run.manifest() or {}
-            spans = [s for e in manifest.get("done", {}).values() for k in e.values() for ss in k.values() for s in ss]
+            manifest = run.manifest() or Manifest()
+            spans = [s for e in manifest.done.values() for k in e.values() for ss in k.values() for s in ss]
             self.seen = len(run.fresh()) + sum(last - first + 1 for first, last in spans)
         return self.seen
 

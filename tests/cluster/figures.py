@@ -27,6 +27,7 @@ from melbo_ray.cluster.resources import lay_out
 from melbo_ray.config import Config
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.runs import schema
+from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.work_unit import Unit
 from tests.cluster.conftest import REPOSITORY
@@ -81,7 +82,7 @@ def storage() -> None:
     """A study of 1,000 vectors of d_model 2048 with 32 prompts, committed and published as the driver does."""
     dice, rows = random.Random(0), np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        run, manifest = Run.open(f"{folder}/run"), {"run_id": "run", "done": {}}
+        run, manifest = Run.open(f"{folder}/run"), Manifest(run_id="run")
         puts = peak = 0
         for first in range(1, 1001, 8):
             for index in range(first, first + 8):

@@ -19,7 +19,7 @@ from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.work_unit import Unit
 
 D_MODEL = 8
-BASE = Unit("code", "base", "base", 0, 0)
+BASE = Unit.base("code")
 ROW = dict.fromkeys(schema.SCHEMAS["vectors"].names) | {"run_id": "run", "vector": [1.0] * D_MODEL, "norm": 1.0}
 
 

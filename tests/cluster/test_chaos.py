@@ -6,9 +6,10 @@ import uuid
 import pytest
 
 from melbo_ray.cluster.backlog import Agenda
-from melbo_ray.cluster.worker import Worker, stored_vectors
+from melbo_ray.cluster.worker import Worker
 from melbo_ray.config import Config
 from melbo_ray.runs.run_store import Run
+from melbo_ray.search.vectors import stored_vectors
 from melbo_ray.study.preflight import check
 from tests.cluster.chaos import Chaos, cluster
 from tests.cluster.conftest import rows
@@ -37,9 +38,7 @@ def by_one_worker(tiny, storage, study):
     agenda = Agenda(
         "code", config.evals, config.eval_batch, {}, config.sample, config.num_vectors, stop_reason="num_vectors"
     )
-    for kind, vectors in stored_vectors(Run.open(f"{storage}/run"), "code").items():
-        for index, vector in vectors.items():
-            agenda.learn(kind, index, vector.theta.numpy())
+    agenda.learn_stored(stored_vectors(Run.open(f"{storage}/run"), "code"))
     for unit in agenda.due():
         worker.evaluate(unit, agenda.vectors(unit), agenda.base, agenda.failed(unit))
     return rows(f"{storage}/run")

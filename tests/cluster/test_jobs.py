@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from melbo_ray.cluster.worker import stored_vectors
 from melbo_ray.evals.runner import EVALUATIONS
 from melbo_ray.runs.lease import Lease, holder
+from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.schema import table
 from melbo_ray.runs.storage import Storage
 from melbo_ray.runs.work_unit import WHOLE, Unit
+from melbo_ray.search.vectors import stored_vectors
 from tests.cluster.conftest import REPOSITORY, rows, run_here
 
 
@@ -67,7 +68,7 @@ def test_a_study_ends_with_tables_a_manifest_and_a_summary(undisturbed):
 def test_the_audit_is_the_largest_cosine_of_all_pairs(undisturbed):
     _, url = undisturbed
     vectors = stored_vectors(Run.open(url), "code")
-    stack = torch.stack([vectors["base"][0].theta, *(v.theta for v in vectors["chain"].values())]).double().numpy()
+    stack = torch.stack([vectors.base.theta, *(vector.theta for vector in vectors.chain)]).double().numpy()
     stack /= (stack**2).sum(1, keepdims=True) ** 0.5
     gram = abs(stack @ stack.T - torch.eye(len(stack)).numpy())
     told = json.loads((Path(url) / "run.json").read_text())["concepts"]["code"]["max_abs_cos"]
@@ -118,7 +119,7 @@ def test_a_run_that_is_stopped_leaves_what_it_has_published_and_the_lease_free(t
     _, said = driver.communicate(timeout=60)
     assert (driver.returncode, said) == (code, "stopped; the same command resumes\n")
     run = Run.open(url)
-    assert run.manifest()["status"] == "interrupted"
+    assert run.manifest().status == "interrupted"
     assert holder(run.storage) is None
     assert 0 < len(run.read("vectors", "code")) < 41
 
@@ -197,8 +198,8 @@ def _found(url: str) -> int:
 
 
 def _published(url: str) -> list[int]:
-    manifest = Run.open(url).manifest() or {}
-    spans = manifest.get("done", {}).get("code", {}).get("chain", {}).get("chain", [])
+    manifest = Run.open(url).manifest() or Manifest()
+    spans = manifest.done.get("code", {}).get("chain", {}).get("chain", [])
     return [i for first, last in spans for i in range(first, last + 1)]
 
 

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import json
 import os
 import re
 import subprocess
@@ -79,7 +78,7 @@ def test_a_submitted_study_ends_in_object_storage_and_tells_no_credential(head, 
         ["ray", "job", "list", "--address", head, "--log-style=record"], capture_output=True, text=True, check=True
     )
     run = Run.open("s3://bucket/submitted/run")
-    told = [done.stdout, done.stderr, listed.stdout, json.dumps(run.manifest())]
+    told = [done.stdout, done.stderr, listed.stdout, run.manifest().model_dump_json()]
     told += [run.storage.get(name).decode() for name in run.storage.names("lease")]
     assert not any(secret in text for text in told for secret in SECRETS)
     found, evaluated = seen["vectors_found", "code"], seen["vectors_evaluated", "code"]

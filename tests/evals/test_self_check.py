@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import math
 
 import pytest
@@ -19,6 +18,7 @@ from melbo_ray.model.partial import lower
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.model.steering import Prompts
 from melbo_ray.runs import checks
+from melbo_ray.runs.manifest import Manifest
 from melbo_ray.study.preflight import check
 from tests.families import every_family, tiny
 
@@ -214,27 +214,27 @@ def begun(tmp_path):
     checked = check(config, CONCEPTS)
     worker = Worker(f"{tmp_path}/run", "run", checked.config, CONCEPTS, torch.get_num_threads())
     prompts = {concept.name: {"training": concept.prompt, **concept.held_out} for concept in CONCEPTS}
-    manifest = {"prompts": prompts, "prompts_rendered": checked.rendered}
+    manifest = Manifest(prompts=prompts, prompts_rendered=checked.rendered)
     return worker, manifest
 
 
 def test_the_tokens_in_the_manifest_are_those_that_are_used(begun):
     worker, manifest = begun
-    worker.run.storage.put("run.json", json.dumps(manifest).encode())
+    worker.run.write_manifest(manifest)
     answer = worker.ready()
     assert (answer["role"], list(answer["checks"])) == ("evaluator", ["slice", "logits", "scores", "texts"])
     for concept in CONCEPTS:
         study = Study(worker.model, worker.config, concept, "run", torch.ones(worker.model.d_model))
-        rendered = manifest["prompts_rendered"][concept.name]
+        rendered = manifest.prompts_rendered[concept.name]
         assert list(rendered) == ["training", "one", "two"]
         for name, prompt in rendered.items():
-            assert study.tokens(name).tolist() == prompt["tokens"]
-            assert worker.model.tokenizer(prompt["text"], add_special_tokens=False)["input_ids"] == prompt["tokens"]
+            assert study.tokens(name).tolist() == prompt.tokens
+            assert worker.model.tokenizer(prompt.text, add_special_tokens=False)["input_ids"] == prompt.tokens
 
 
 def test_a_worker_whose_tokenizer_makes_other_tokens_is_refused(begun):
     worker, manifest = begun
-    manifest["prompts_rendered"]["code"]["one"]["tokens"][-1] += 1
-    worker.run.storage.put("run.json", json.dumps(manifest).encode())
+    manifest.prompts_rendered["code"]["one"].tokens[-1] += 1
+    worker.run.write_manifest(manifest)
     with pytest.raises(UserError, match="makes other tokens of the prompt 'one' than this run was begun with"):
         worker.ready()

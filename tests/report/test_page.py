@@ -16,6 +16,7 @@ from melbo_ray.errors import UserError
 from melbo_ray.report import comparison, plots
 from melbo_ray.report import page as report
 from melbo_ray.runs import queries
+from melbo_ray.runs.manifest import Outcome
 from melbo_ray.runs.schema import SCHEMAS
 from tests.studies import UNSTEERED, auroc_of, kl_of, norm_of, write_part, write_study
 
@@ -184,7 +185,7 @@ def test_the_page_sets_the_chain_beside_its_nulls_with_intervals(tmp_path, db):
 
 
 def test_summary_counts_what_scipy_would(db):
-    numbers = report.summary(db, "code", {"stop_reason": "min_norm", "max_abs_cos": 3e-8, "failures": 2})
+    numbers = report.summary(db, "code", Outcome(stop_reason="min_norm", max_abs_cos=3e-8, failures=2))
     kl = np.array([kl_of(n, 120) for n in range(1, 121)])
     assert numbers["vectors"] == "120"
     assert numbers["KL from base, median"] == f"{np.median(kl):.3g} nats"

@@ -21,10 +21,11 @@ import melbo_ray.runs.storage
 from melbo_ray.cluster.backlog import Agenda
 from melbo_ray.errors import UserError
 from melbo_ray.runs.lease import TIME_TO_LIVE, Lease, LeaseLostError, holder
+from melbo_ray.runs.manifest import Manifest, RenderedPrompt
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.schema import table
 from melbo_ray.runs.storage import Storage, StorageError
-from melbo_ray.runs.work_unit import WHOLE, Unit, count, cover, covers
+from melbo_ray.runs.work_unit import WHOLE, Task, Unit, count, cover, covers
 from tests.s3 import environment, faulty, serve
 
 
@@ -69,8 +70,8 @@ def rows(first, last, kind="chain", value=0.0, failures=()):
     }
 
 
-def manifest():
-    return {"run_id": "one", "config": {}, "done": {}}
+def manifest(status="running"):
+    return Manifest(run_id="one", status=status)
 
 
 def indices(run, name="dose"):
@@ -343,6 +344,14 @@ def test_a_unit_is_named_by_its_work():
     one = Unit("my-concept", "kl", "chain", 9, 16)
     assert one.name == "units/my-concept/kl.chain.000009-000016.zip"
     assert Unit.of(one.name) == one
+    assert one.task is Task.EVALUATION
+
+
+def test_the_searches_are_units_of_their_own_under_the_names_that_runs_have():
+    base, vector = Unit.base("code"), Unit.vector("code", 7)
+    assert (base.name, base.task) == ("units/code/base.base.000000-000000.zip", Task.BASE)
+    assert (vector.name, vector.task) == ("units/code/chain.chain.000007-000007.zip", Task.CHAIN)
+    assert (Unit.of(base.name), Unit.of(vector.name)) == (base, vector)
 
 
 def test_rows_are_read_the_same_fresh_and_published(run):
@@ -356,7 +365,7 @@ def test_rows_are_read_the_same_fresh_and_published(run):
     assert run.read("dose", "code").equals(fresh)
     assert indices(run) == list(range(13))
     assert indices(run, "failures") == [3]
-    assert run.manifest()["done"] == {"code": {"dose": {"base": [[0, 0]], "chain": [[1, 12]]}}}
+    assert run.manifest().done == {"code": {"dose": {"base": [[0, 0]], "chain": [[1, 12]]}}}
     assert [n for n in run.storage.names() if n.endswith(".parquet")] == [
         "dose/concept=code/part-dose-00000.parquet",
         "failures/concept=code/part-dose-00000.parquet",
@@ -370,7 +379,7 @@ def test_publishing_again_adds_to_the_part_and_long_chains_get_several(run):
         run.publish(state, lambda: None)
     assert len(run.storage.names("dose")) == 2
     assert indices(run) == [*range(1, 17), *range(505, 521)]
-    assert count(state["done"], "code", "dose", "chain") == 32
+    assert count(state.done, "code", "dose", "chain") == 32
 
 
 def test_a_unit_written_again_after_it_was_published_is_not_doubled(run):
@@ -390,7 +399,7 @@ def test_an_evaluation_of_the_whole_chain_replaces_that_of_a_shorter_one(run):
     assert indices(run) == [1, 2]
     run.publish(state, lambda: None)
     assert indices(run) == [1, 2]
-    assert not covers(state["done"], unit(1, 17, kind=WHOLE))
+    assert not covers(state.done, unit(1, 17, kind=WHOLE))
 
 
 @pytest.mark.parametrize(("before", "after"), [((), (2,)), ((2,), ())])
@@ -444,7 +453,7 @@ def test_killed_anywhere_publishing_loses_and_doubles_nothing(url, monkeypatch):
         state = again.manifest() or manifest()
         again.publish(state, lambda: None)
         assert (indices(again), indices(again, "failures")) == (list(range(1, 17)), [1, 9])
-        assert state["done"]["code"]["dose"]["chain"] == [[1, 16]] if state["done"] else again.fresh() == []
+        assert state.done["code"]["dose"]["chain"] == [[1, 16]] if state.done else again.fresh() == []
 
 
 def test_sql_over_the_tables_sees_a_growing_whole_while_they_are_published(tmp_path):
@@ -527,7 +536,9 @@ def test_an_exclusive_unit_belongs_to_its_first_writer(run):
     assert run.read("dose", "code")["kl_from_base"].to_pylist() == [1.0]
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"{", b'{"schema_version": 99}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b"{", b'{"schema_version": 99}', b'{"schema_version": 2, "done": 1}']
+)
 def test_a_manifest_that_cannot_be_read_is_one_line(run, content):
     run.storage.put("run.json", content)
     with pytest.raises(UserError, match=r"run\.json|schema version 99") as caught:
@@ -537,10 +548,13 @@ def test_a_manifest_that_cannot_be_read_is_one_line(run, content):
 
 def test_token_ids_stand_on_one_line_and_no_text_changes(tmp_path):
     run = Run.open(f"{tmp_path}/one")
-    told = {"text": "[\n 1,\n 2\n]", "tokens": [1, 22, 333], "spans": [[1, 8]], "none": []}
+    told = manifest()
+    told.prompts_rendered = {"code": {"training": RenderedPrompt(text="[\n 1,\n 2\n]", tokens=[1, 22, 333])}}
+    told.config, told.done = {"none": []}, {"code": {"kl": {"chain": [[1, 8]]}}}
     run.write_manifest(told)
-    assert told.items() <= run.manifest().items()
-    assert b'"tokens": [ 1, 22, 333 ],\n' in run.storage.get("run.json")
+    found = run.manifest()
+    assert found.model_dump(exclude={"updated"}) == told.model_dump(exclude={"updated"})
+    assert b'"tokens": [ 1, 22, 333 ]\n' in run.storage.get("run.json")
 
 
 def test_coverage_is_kept_as_few_spans():
@@ -614,12 +628,12 @@ def without(written, failures):
 def test_a_driver_that_was_superseded_does_not_replace_the_manifest(run, url):
     newer = Run.open(url)
     for state in ("running", "interrupted"):
-        run.write_manifest(manifest() | {"status": state})
+        run.write_manifest(manifest(state))
     newer.manifest()
-    newer.write_manifest(manifest() | {"status": "newer"})
+    newer.write_manifest(manifest("finished"))
     with pytest.raises(StorageError, match="another driver has written it"):
         run.write_manifest(manifest())
-    assert newer.manifest()["status"] == "newer"
+    assert newer.manifest().status == "finished"
 
 
 @pytest.mark.parametrize("before", [[], ["running"]])
@@ -628,18 +642,18 @@ def test_a_manifest_that_arrives_late_changes_nothing(s3, monkeypatch, before):
     url = f"s3://bucket/{uuid.uuid4().hex}/one"
     late, newer = Run.open(url), Run.open(url)
     for state in before:
-        late.write_manifest(manifest() | {"status": state})
+        late.write_manifest(manifest(state))
     look, looks = late.storage.get, []
 
     def stalls(name):
         found = look(name)
         if not looks:
             newer.manifest()
-            newer.write_manifest(manifest() | {"status": "newer"})
+            newer.write_manifest(manifest("finished"))
         looks.append(name)
         return found
 
     monkeypatch.setattr(late.storage, "get", stalls)
     with pytest.raises(StorageError, match="pre-conditions"):
         late.write_manifest(manifest())
-    assert newer.manifest()["status"] == "newer"
+    assert newer.manifest().status == "finished"

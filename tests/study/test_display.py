@@ -1,6 +1,5 @@
 """How a run is going: the time that is left."""
 
-import json
 import re
 from io import StringIO
 
@@ -14,7 +13,7 @@ from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.work_unit import cover
 from melbo_ray.study import display, summary
 from melbo_ray.study.display import Display
-from tests.studies import directions, write_part, write_study
+from tests.studies import UNSTEERED, directions, write_part, write_study
 
 VECTORS, BATCH = 24, 8
 EVALS = ["kl", "generations", "dose", "control", "geometry"]
@@ -126,10 +125,14 @@ def test_a_models_text_commands_no_terminal(tmp_path):
 
 def test_the_summary_sets_the_chains_median_kl_beside_its_nulls(tmp_path):
     run = write_study(tmp_path, num_vectors=25)
-    table = summary.summary(Run.open(str(run)), json.loads((run / "run.json").read_text()))
+    stored = Run.open(str(run))
+    table = summary.summary(stored, stored.manifest())
     lines = dict(zip(*(column.cells for column in table.columns), strict=True))
     values = [kl for kind, _, _, kl in directions(25) if kind == "chain"]
     low, high = median_interval(values)
     assert lines["KL from the base, nats: median [95 %]"] == f"{np.median(values):.2f} [{low:.2f}, {high:.2f}]"
     assert lines["the same, random directions"].startswith("2.")
     assert lines["the same, shuffled targets"] == "1.90"
+    assert lines["KL below 10 % of unsteered"] == str(sum(value < UNSTEERED / 10 for value in values))
+    assert lines["KL below 50 % of unsteered"] == str(sum(value < UNSTEERED / 2 for value in values))
+    assert lines["KL unsteered, nats"] == f"{UNSTEERED:.3f}"

@@ -3,6 +3,7 @@ import pytest
 
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError
+from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.run_store import Run
 from melbo_ray.study.preflight import check, recheck
 from melbo_ray.study.runner import _lease
@@ -48,7 +49,7 @@ def test_the_file_of_a_base_may_be_gone_once_the_base_is_stored(options, tmp_pat
     config = check(Config(**options)).config
     done = {"code": {"base": {"base": [[0, 0]]}}} if stored else {}
     definitions = {concept.name: concept.model_dump() for concept in check(config).concepts}
-    manifest = {"config": config.model_dump(mode="json"), "definitions": definitions, "done": done, "concepts": {}}
+    manifest = Manifest(config=config.model_dump(mode="json"), definitions=definitions, done=done)
     run = Run.open(f"{tmp_path}/runs/run")
     run.manifest()
     run.write_manifest(manifest)

@@ -1,0 +1,86 @@
+"""Steering vectors as the code has them, and as rows of the table `vectors`: the one place that turns them about.
+
+The code says `theta`, the table `vector`: one column of float32 lists, copied from and to Arrow's buffers.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from melbo_ray.runs.run_store import Run
+from melbo_ray.runs.schema import Certificate
+
+
+@dataclass(frozen=True)
+class BaseVector:
+    """θ₀, which a chain starts from.
+
+    Attributes:
+        theta: (d_model,) float32 on the CPU.
+    """
+
+    theta: Float[Tensor, " d_model"]
+
+    @property
+    def norm(self) -> float:
+        """R = ‖θ₀‖ (residual-stream units)."""
+        return float(self.theta.norm())
+
+
+@dataclass(frozen=True)
+class SteeringVector(Certificate):
+    """A vector of a chain with its certificate.
+
+    Attributes:
+        index: position in the chain, from 1; the base is 0.
+        theta: (d_model,) float32 on the CPU.
+    """
+
+    index: int
+    theta: Float[Tensor, " d_model"]
+
+
+@dataclass(frozen=True)
+class StoredVectors:
+    """The vectors of a concept that any worker has made durable.
+
+    Attributes:
+        base: θ₀; None until it is found.
+        chain: in order, from index 1.
+    """
+
+    base: BaseVector | None
+    chain: list[SteeringVector]
+
+
+def row(run_id: str, kind: str, vector: BaseVector | SteeringVector) -> dict[str, Any]:
+    """The vector's row in the table `vectors`; a base has index 0 and, of a certificate, its norm alone."""
+    names = [field.name for field in fields(Certificate)]
+    if isinstance(vector, BaseVector):
+        index, certificate = 0, dict.fromkeys(names) | {"norm": vector.norm}
+    else:
+        index, certificate = vector.index, {name: getattr(vector, name) for name in names}
+    return {"run_id": run_id, "kind": kind, "index": index, "vector": vector.theta.numpy(), **certificate}
+
+
+def stored_vectors(run: Run, concept: str) -> StoredVectors:
+    """The base and the chain of a concept, published or not."""
+    rows = run.read("vectors", concept)
+    values = rows["vector"].combine_chunks().flatten().to_numpy().reshape(max(len(rows), 1), -1)
+    base, chain = None, []
+    for facts, theta in zip(rows.drop_columns(["run_id", "vector"]).to_pylist(), values, strict=False):
+        kind = facts.pop("kind")
+        if kind == "base":
+            base = BaseVector(_tensor(theta))
+        elif kind == "chain":
+            chain.append(SteeringVector(theta=_tensor(theta), **facts))
+    return StoredVectors(base, chain)
+
+
+def _tensor(values: Float[np.ndarray, " d_model"]) -> Float[Tensor, " d_model"]:
+    # A copy: Arrow's buffers are read-only, and aligned as it likes; the last bits of a product may depend on that.
+    return torch.tensor(values)
