@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from melbo_ray.cluster.worker import stored_vectors
-from melbo_ray.evals.runner import EVALUATIONS
+from melbo_ray.evals.catalog import EVALUATIONS
 from melbo_ray.runs.lease import Lease, holder
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.schema import table

@@ -3,7 +3,8 @@
 import pytest
 from transformers import LlamaConfig
 
-from melbo_ray.config import EVALUATIONS, Config
+from melbo_ray.config import Config
+from melbo_ray.evals.catalog import EVALUATIONS
 from melbo_ray.study.calibration import Machine
 from melbo_ray.study.planner import plan, runs_of_evaluations
 from melbo_ray.study.preflight import check
