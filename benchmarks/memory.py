@@ -20,7 +20,7 @@ from melbo_ray.cluster.memory import demands
 from melbo_ray.cluster.worker import Worker
 from melbo_ray.concepts.loader import load_concept
 from melbo_ray.config import Config
-from melbo_ray.evals.runner import EVALUATIONS
+from melbo_ray.evals.catalog import PER_VECTOR
 from melbo_ray.host import resident_peak
 from melbo_ray.model.loading import EMBEDDED, load_config, locate
 from melbo_ray.model.partial import reads_whole, sketch
@@ -114,7 +114,7 @@ def work(role: str, packed: bool, folder: str, config: Config) -> int:
         list(worker.chains([concept.name]))
     else:
         worker.find_base(concept.name)
-        for name in (name for name, evaluation in EVALUATIONS.items() if evaluation.scope == "vector"):
+        for name in PER_VECTOR:
             worker.evaluate(Unit(concept.name, name, "chain", 1, 1), -base[None].numpy(), base.numpy(), {})
     return resident_peak()
 

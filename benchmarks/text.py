@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from benchmarks.reference import Bench, Row, timed
 from melbo_ray.concepts.loader import load_concept
 from melbo_ray.evals.context import Study, Vectors
-from melbo_ray.evals.runner import EVALUATIONS
+from melbo_ray.evals.runner import FUNCTIONS
 from melbo_ray.model import packed_linear
 from melbo_ray.model.hooks import steering
 from melbo_ray.model.sampling import Job, generate
@@ -81,7 +81,7 @@ def evaluations(bench: Bench) -> Iterator[Row]:
     for name in ("kl", "dose", "generalization", "generations"):
 
         def ours(name: str = name) -> None:
-            EVALUATIONS[name].run(study, vectors)
+            FUNCTIONS[name](study, vectors)
 
         def plainly(ours: Callable[[], None] = ours) -> None:
             with _plain(bench):

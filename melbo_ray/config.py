@@ -30,13 +30,6 @@ def _split(value: Any) -> Any:
 Names = Annotated[list[str], BeforeValidator(_split)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-EVALUATIONS = (
-    "kl", "greedy", "generations", "generalization", "dose", "presence", "control", "shuffled", "composition",
-    "geometry", "rescaled",
-)  # fmt: skip
-EVERY = ("kl", "greedy")
-"""The evaluations that are asked of every vector, whatever the option `sample` says."""
-
 
 class Config(BaseSettings):
     """One study: which model, which concepts, how the chain is run, what is measured, where it is stored."""
@@ -123,8 +116,8 @@ class Config(BaseSettings):
     seed: NonNegativeInt = 0
     """The one seed; every random draw derives from (seed, concept, index, purpose)."""
 
-    evals: Names = list(EVALUATIONS)
-    """Evaluations to run, comma-separated."""
+    evals: Names = ["all"]
+    """Evaluations to run, comma-separated, or `all`."""
     sample: PositiveInt | None = None
     """Vectors that evaluations beyond `kl`, `greedy` and those of the whole chain are asked of: an even sample of the
     chain; all of it without this."""

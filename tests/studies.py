@@ -6,12 +6,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from melbo_ray.report.sections import SECTIONS
 from melbo_ray.runs.schema import SCHEMA_VERSION, SCHEMAS, table
 
 UNSTEERED = 2.0
 """KL of the unsteered model from the base in every study here, nats."""
+
+WRITTEN = {"vectors", "geometry", "kl", "generalization", "generations", "dose", "presence", "summary", "composition"}
+"""The tables that have formulas here; of others that the report shows, every vector has a row of ones."""
 
 
 def kl_of(n: int, num_vectors: int) -> float:
@@ -141,6 +146,13 @@ def _rows(
                 }
                 for sinks in ("kept", "dropped")
             ]  # fmt: skip
+        for name in {section.table for section in SECTIONS} - WRITTEN if row["kind"] in ("base", "chain") else ():
+            numbers = [
+                field.name
+                for field in SCHEMAS[name]
+                if pa.types.is_floating(field.type) or pa.types.is_integer(field.type)
+            ]
+            rows[name].append(dict.fromkeys(numbers, 1) | row)
     for figure, value in {"change_point": num_vectors // 2, "bessel_rms_component": 0.7}.items():
         rows["summary"].append({"kind": "chain", "index": 0, "figure": figure, "value": value})
     for k in (k for k in (2, 3, 5, 10, 20) if k <= num_vectors):

@@ -7,15 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from melbo_ray.config import EVERY
-from melbo_ray.evals.runner import EVALUATIONS
+from melbo_ray.evals.catalog import CONTROLS, EVALUATIONS, SAMPLED
 from melbo_ray.runs.work_unit import WHOLE, Coverage, Unit, block_of, count, covers, spans_of, uncover
 from melbo_ray.search.vectors import StoredVectors
 
 UNFINISHED = "unfinished"
 """The stop reason of a chain that nobody runs on now, and somebody may."""
-CONTROLS = ("base", "unsteered")
-"""The kinds of one vector each, index 0, that every vector is compared with; `unsteered` is the vector 0."""
 
 
 @dataclass
@@ -70,7 +67,7 @@ class Agenda:
         for row in failures:
             name, kind, index = row["evaluation"], row["kind"], row["index"]
             if name in self.names:
-                whole = EVALUATIONS[name].scope == "chain"
+                whole = EVALUATIONS[name].scope == WHOLE
                 self.attempts[name, kind, 0 if whole else index] = row["attempts"]
                 uncover(self.done, Unit(self.concept, name, WHOLE if whole else kind, index, index))
 
@@ -80,7 +77,7 @@ class Agenda:
             return []
         units = []
         for name in self.names:
-            if EVALUATIONS[name].scope == "chain":
+            if EVALUATIONS[name].scope == WHOLE:
                 if self.stop_reason is not None and self.found:
                     units.append(Unit(self.concept, name, WHOLE, 1, self.found))
                 continue
@@ -117,7 +114,7 @@ class Agenda:
         done = wanted = 0
         for name in self.names:
             done += sum(count(self.done, self.concept, name, kind) for kind in (*CONTROLS, WHOLE))
-            if EVALUATIONS[name].scope == "chain":
+            if EVALUATIONS[name].scope == WHOLE:
                 wanted += goal
             else:
                 asked = self._asked(name, goal).keys()
@@ -128,7 +125,7 @@ class Agenda:
         """How many units of evaluation are done, a batch begun in part, and of how many: each takes about as long."""
         done, wanted = 0.0, 0.0
         for name in self.names:
-            if EVALUATIONS[name].scope == "chain":
+            if EVALUATIONS[name].scope == WHOLE:
                 done, wanted = done + bool(count(self.done, self.concept, name, WHOLE)), wanted + 1
             else:
                 done += sum(count(self.done, self.concept, name, kind) for kind in CONTROLS)
@@ -143,7 +140,7 @@ class Agenda:
         A sample depends on an index alone: the first of each of `sample` equal shares of the vectors that there may be.
         Where the chain has ended with fewer, it is filled up evenly.
         """
-        if self.sample is None or name in EVERY:
+        if self.sample is None or name not in SAMPLED:
             return dict.fromkeys(range(1, last + 1), False)
         share = [index * self.sample // self.most for index in range(-1, last)]
         asked = {index: False for index in range(1, last + 1) if share[index] != share[index - 1]}

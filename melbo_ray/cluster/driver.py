@@ -15,7 +15,7 @@ from melbo_ray.cluster.worker import Found, Worker
 from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError
-from melbo_ray.evals.runner import EVALUATIONS
+from melbo_ray.evals.catalog import EVALUATIONS
 from melbo_ray.runs import checks, schema
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.work_unit import WHOLE, Task, Unit, cover

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import normalize
 
-from melbo_ray.evals import dose, generalization, generations, kl, presence
+from melbo_ray.evals import dose, generalization, generations, greedy, kl, presence
+from melbo_ray.evals.catalog import FEW
 from melbo_ray.evals.context import Rows, Study, Vectors, evenly
 from melbo_ray.evals.kl import at_norm
 from melbo_ray.seeds import derive_seed
 
-COUNT = 8
 # Random directions in presence: of fewer than 20 none could say p = 0.05.
 _IN_PRESENCE = 200
 
@@ -24,12 +24,12 @@ def run(study: Study, chain: Vectors) -> Rows:
     `contrast`, index 0: the mean-difference direction (`presence.contrast`) at the radius, through all of them.
     """
     drawn = random_directions(study, chain)
-    few = drawn.take(evenly(len(drawn), COUNT))
+    few = drawn.take(evenly(len(drawn), FEW))
     more = more_directions(study, range(max(chain.index) + 1, _IN_PRESENCE + 1))
     contrast = Vectors("contrast", [0], at_norm(study.once(presence.contrast)[None], study.radius))
     rows: Rows = {}
     of_all = (kl.run, presence.run)
-    for run_one in (*of_all, generalization.run, generations.run_greedy, generations.run, dose.run):
+    for run_one in (*of_all, generalization.run, greedy.run, generations.run, dose.run):
         for vectors in (drawn if run_one in of_all else few, contrast):
             for table, part in run_one(study, vectors).items():
                 rows.setdefault(table, []).extend(part)

@@ -12,17 +12,11 @@ from melbo_ray.model.sampling import Continuation, Job, generate
 from melbo_ray.seeds import derive_seed
 
 
-def run_greedy(study: Study, vectors: Vectors) -> Rows:
-    """The likeliest continuation of the training prompt, each vector at its own norm: what long chains ask of all."""
-    keys = [{"index": index, "prompt_id": TRAINING, "scale": "own", "sample": 0} for index in vectors.index]
-    return _rows(study, vectors.kind, keys, list(vectors.theta))
-
-
 def run(study: Study, vectors: Vectors) -> Rows:
     """Continuations of the training prompt and of the first held-out prompts, each vector at its own norm.
 
     On the training prompt at the radius too. Sample 0 is greedy (temperature 0), samples 1 … `samples` are drawn; the
-    one text of `run_greedy` is left to it. A row's seed derives from its own keys, so that it can be written again
+    one text of `greedy` is left to it. A row's seed derives from its own keys, so that it can be written again
     alone.
     """
     held_out = list(study.concept.held_out)[: study.config.held_out_generations]
@@ -36,10 +30,11 @@ def run(study: Study, vectors: Vectors) -> Rows:
                 if (prompt_id, scale, sample) != (TRAINING, "own", 0):
                     keys.append({"index": index, "prompt_id": prompt_id, "scale": scale, "sample": sample})
                     thetas.append(theta)
-    return _rows(study, vectors.kind, keys, thetas)
+    return rows_of_texts(study, vectors.kind, keys, thetas)
 
 
-def _rows(study: Study, kind: str, keys: Sequence[Row], thetas: Sequence[Float[Tensor, " d_model"]]) -> Rows:
+def rows_of_texts(study: Study, kind: str, keys: Sequence[Row], thetas: Sequence[Float[Tensor, " d_model"]]) -> Rows:
+    """A row of `generations` for each text that `write` writes."""
     texts = write(study, kind, keys, thetas)
     return {"generations": [study.row(kind, **key, **text) for key, text in zip(keys, texts, strict=True)]}
 

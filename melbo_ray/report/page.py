@@ -22,6 +22,7 @@ from plotly.offline import get_plotlyjs
 
 from melbo_ray.errors import UserError, first_line
 from melbo_ray.report import comparison, plots
+from melbo_ray.report.sections import SECTIONS, figures
 from melbo_ray.runs import checks, queries
 from melbo_ray.runs.manifest import Manifest, Outcome
 from melbo_ray.runs.queries import select, under_threshold, unsteered
@@ -60,8 +61,8 @@ def export(run_url: str, folder: str) -> list[str]:
     """
     db = queries.connect(run_url)
     with queries.reading(run_url):
-        drawn = {f"{c}-{name}": draw(db, c) for c in _concepts(db) for name, draw in plots.FIGURES.items()}
-        drawn["comparison"] = plots.draw_comparison(db, _concepts(db))
+        drawn = {f"{c}-{name}": fig for c in _concepts(db) for name, fig in figures(db, c).items()}
+        drawn = {**drawn, "comparison": plots.draw_comparison(db, _concepts(db))}
     found = [(name, fig.update_layout(paper_bgcolor="white")) for name, fig in drawn.items() if fig is not None]
     paths: list[str | Path] = [f"{folder}/{name}.{suffix}" for name, _ in found for suffix in ("png", "svg")]
     try:
@@ -87,16 +88,16 @@ def _page(db: duckdb.DuckDBPyConnection, manifest: Manifest, url: str) -> str:
         *((assets / f"{name}.js").read_text("utf-8") for name in ("report", "explorer", "start")),
     ]
     together = plots.draw_comparison(db, concepts)
-    drawn = {concept: {name: draw(db, concept) for name, draw in plots.FIGURES.items()} for concept in concepts}
     prompts = manifest.prompts
     return environment.get_template("report.html").render(
         url=url,
         facts=_facts(manifest),
         concepts=concepts,
+        sections=SECTIONS,
         summaries={c: summary(db, c, manifest.concepts.get(c, Outcome())) for c in concepts},
         comparisons={concept: comparison.cells(db, concept) for concept in concepts},
         figures={
-            "concepts": {c: {name: _json(fig) for name, fig in drawn[c].items() if fig} for c in concepts},
+            "concepts": {c: {name: _json(fig) for name, fig in figures(db, c).items()} for c in concepts},
             "comparison": together and _json(together),
         },
         checks=checks.worst(manifest.checks),

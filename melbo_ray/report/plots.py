@@ -49,17 +49,26 @@ def draw_kl(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
     return _marks(fig, np.zeros(1), np.zeros(1), "base", BASE, "diamond")
 
 
-def draw_norm(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
-    """‖θ_n‖ against n: chain, moving average, base at 0."""
-    chain = along_chain(db, "vectors", "norm", concept)
+def draw_along_chain(
+    db: duckdb.DuckDBPyConnection, concept: str, table: str, column: str, axis: str
+) -> go.Figure | None:
+    """A column of a table that has a row for each vector, against n: chain, moving average, base at 0."""
+    chain = along_chain(db, table, column, concept)
     if not len(chain["n"]):
         return None
-    fig = _figure("n (position in the chain)", "‖θ_n‖, residual-stream units")
+    fig = _figure("n (position in the chain)", axis)
     _dots_and_average(fig, chain)
-    base = select(db, "SELECT norm FROM vectors WHERE concept = ? AND kind = 'base'", concept)["norm"]
-    if len(base):
-        _marks(fig, np.zeros(1), base, "base", BASE, "diamond")
-        _line(fig, float(base[0]), np.array([0, int(chain["n"].max())]), "norm of the base")
+    base = select(db, f"SELECT {column} AS value FROM {table} WHERE concept = ? AND kind = 'base'", concept)["value"]
+    return _marks(fig, np.zeros(1), base, "base", BASE, "diamond") if len(base) else fig
+
+
+def draw_norm(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
+    """‖θ_n‖ against n: chain, moving average, base at 0 and as a line."""
+    fig = draw_along_chain(db, concept, "vectors", "norm", "‖θ_n‖, residual-stream units")
+    if fig is None:
+        return None
+    for base in list(fig.select_traces({"name": "base"})):
+        _line(fig, float(base.y[0]), np.array([0, int(fig.data[0].x.max())]), "norm of the base")
     return fig
 
 
@@ -195,17 +204,6 @@ def draw_comparison(db: duckdb.DuckDBPyConnection, concepts: list[str]) -> go.Fi
             shares = {"n": chain["n"], "value": chain["value"] / nats, "average": chain["average"] / nats}
             _dots_and_average(fig, shares, html.escape(concept), colour)
     return fig.update_yaxes(rangemode="tozero") if fig.data else None
-
-
-FIGURES = {
-    "kl": draw_kl,
-    "norm": draw_norm,
-    "dose": draw_dose,
-    "generalization": draw_generalization,
-    "presence": draw_presence,
-    "composition": draw_composition,
-}
-"""The figures that every concept has, by name."""
 
 
 def _figure(x: str, y: str) -> go.Figure:

@@ -4,9 +4,11 @@ import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Final
 
 _BLOCK = 512
-WHOLE = "whole"
+WHOLE: Final = "whole"
+"""The scope of an evaluation, and the kind of its unit, that is asked of a chain as a whole and not of each vector."""
 
 Coverage = dict[str, dict[str, dict[str, list[list[int]]]]]
 """The indices that are done, as spans with both ends: by concept, evaluation and kind."""

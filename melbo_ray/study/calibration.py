@@ -9,8 +9,9 @@ from torch.nn.functional import normalize
 from transformers import AutoModelForCausalLM
 
 from melbo_ray.config import Config
+from melbo_ray.evals.catalog import EVALUATIONS, PER_VECTOR
 from melbo_ray.evals.context import Study, Vectors
-from melbo_ray.evals.runner import EVALUATIONS, evaluate
+from melbo_ray.evals.runner import evaluate
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.loading import load_config, pick_device
 from melbo_ray.model.partial import sketch, truncate
@@ -72,8 +73,7 @@ def _evaluations(checked: Checked, model: LanguageModel, device: torch.device) -
         torch.set_num_threads(threads)
     found = {}
     for name in times[0]:
-        # Texts run through every layer, the other evaluations through those above the source layer.
-        layers = depth if name in ("greedy", "generations") else depth - config.source_layer
+        layers = depth if EVALUATIONS[name].every_layer else depth - config.source_layer
         found[name] = extrapolate((few, times[0][name]), (more, times[1][name]), layers)
     return found, (
         f"{batch} vectors through {few} and {more} of {depth} layers with random weights, every text at its full length"
@@ -97,7 +97,7 @@ def _time(checked: Checked, whole: LanguageModel, layers: int, batch: int, devic
     base, first, *_ = thetas = normalize(draws, dim=-1)
     study = Study(model, config.model_copy(update={"source_layer": 0}), checked.concepts[0], "plan", base)
     found = {}
-    for name in (name for name, evaluation in EVALUATIONS.items() if evaluation.scope == "vector"):
+    for name in PER_VECTOR:
         evaluate(name, study, Vectors("chain", [1], first[None]))  # what is computed once, and the warming up
         start = time.perf_counter()
         evaluate(name, study, Vectors("chain", range(2, batch + 2), thetas[2:]))

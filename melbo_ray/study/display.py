@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from melbo_ray.config import EVERY
+from melbo_ray.evals.catalog import SAMPLED
 from melbo_ray.runs.manifest import Manifest, Outcome
 from melbo_ray.runs.work_unit import WHOLE, Coverage, Unit, count, covers, progress
 
@@ -132,7 +132,7 @@ def _standing(done: Coverage, concept: str, manifest: Manifest) -> dict[str, str
         name: str(count(done, concept, name, "chain") or count(done, concept, name, WHOLE)) for name in config["evals"]
     }
     if sample := config.get("sample"):
-        for name in (name for name in evaluated if name not in EVERY and count(done, concept, name, "chain")):
+        for name in (name for name in evaluated if name in SAMPLED and count(done, concept, name, "chain")):
             evaluated[name] += f" of a sample of {sample}"
     return {
         "base vector": "found" if covers(done, Unit.base(concept)) else "not yet found",

@@ -8,11 +8,9 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from melbo_ray.cluster.backlog import CONTROLS
 from melbo_ray.cluster.memory import Demand
-from melbo_ray.config import EVERY, Config
-from melbo_ray.evals.control import COUNT
-from melbo_ray.evals.runner import EVALUATIONS
+from melbo_ray.config import Config
+from melbo_ray.evals.catalog import CONTROLS, EVALUATIONS, SAMPLED
 from melbo_ray.host import cores
 from melbo_ray.model.partial import sketch
 from melbo_ray.study.calibration import Machine, calibrate
@@ -91,7 +89,7 @@ def _evaluations(config: Config, machine: Machine, vectors: int, concepts: int) 
     total = concepts * sum(machine.evaluations[name] * count for name, count in runs.items())
     room = cores() if machine.device == "cpu" else int(torch.cuda.device_count() // max(1.0, config.eval_gpus or 0.0))
     evaluators = config.max_evaluators or max(1, room)
-    left_out = [name for name in config.evals if name in ("shuffled", "composition", "geometry")]
+    left_out = [name for name in config.evals if not runs_of_evaluations([name], 1)]
     return (
         f"{duration(total)} on one evaluator like this machine, {duration(total / evaluators)} on {evaluators}; "
         f"from {machine.measured}; not counted: {', '.join(left_out) or 'none'}"
@@ -99,16 +97,12 @@ def _evaluations(config: Config, machine: Machine, vectors: int, concepts: int) 
 
 
 def runs_of_evaluations(names: Iterable[str], vectors: int, sample: int | None = None) -> Counter[str]:
-    """How many vectors go through each evaluation of single vectors, those of `control` and `rescaled` included."""
+    """How many vectors go through each evaluation of single vectors, also as part of one of whole chains."""
     runs: Counter[str] = Counter()
     for name in names:
-        if EVALUATIONS[name].scope == "vector":
-            runs[name] += (vectors if name in EVERY else min(vectors, sample or vectors)) + len(CONTROLS)
-        elif name == "rescaled":  # at one norm, where kl has two
-            runs["kl"] += math.ceil(vectors / 2)
-        elif name == "control":
-            for other in ("kl", "presence"):
-                runs[other] += vectors + 1
-            for other in ("generalization", "greedy", "generations", "dose"):
-                runs[other] += min(vectors, COUNT) + 1
+        evaluation = EVALUATIONS[name]
+        if evaluation.passes is not None:
+            runs.update(evaluation.passes(vectors))
+        elif evaluation.scope == "vector":
+            runs[name] += (min(vectors, sample or vectors) if name in SAMPLED else vectors) + len(CONTROLS)
     return runs

@@ -1,7 +1,6 @@
 """Whether a configuration can run, before anything is written or started; and whether a run began with it."""
 
 import datetime
-import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -13,8 +12,9 @@ from pydantic import ValidationError
 
 from melbo_ray.cluster.memory import Demands, demands
 from melbo_ray.concepts.loader import Concept, load_concept
-from melbo_ray.config import EVALUATIONS, Config
+from melbo_ray.config import Config
 from melbo_ray.errors import UserError
+from melbo_ray.evals.catalog import resolve
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.loading import load_config, pick_device
 from melbo_ray.model.partial import reads_whole, sketch
@@ -35,7 +35,7 @@ class Checked:
     """A configuration that can run.
 
     Attributes:
-        config: the options, with a run id.
+        config: the options, with a run id and the evaluations by name.
         concepts: what is studied.
         demands: what memory its workers take.
         rendered: every prompt by concept and name, as `text` in the model's chat template and its `tokens`.
@@ -66,10 +66,7 @@ def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
     run_id = config.run_id or f"{'-'.join(names)}-{_slug(config.model)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", run_id):
         raise UserError(f"--run-id is {run_id!r}: expected letters, digits, and . _ - between them")
-    for name in set(config.evals) - set(EVALUATIONS):
-        near = difflib.get_close_matches(name, EVALUATIONS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"expected some of {', '.join(EVALUATIONS)}"
-        raise UserError(f"no evaluation {name!r}: {hint}")
+    evals = resolve(config.evals)
     if config.max_evaluators is not None and config.max_evaluators < config.min_evaluators:
         raise UserError(f"--max-evaluators {config.max_evaluators} is below --min-evaluators {config.min_evaluators}")
     if config.chain_gpus is not None and config.chain_gpus > 1:
@@ -103,7 +100,8 @@ def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
     needed = demands(shape, config, concepts, published, reads_whole(config))
     naming = "" if config.run_id else f" with --run-id {run_id}"
     rendered = _rendered(shape, config, concepts)
-    return Checked(config.model_copy(update={"run_id": run_id}), concepts, needed, rendered, naming)
+    named = config.model_copy(update={"run_id": run_id, "evals": evals})
+    return Checked(named, concepts, needed, rendered, naming)
 
 
 def prompts(concepts: Sequence[Concept]) -> dict[str, dict[str, str]]:

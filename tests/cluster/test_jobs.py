@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from melbo_ray.evals.runner import EVALUATIONS
+from melbo_ray.evals.catalog import EVALUATIONS
 from melbo_ray.runs.lease import Lease, holder
 from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.run_store import Run

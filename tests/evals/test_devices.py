@@ -5,8 +5,9 @@ import pyarrow as pa
 import pytest
 import torch
 
+from melbo_ray.evals.catalog import EVALUATIONS
 from melbo_ray.evals.context import Study
-from melbo_ray.evals.runner import EVALUATIONS, evaluate
+from melbo_ray.evals.runner import evaluate
 from melbo_ray.search.base_vectors import base_vector
 from tests.families import tiny
 from tests.pretended import pretending, spread

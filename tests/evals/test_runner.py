@@ -5,18 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from melbo_ray import config as options
 from melbo_ray.evals import runner
+from melbo_ray.evals.catalog import EVALUATIONS, PER_VECTOR, Evaluation
 from melbo_ray.evals.context import Study, Vectors
-from melbo_ray.evals.runner import EVALUATIONS, Evaluation, evaluate
+from melbo_ray.evals.runner import evaluate
 from melbo_ray.runs import schema
 
 every_evaluation = pytest.mark.parametrize("name", EVALUATIONS)
-per_vector = pytest.mark.parametrize("name", [e.name for e in EVALUATIONS.values() if e.scope == "vector"])
-
-
-def test_the_configuration_knows_every_evaluation():
-    assert list(options.EVALUATIONS) == list(EVALUATIONS)
+per_vector = pytest.mark.parametrize("name", PER_VECTOR)
 
 
 @every_evaluation
@@ -78,6 +74,12 @@ def test_failures_are_counted_over_every_try(study, chain):
     assert {row["index"]: row["attempts"] for row in rows} == {1: 1, 2: 1, 3: 2, 4: 1, 5: 5}
 
 
+def replace_kl(monkeypatch, run, scope="vector", tables=("presence",)):
+    """Have another function under the name `kl`, and the catalogue know it."""
+    monkeypatch.setitem(runner.EVALUATIONS, "kl", Evaluation("kl", tables, scope))
+    monkeypatch.setitem(runner.FUNCTIONS, "kl", run)
+
+
 def fails_on_two(study, vectors):
     if 2 in vectors.index:
         raise RuntimeError("no memory\nfor this one")
@@ -91,14 +93,14 @@ def test_an_error_on_one_vector_is_recorded_for_it_alone(study, chain, monkeypat
         calls.append(list(vectors.index))
         return fails_on_two(study, vectors)
 
-    monkeypatch.setitem(runner.EVALUATIONS, "kl", Evaluation("kl", ("presence",), "vector", run))
+    replace_kl(monkeypatch, run)
     failures = evaluate("kl", study, chain)["failures"].to_pylist()
     assert [(row["index"], row["error"]) for row in failures] == [(2, "RuntimeError: no memory")]
     assert calls == [[1, 2, 3, 4, 5], [1], [2], [3], [4], [5]]
 
 
 def test_an_error_of_a_chains_evaluation_is_filed_under_index_0(study, chain, monkeypatch):
-    monkeypatch.setitem(runner.EVALUATIONS, "kl", Evaluation("kl", ("presence",), "chain", fails_on_two))
+    replace_kl(monkeypatch, fails_on_two, "whole")
     (failure,) = evaluate("kl", study, chain)["failures"].to_pylist()
     assert (failure["kind"], failure["index"], failure["error"]) == ("chain", 0, "RuntimeError: no memory")
 
@@ -108,7 +110,7 @@ def test_a_figure_that_is_not_finite_is_a_failure_not_a_row(study, chain, monkey
         columns = {"evaluation": "", "error": "", "attempts": 0}
         return {"dose": [{"index": i, "norm": float("nan") if i == 4 else 1.0, **columns} for i in vectors.index]}
 
-    monkeypatch.setitem(runner.EVALUATIONS, "kl", Evaluation("kl", (), "vector", run))
+    replace_kl(monkeypatch, run, tables=())
     (failure,) = evaluate("kl", study, chain)["failures"].to_pylist()
     assert (failure["index"], failure["error"]) == (4, "FloatingPointError: norm is nan")
 
@@ -139,18 +141,18 @@ def raising(error, most):
     ("error", "scope", "most"),
     [
         (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "vector", 1),
-        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "chain", 1),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "whole", 1),
         (torch.OutOfMemoryError("CUDA out of memory"), "vector", 0),
-        (torch.OutOfMemoryError("CUDA out of memory"), "chain", 1),
+        (torch.OutOfMemoryError("CUDA out of memory"), "whole", 1),
     ],
 )
 def test_a_gpu_that_is_broken_or_full_is_no_failure_of_the_vectors(study, chain, monkeypatch, error, scope, most):
-    monkeypatch.setitem(runner.EVALUATIONS, "kl", Evaluation("kl", ("presence",), scope, raising(error, most)))
+    replace_kl(monkeypatch, raising(error, most), scope)
     with pytest.raises(type(error)):
         evaluate("kl", study, chain)
 
 
 def test_a_batch_that_the_gpu_has_no_room_for_is_taken_one_by_one(study, chain, monkeypatch):
     run = raising(torch.OutOfMemoryError("CUDA out of memory"), 1)
-    monkeypatch.setitem(runner.EVALUATIONS, "kl", Evaluation("kl", ("presence",), "vector", run))
+    replace_kl(monkeypatch, run)
     assert evaluate("kl", study, chain)["failures"].num_rows == 0

@@ -15,6 +15,7 @@ import pytest
 from melbo_ray.errors import UserError
 from melbo_ray.report import comparison, plots
 from melbo_ray.report import page as report
+from melbo_ray.report.sections import SECTIONS
 from melbo_ray.runs import queries
 from melbo_ray.runs.manifest import Outcome
 from melbo_ray.runs.schema import SCHEMAS
@@ -62,10 +63,15 @@ def test_says_what_the_run_is(page):
 def test_every_figure_of_every_concept_is_there_with_how_to_read_it(page):
     drawn = json.loads(block(page, "figures"))
     assert set(drawn["concepts"]) == {"alien", "code"}
-    assert all(set(of) == set(plots.FIGURES) for of in drawn["concepts"].values())
+    assert all(set(of) == {section.name for section in SECTIONS} for of in drawn["concepts"].values())
     assert drawn["comparison"]["data"]
-    assert page.count("<figcaption>") == 2 * len(plots.FIGURES) + 1
+    assert page.count("<figcaption>") == 2 * len(SECTIONS) + 1
     assert "kl_from_base" in page
+    for section in SECTIONS:
+        figure = page[page.index(f'<figure id="code-{section.name}"') :].partition("</figure>")[0]
+        assert f"<h3>{section.title}</h3>" in html.unescape(figure)
+        assert f"<figcaption>{section.caption}</figcaption>" in figure
+        assert (" data-along-n>" in figure) == section.along_n
 
 
 def test_every_number_and_text_of_a_run_is_in_its_page(page):
@@ -200,9 +206,10 @@ def test_a_missing_table_leaves_a_line_that_says_how_to_measure_it(tmp_path, tab
     run = write_study(tmp_path, num_vectors=3, without=[table])
     report.render(str(run))
     page = (run / "report.html").read_text()
-    named = {"kl", "dose", "generalization", "presence", "composition"}
-    assert ("Not measured: the table <code>" + table in page) == (table in named)
-    assert page.count("Not measured") == (table in named)
+    named = [section.evaluation for section in SECTIONS if section.table == table]
+    assert page.count(f"Not measured: the table <code>{table}</code>") == len(named)
+    assert page.count("Not measured") == len(named)
+    assert all(f"--evals {name}</code> measures it" in page for name in named)
 
 
 def test_a_run_with_vectors_alone_has_its_magnitudes(tmp_path):

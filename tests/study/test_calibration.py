@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from melbo_ray.config import Config
-from melbo_ray.evals.runner import EVALUATIONS
+from melbo_ray.evals.catalog import PER_VECTOR
 from melbo_ray.study import calibration
 from melbo_ray.study.calibration import calibrate, extrapolate
 from melbo_ray.study.preflight import check
@@ -26,7 +26,7 @@ def test_this_machine_is_measured(checked):
     assert machine.device == "cpu"
     assert machine.flops > 1e8
     assert machine.bandwidth > 1e7
-    assert set(machine.evaluations) == {name for name, one in EVALUATIONS.items() if one.scope == "vector"}
+    assert set(machine.evaluations) == set(PER_VECTOR)
     assert all(seconds > 0 for seconds in machine.evaluations.values())
     assert machine.measured.startswith("2 vectors through 2 and 4 of 4 layers with random weights")
     assert torch.get_num_threads() == threads

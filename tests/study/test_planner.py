@@ -3,7 +3,8 @@
 import pytest
 from transformers import LlamaConfig
 
-from melbo_ray.config import EVALUATIONS, Config
+from melbo_ray.config import Config
+from melbo_ray.evals.catalog import EVALUATIONS
 from melbo_ray.study.calibration import Machine
 from melbo_ray.study.planner import plan, runs_of_evaluations
 from melbo_ray.study.preflight import check
@@ -26,6 +27,7 @@ def told(tmp_path):
     config = Config(
         model=str(tmp_path), dtype="bfloat16", source_layer=20, target_layer=40, num_vectors=1000, max_evaluations=50,
         eval_gpus=2, max_evaluators=4, prompt="Give me a list of five fruits.",
+        evals=[*SECONDS, "control", "shuffled", "composition", "geometry", "rescaled"],
         storage=str(tmp_path / "runs"),
     )  # fmt: skip
     table = plan(check(config), MACHINE)

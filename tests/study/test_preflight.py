@@ -3,9 +3,10 @@ import pytest
 
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError
+from melbo_ray.evals.catalog import EVALUATIONS
 from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.run_store import Run
-from melbo_ray.study.preflight import check, recheck
+from melbo_ray.study.preflight import check, identity, recheck
 from melbo_ray.study.runner import _lease
 from tests.families import tiny
 
@@ -73,6 +74,18 @@ def test_a_prompt_of_one_token_leaves_melbo_nothing_and_is_refused(options):
         check(Config(**melbo, melbo_from=0))
     check(Config(**melbo, melbo_from=0, z_from=0))
     check(Config(**melbo | {"base": options["base"]}, z_from=0))
+
+
+@pytest.mark.parametrize("asked", [{}, {"evals": ["all"]}])
+def test_the_manifest_names_every_evaluation_where_all_are_asked_for(options, tmp_path, asked):
+    manifest = identity(check(Config(**options, **asked)))
+    assert manifest["config"]["evals"] == list(EVALUATIONS)
+    run = Run.open(f"{tmp_path}/runs/run")
+    run.manifest()
+    run.write_manifest(manifest | {"done": {}, "concepts": {}, "config": manifest["config"] | {"evals": ["dose"]}})
+    assert recheck(run.storage.url, {}).config.evals == ["dose"]
+    assert recheck(run.storage.url, {"evals": "kl"}).config.evals == ["dose", "kl"]
+    assert sorted(recheck(run.storage.url, {"evals": "all"}).config.evals) == sorted(EVALUATIONS)
 
 
 def end(run, begun):

@@ -32,8 +32,7 @@ function show() {
   history.replaceState(null, "", `#${state.concept}/${state.kind}/${here.n}`);
   showNumbers(here);
   showOutputs(here);
-  $$(`#concept-${state.concept} .plot[data-drawn]`)
-    .filter((element) => ["kl", "norm"].includes(element.dataset.plot)).forEach(pointAt);
+  $$(`#concept-${state.concept} .plot[data-drawn][data-along-n]`).forEach(pointAt);
 }
 
 function showNumbers({ kind, n, i }) {

@@ -54,7 +54,7 @@ async function draw(element) {
   await Plotly.react(element, figure.data, themed(figure.layout), CONFIG);
   if (element.dataset.drawn) return;
   element.dataset.drawn = "yes";
-  if (["kl", "norm", "generalization"].includes(element.dataset.plot)) {
+  if ("alongN" in element.dataset) {
     element.on("plotly_click", (event) => go("chain", event.points[0].x));
     pointAt(element);
   }

@@ -1,0 +1,84 @@
+"""The figures that the report has of every concept, in their order: what the template loops over."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import duckdb
+import plotly.graph_objects as go
+
+from melbo_ray.report import plots
+
+
+@dataclass(frozen=True)
+class Section:
+    """A figure of a concept, and how to read it.
+
+    Attributes:
+        name: of its place in the page, `<concept>-<name>`, and of its files, `<concept>-<name>.png`.
+        title: what stands above it.
+        table: the table that it shows; without rows there the page says how to measure them.
+        evaluation: what writes them, as in the option `evals`.
+        draw: asks the run's views for the figure of a concept; None where there is nothing to draw.
+        caption: how to read it, HTML: what the axes are, what 0, the lines, and the bands mean.
+        along_n: its x axis is n: a click moves the explorer there, and a line follows the explorer.
+    """
+
+    name: str
+    title: str
+    table: str
+    evaluation: str
+    draw: Callable[[duckdb.DuckDBPyConnection, str], go.Figure | None]
+    caption: str
+    along_n: bool = False
+
+
+SECTIONS = (
+    Section(
+        "kl", "KL against n", "kl", "kl", plots.draw_kl,
+        """KL(P_n ‖ P_base) at the last token of the training prompt, in nats: how far the model under the n-th vector
+        is from the model under the base (the expectation runs over P_n; column <code>kl_from_base</code>). 0 is the
+        base itself, the dashed line no steering at all, the grey band what random directions of the same norms give,
+        crosses (if any) vectors solved like the chain's for what random directions do. Dots are vectors, the line their
+        moving average over 50.""",
+        along_n=True,
+    ),
+    Section(
+        "norm", "Magnitude against n", "vectors", "kl", plots.draw_norm,
+        """The norm that each vector took to come as close to the base's effect as it did. Late in a chain norm and
+        likeness fall together; the dose-response tells the two apart.""",
+        along_n=True,
+    ),
+    Section(
+        "dose", "Dose-response", "dose", "dose", plots.draw_dose,
+        """KL(P ‖ P_base) in nats of each direction scaled to other norms; at most 24 vectors, coloured by n. The grey
+        band is the null: a curve inside it does no better than a random direction of the same norm.""",
+    ),
+    Section(
+        "composition", "Composition", "composition", "composition", plots.draw_composition,
+        """KL(P ‖ P_base) in nats of the mean of k vectors: the first k, and random subsets (their median). The mean of
+        k orthogonal vectors is √k times shorter than they are (own): compare it at their median norm (typical).
+        Ablated: the base steers, and the mean's direction is taken out of the stream; the base needs it as far as KL
+        rises. Grey: means of random directions of the same number and norms, and the base without them.""",
+    ),
+    Section(
+        "presence", "Presence in the model's own activations", "presence", "presence", plots.draw_presence,
+        """How well the projection of unsteered activations on a direction tells texts of the concept from neutral ones,
+        attention sinks left out (with them: click the legend): 0.5 is chance, on either side. Random directions miss
+        it, too, since the sets differ in much: if the model uses a vector's direction itself, the vector lies outside
+        of the grey band, which 5 % of random directions do.""",
+    ),
+    Section(
+        "generalization", "Generalisation to prompts held out", "generalization", "generalization",
+        plots.draw_generalization,
+        """KL(P_n ‖ P_base) at the last token of prompts that the chain never saw, as a share of what no steering gives
+        on that prompt: 0 is like the base, 1 like no steering, colours end at 1.5. Sorted: the hardest prompt is at the
+        top.""",
+        along_n=True,
+    ),
+)  # fmt: skip
+
+
+def figures(db: duckdb.DuckDBPyConnection, concept: str) -> dict[str, go.Figure]:
+    """The figures of a concept, by the names of their sections; without those that there is nothing for."""
+    drawn = {section.name: section.draw(db, concept) for section in SECTIONS}
+    return {name: figure for name, figure in drawn.items() if figure is not None}

@@ -1,0 +1,48 @@
+"""What is said of an evaluation before it runs is what it does, and the option `evals` names it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import melbo_ray.evals
+from melbo_ray.config import Config
+from melbo_ray.errors import UserError
+from melbo_ray.evals import runner
+from melbo_ray.evals.catalog import EVALUATIONS, PER_VECTOR, SAMPLED, resolve
+
+SHARED = {"catalog", "context", "runner", "self_check", "__init__"}
+
+
+def test_an_evaluation_is_the_module_of_its_name():
+    modules = {path.stem for path in Path(melbo_ray.evals.__path__[0]).glob("*.py")}
+    assert set(EVALUATIONS) == modules - SHARED
+    assert all(runner.FUNCTIONS[name].__module__ == f"melbo_ray.evals.{name}" for name in EVALUATIONS)
+
+
+def test_the_catalogue_loads_without_torch():
+    code = "import sys; sys.modules['torch'] = None; import melbo_ray.evals.catalog"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_all_is_every_evaluation_and_the_default():
+    assert resolve(Config().evals) == resolve(["all"]) == list(EVALUATIONS)
+    assert resolve(["dose", "kl", "dose"]) == ["dose", "kl"]
+    assert resolve(["dose", "all"]) == ["dose", *(name for name in EVALUATIONS if name != "dose")]
+    assert resolve([]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("presense", "did you mean presence?"), ("x", "expected all, or some of kl, greedy, generations")],
+)
+def test_an_unknown_name_is_answered_with_the_nearest_or_with_all(name, hint):
+    with pytest.raises(UserError) as refused:
+        resolve(["kl", name])
+    assert str(refused.value).startswith(f"no evaluation {name!r}: {hint}")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_sample_limits_all_that_is_asked_of_single_vectors_but_kl_and_greedy_texts():
+    assert set(PER_VECTOR) - set(SAMPLED) == {"kl", "greedy"}
