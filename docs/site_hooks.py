@@ -7,6 +7,8 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
+from melbo_ray import _HOMES
+
 _log = logging.getLogger("mkdocs.site_hooks")
 # What a browser fetches by itself; a link to follow is no such thing.
 _FETCHED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=[\"']?(https?:)?//[^>]*>")
@@ -28,8 +30,9 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(text: str, **_: Any) -> str:
-    """Let pages link to notebooks by their files, as they do on GitHub."""
-    return text.replace(".ipynb)", ".md)")
+    """Let pages link to notebooks by their files, as they do on GitHub; find public names where they are defined."""
+    text = text.replace(".ipynb)", ".md)")
+    return re.sub(r"(?m)^::: melbo_ray\.(\w+)$", lambda name: f"::: melbo_ray.{_HOMES[name[1]]}.{name[1]}", text)
 
 
 def on_post_page(html: str, page: Any, **_: Any) -> str:
