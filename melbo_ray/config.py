@@ -100,7 +100,7 @@ class Config(BaseSettings):
     num_vectors: PositiveInt = 24
     """Vectors the chain shall find, at most d_model - 1."""
     block: PositiveInt = 1
-    """Mutually orthogonal vectors sought at once: in less time, and fitted less closely (README, Benchmarks)."""
+    """Mutually orthogonal vectors sought at once: in less time, and fitted less closely (docs/benchmarks.md)."""
     solver: Literal["lbfgs", "adam"] = "lbfgs"
     """`lbfgs` inside the complement, or the post's `adam` (projected after each step)."""
     max_evaluations: PositiveInt = 30

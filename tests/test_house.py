@@ -1,4 +1,4 @@
-"""The house keeps its order: who may import whom, where Ray is, what the README says of the files."""
+"""The house keeps its order: who may import whom, where Ray is, what the file map says of the files."""
 
 import ast
 import graphlib

@@ -2,7 +2,7 @@
 
 Source: "I found >800 orthogonal 'write code' steering vectors" (2024): for each new θ minimise ‖z(θ) − z(θ₀)‖₂, z the
 mean over the prompt's positions of the target layer's residual stream, θ in the complement of every earlier vector.
-Here z leaves the first position out by default (`z_from`): in many models it is an attention sink (README, Footguns).
+Here z leaves the first position out by default (`z_from`): in many models it is an attention sink (docs/footguns.md).
 """
 
 import math

@@ -1,4 +1,4 @@
-"""A Ray head that jobs are submitted to, as the README has it."""
+"""A Ray head that jobs are submitted to, as docs/cluster.md has it."""
 
 import contextlib
 import os

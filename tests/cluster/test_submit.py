@@ -1,4 +1,4 @@
-"""`ray job submit` as the README has it, against a real head that asks for a token."""
+"""`ray job submit` as docs/cluster.md has it, against a real head that asks for a token."""
 
 import collections
 import contextlib
