@@ -78,7 +78,7 @@ def export(run_url: str, folder: str) -> list[str]:
 def _page(db: duckdb.DuckDBPyConnection, manifest: Manifest, url: str) -> str:
     concepts = _concepts(db)
     environment = Environment(
-        loader=PackageLoader("melbo_ray", "report/templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("melbo_ray.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     assets = files("melbo_ray") / "report/templates"
