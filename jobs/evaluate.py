@@ -11,6 +11,7 @@ import sys
 from rich.console import Console
 
 from melbo_ray.cli import exit_code
+from melbo_ray.evals.catalog import ALL, EVALUATIONS
 from melbo_ray.report.page import render
 from melbo_ray.study.preflight import recheck
 from melbo_ray.study.runner import run
@@ -21,7 +22,9 @@ def main() -> None:
     """Run the evaluations that the command line asks for on an existing run; its report anew and summary at the end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, help="the run's folder: a directory or fsspec URL")
-    parser.add_argument("--evals", help="evaluations to add, comma-separated (default: those the run was begun with)")
+    parser.add_argument(
+        "--evals", help=f"evaluations to add, comma-separated: {ALL}, or some of {', '.join(EVALUATIONS)}"
+    )
     parser.add_argument("--sample", type=int, help="vectors asked, evenly spread, of all but kl, greedy, whole chains")
     parser.add_argument("--eval-batch", type=int, help="vectors in one evaluation batch")
     parser.add_argument("--eval-gpus", type=float, help="GPUs an evaluation actor takes")

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from melbo_ray.cli import exit_code
 from melbo_ray.config import parse
+from melbo_ray.evals.catalog import EVALUATIONS
 from melbo_ray.report.page import render
 from melbo_ray.study.planner import plan
 from melbo_ray.study.preflight import check
@@ -24,7 +25,7 @@ from melbo_ray.study.summary import epilogue
 def main() -> None:
     """Run the study that the command line asks for; its report and summary at the end."""
     console = Console()
-    checked = check(parse(__doc__ or ""))
+    checked = check(parse(f"{__doc__}\nEvaluations: {', '.join(EVALUATIONS)}."))
     if checked.config.plan:
         console.print(plan(checked))
         return

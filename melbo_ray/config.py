@@ -119,7 +119,7 @@ class Config(BaseSettings):
     """The one seed; every random draw derives from (seed, concept, index, purpose)."""
 
     evals: Names = ["all"]
-    """Evaluations to run, comma-separated, or `all`."""
+    """Evaluations to run, comma-separated: `all`, or some by name."""
     sample: PositiveInt | None = None
     """Vectors that evaluations beyond `kl`, `greedy` and those of the whole chain are asked of: an even sample of the
     chain; all of it without this."""

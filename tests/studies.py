@@ -147,12 +147,7 @@ def _rows(
                 for sinks in ("kept", "dropped")
             ]  # fmt: skip
         for name in {section.table for section in SECTIONS} - WRITTEN if row["kind"] in ("base", "chain") else ():
-            numbers = [
-                field.name
-                for field in SCHEMAS[name]
-                if pa.types.is_floating(field.type) or pa.types.is_integer(field.type)
-            ]
-            rows[name].append(dict.fromkeys(numbers, 1) | row)
+            rows[name].append(_ones(name) | row)
     for figure, value in {"change_point": num_vectors // 2, "bessel_rms_component": 0.7}.items():
         rows["summary"].append({"kind": "chain", "index": 0, "figure": figure, "value": value})
     for k in (k for k in (2, 3, 5, 10, 20) if k <= num_vectors):
@@ -166,3 +161,9 @@ def _rows(
             for kind in ("chain", "random")
         ]  # fmt: skip
     return rows
+
+
+def _ones(name: str) -> dict[str, Any]:
+    """A row of a table with 1 for every number."""
+    numbers = (pa.types.is_floating, pa.types.is_integer)
+    return {field.name: 1 for field in SCHEMAS[name] if any(kind(field.type) for kind in numbers)}

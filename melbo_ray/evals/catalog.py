@@ -17,6 +17,8 @@ CONTROLS = ("base", "unsteered")
 """The kinds of one vector each, index 0, that every vector is compared with; `unsteered` is the vector 0."""
 FEW = 8
 """Random directions that `control` takes through the costlier evaluations."""
+IN_PRESENCE = 200
+"""Those that it takes through `presence` at least: of fewer than 20 none could say p = 0.05."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,9 @@ class Evaluation:
 
 
 def _of_control(chain: int) -> dict[str, int]:
-    """A random direction for each vector, or a few; and the mean-difference direction."""
-    of_all = dict.fromkeys(("kl", "presence"), chain + 1)
-    return of_all | dict.fromkeys(("generalization", "greedy", "generations", "dose"), min(chain, FEW) + 1)
+    """Random directions, one for each vector or a few; and the mean-difference direction."""
+    few = dict.fromkeys(("generalization", "greedy", "generations", "dose"), min(chain, FEW) + 1)
+    return {"kl": chain + 1, "presence": max(chain, IN_PRESENCE) + 1, **few}
 
 
 def _of_rescaled(chain: int) -> dict[str, int]:

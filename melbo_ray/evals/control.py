@@ -6,13 +6,10 @@ import torch
 from torch.nn.functional import normalize
 
 from melbo_ray.evals import dose, generalization, generations, greedy, kl, presence
-from melbo_ray.evals.catalog import FEW
+from melbo_ray.evals.catalog import FEW, IN_PRESENCE
 from melbo_ray.evals.context import Rows, Study, Vectors, evenly
 from melbo_ray.evals.kl import at_norm
 from melbo_ray.seeds import derive_seed
-
-# Random directions in presence: of fewer than 20 none could say p = 0.05.
-_IN_PRESENCE = 200
 
 
 def run(study: Study, chain: Vectors) -> Rows:
@@ -25,7 +22,7 @@ def run(study: Study, chain: Vectors) -> Rows:
     """
     drawn = random_directions(study, chain)
     few = drawn.take(evenly(len(drawn), FEW))
-    more = more_directions(study, range(max(chain.index) + 1, _IN_PRESENCE + 1))
+    more = more_directions(study, range(max(chain.index) + 1, IN_PRESENCE + 1))
     contrast = Vectors("contrast", [0], at_norm(study.once(presence.contrast)[None], study.radius))
     rows: Rows = {}
     of_all = (kl.run, presence.run)

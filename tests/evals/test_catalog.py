@@ -1,7 +1,9 @@
 """What is said of an evaluation before it runs is what it does, and the option `evals` names it."""
 
+import importlib
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -46,3 +48,21 @@ def test_an_unknown_name_is_answered_with_the_nearest_or_with_all(name, hint):
 
 def test_a_sample_limits_all_that_is_asked_of_single_vectors_but_kl_and_greedy_texts():
     assert set(PER_VECTOR) - set(SAMPLED) == {"kl", "greedy"}
+
+
+def test_what_is_counted_of_the_control_is_what_it_does(study, chain, monkeypatch):
+    counted: Counter[str] = Counter()
+
+    def counting(name, run):
+        def counted_run(study, vectors):
+            counted[name] += len(vectors)
+            return run(study, vectors)
+
+        return counted_run
+
+    for name in PER_VECTOR:
+        module = importlib.import_module(f"melbo_ray.evals.{name}")
+        monkeypatch.setattr(module, "run", counting(name, module.run))
+    runner.FUNCTIONS["control"](study, chain)
+    assert EVALUATIONS["control"].passes is not None
+    assert counted == EVALUATIONS["control"].passes(len(chain))
