@@ -67,6 +67,8 @@ class Config(BaseSettings):
     """Where tensors live: `auto` (CUDA where there is one), `cpu`, or `cuda`."""
     trust_remote_code: bool = False
     """Let a hub model run its own Python code."""
+    layers: str | None = None
+    """Where the decoder layers are inside the network, such as `model.layers`, for a model where they are not found."""
 
     concepts: Names = ["code"]
     """Concepts to study, comma-separated: `code`, `alien`, `stem`, `jailbreak`, or paths of TOML files."""

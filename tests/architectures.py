@@ -30,6 +30,8 @@ _SLOWER = ("costs time only", "read the whole model")
 _OTHER_TEXTS = (
     "transformers' generate fails or differs from its own forward passes, which are what ours are compared with"
 )
+LAYERS = {"hrm_text": "model.H_module.layers", "longcat_flash": "model.layers"}
+"""Where the decoder layers of families are that do not show it by their number."""
 Cell = dict[str, Any]
 
 
@@ -58,7 +60,7 @@ def tiny(family: str) -> LanguageModel:
             for parameter in network.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape))
     network.generation_config = GenerationConfig(eos_token_id=END, pad_token_id=257)
-    return LanguageModel.wrap(network, byte_tokenizer(), name=f"tiny-{family}")
+    return LanguageModel.wrap(network, byte_tokenizer(), name=f"tiny-{family}", layers=LAYERS.get(family))
 
 
 def judge(family: str) -> dict[str, Cell]:
@@ -162,8 +164,9 @@ def check_fingerprint(model: LanguageModel) -> float:
     with tempfile.TemporaryDirectory() as folder:
         model.network.save_pretrained(folder)
         model.tokenizer.save_pretrained(folder)
-        config = Config(model=folder, source_layer=SOURCE, target_layer=TARGET, device="cpu")
-        one, two = (LanguageModel.load(folder, device="cpu") for _ in range(2))
+        layers = LAYERS.get(model.name.removeprefix("tiny-"))
+        config = Config(model=folder, layers=layers, source_layer=SOURCE, target_layer=TARGET, device="cpu")
+        one, two = (LanguageModel.load(folder, device="cpu", layers=layers) for _ in range(2))
         part, shape = lower(config), sketch(config)
     same = one.fingerprint() == two.fingerprint()
     same = same and lower_fingerprint(one, TARGET + 1) == lower_fingerprint(part, TARGET + 1)

@@ -71,7 +71,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "lfm2": _CONV,
     "lfm2_moe": _CONV | {"num_dense_layers": 1},
     "mamba2": {"num_heads": 8},
-    "longcat_flash": {"num_hidden_layers": 8},
+    "longcat_flash": {"num_hidden_layers": 8, "routed_scaling_factor": 1.0},
     "minimax": {"block_size": 16},
     "olmo_hybrid": _HYBRID,
     "qwen3_next": _HYBRID,

@@ -13,6 +13,7 @@ from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import Config
 from melbo_ray.evals.dose import DOSES
 from melbo_ray.evals.generalization import LENGTH
+from melbo_ray.model.architecture import key_width
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.sampling import usual_places, width
 from melbo_ray.model.steering import PASS_TOKENS, encode
@@ -106,11 +107,9 @@ def _evaluator(model: LanguageModel, config: Config, concepts: Sequence[Concept]
 def _texts(model: LanguageModel, config: Config, concepts: Sequence[Concept], device: str) -> int:
     """Keys and values of a full batch of texts, and of the prompts that enter it."""
     text = model.network.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    values = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     longest = max(_length(model, config, prompt) for c in concepts for prompt in (c.prompt, *c.held_out.values()))
     tokens = usual_places(device) * (width(longest + config.max_new_tokens) + longest)
-    return 2 * tokens * text.num_hidden_layers * values * model.dtype.itemsize
+    return 2 * tokens * text.num_hidden_layers * key_width(model.network) * model.dtype.itemsize
 
 
 def _logits(model: LanguageModel, config: Config, concepts: Sequence[Concept]) -> int:

@@ -99,6 +99,7 @@ class Worker:
             device=self.config.device,
             device_map=BALANCED if (self.config.eval_gpus or 0) > 1 else None,
             trust_remote_code=self.config.trust_remote_code,
+            layers=self.config.layers,
         )
 
     def ready(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from melbo_ray.errors import UserError
+from melbo_ray.model.architecture import stream, with_stream
 from melbo_ray.model.language_model import LanguageModel
 
 
@@ -31,29 +31,13 @@ def steering(
         if ablated is not None:
             units = ablated[:, None].to(h.device)
             steered = steered - (steered * units).sum(-1, keepdim=True) * units
-        h = steered.to(h.dtype)
-        return (h, *output[1:]) if isinstance(output, tuple) else h
+        return with_stream(output, steered.to(h.dtype))
 
     handle = model.layers[source].register_forward_hook(add)
     try:
         yield
     finally:
         handle.remove()
-
-
-def stream(output: Any) -> Float[Tensor, "batch seq d_model"]:
-    """The hidden states that a block puts out or takes in, bare or first in a tuple.
-
-    Raises:
-        UserError: they are something else than one residual stream.
-    """
-    h = output[0] if isinstance(output, tuple) else output
-    if h.ndim != 3:
-        shape = "×".join(map(str, h.shape))
-        raise UserError(
-            f"cannot steer this model: between its layers runs {shape}, not one stream (batch, seq, d_model)"
-        )
-    return h
 
 
 class _Reached(Exception):  # noqa: N818 - a signal, not an error

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from melbo_ray.errors import UserError, first_line
+from melbo_ray.model.architecture import KNOWN_MASKS, layer_types, masks
 from melbo_ray.model.compiled_step import Recorded, agree
 from melbo_ray.model.hooks import reading, steering
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.packed_linear import onednn
-from melbo_ray.model.rows import KNOWN_TYPES, layer_types, masks
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Batch:
         # Whether keys and values are kept; whether that was compared with reading everything anew.
         self.cached, self.checked = True, False
         # Models with others read everything anew at each token.
-        if unknown := set(layer_types(model)) - KNOWN_TYPES:
+        if unknown := set(layer_types(model.network)) - KNOWN_MASKS:
             self._forgo(f"the masks of {min(unknown)} are not known here")
 
     def admit(self, rows: list[Row]) -> Float[Tensor, "admitted vocab"]:
@@ -204,7 +204,7 @@ class Batch:
         with steering(self.model, self.source, theta, units):
             output = self.model.network(
                 input_ids=tokens[:, None],
-                attention_mask=masks(self.model, (columns <= here)[:, None], here, columns),
+                attention_mask=masks(self.model.network, (columns <= here)[:, None], here, columns),
                 position_ids=positions[:, None],
                 past_key_values=self.cache,
                 use_cache=True,

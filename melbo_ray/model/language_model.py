@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from melbo_ray.errors import UserError, first_line
-from melbo_ray.model.architecture import decoder_layers
+from melbo_ray.model.architecture import decoder_layers, max_length
 from melbo_ray.model.chat import chat
 from melbo_ray.model.fingerprint import fingerprint
 from melbo_ray.model.loading import EMBEDDED, locate, pick_device
@@ -50,14 +50,16 @@ class LanguageModel:
         device: str = "auto",
         device_map: str | dict[str, str] | None = None,
         trust_remote_code: bool = False,
+        layers: str | None = None,
     ) -> "LanguageModel":
         """Load a hub id, a local directory, a GGUF file, or `smollm2` (SmolLM2-135M-Instruct from the package index).
 
         Weights come from safetensors or GGUF only, neither of which can execute code. With `device_map` accelerate
         places the layers, instead of `device`: `balanced` spreads them over all the GPUs that this process sees.
+        `layers` is the dotted path of the decoder layers inside the network, where they are not found without it.
 
         Raises:
-            UserError: no such model, CUDA asked for and absent, or GPUs that do not hold the model.
+            UserError: no such model or layers, CUDA asked for and absent, or GPUs that do not hold the model.
         """
         place = pick_device("cuda" if device_map == BALANCED else device)
         path, options = locate(name)
@@ -82,7 +84,7 @@ class LanguageModel:
             raise UserError(
                 f"the model {name!r} does not fit on {torch.cuda.device_count()} GPUs: give --eval-gpus more"
             )
-        return cls.wrap(network, tokenizer, name=name, revision=revision)
+        return cls.wrap(network, tokenizer, name=name, revision=revision, layers=layers)
 
     @classmethod
     def wrap(
@@ -92,10 +94,12 @@ class LanguageModel:
         *,
         name: str = "",
         revision: str | None = None,
+        layers: str | None = None,
     ) -> "LanguageModel":
         """Freeze a transformers model that is already in memory; UserError where its layers cannot be told apart."""
         network.eval().requires_grad_(False)
-        return cls(network, tokenizer, decoder_layers(network), name or str(network.config.name_or_path), revision)
+        name = name or str(network.config.name_or_path)
+        return cls(network, tokenizer, decoder_layers(network, layers), name, revision)
 
     @property
     def d_model(self) -> int:
@@ -115,9 +119,7 @@ class LanguageModel:
     @property
     def max_length(self) -> int:
         """Most tokens the model takes, prompt and continuation together."""
-        limit = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
-        # XLNet says -1 where there is none.
-        return limit if limit and limit > 0 else 1 << 30
+        return max_length(self.network)
 
     @property
     def end_tokens(self) -> list[int]:

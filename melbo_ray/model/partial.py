@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError, first_line
-from melbo_ray.model.architecture import decoder_layers
+from melbo_ray.model.architecture import begins_with, decoder_layers, truncate
 from melbo_ray.model.fingerprint import fingerprint
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.loading import load_config, locate, pick_device
@@ -22,8 +22,7 @@ def sketch(config: Config) -> LanguageModel:
     Raises:
         UserError: no such model, or its decoder layers cannot be found.
     """
-    network = _empty(load_config(config.model, config.revision, config.trust_remote_code), config)
-    return LanguageModel.wrap(network, _tokenizer(config), name=config.model, revision=config.revision)
+    return _wrapped(_empty(load_config(config.model, config.revision, config.trust_remote_code), config), config)
 
 
 def lower(config: Config) -> LanguageModel:
@@ -37,11 +36,11 @@ def lower(config: Config) -> LanguageModel:
         UserError: as `LanguageModel.load`.
     """
     path, options = locate(config.model)
-    if reads_whole(config):
+    shape = _shorter(config)
+    if shape is None:
         if "gguf_file" not in options:
             warnings.warn("chains read the whole model, since its layers are others in a shorter one", stacklevel=2)
         return _whole(config)
-    shape = truncate(load_config(config.model, config.revision, config.trust_remote_code), config.target_layer + 1)
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     try:
         network = AutoModelForCausalLM.from_pretrained(
@@ -50,8 +49,7 @@ def lower(config: Config) -> LanguageModel:
         )  # fmt: skip
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"cannot load the model {config.model!r}: {first_line(error)}") from error
-    network = network.to(pick_device(config.device))
-    return LanguageModel.wrap(network, _tokenizer(config), name=config.model, revision=config.revision)
+    return _wrapped(network.to(pick_device(config.device)), config)
 
 
 def reads_whole(config: Config) -> bool:
@@ -60,17 +58,40 @@ def reads_whole(config: Config) -> bool:
     Raises:
         UserError: no such model.
     """
+    return _shorter(config) is None
+
+
+def _shorter(config: Config) -> Any:
+    """The configuration of the model's first layers, up to the target; None where less than the whole cannot serve."""
     if "gguf_file" in locate(config.model)[1]:
-        return True
-    whole = load_config(config.model, config.revision, config.trust_remote_code)
-    return not _separable(whole, truncate(copy.deepcopy(whole), config.target_layer + 1), config)
+        return None
+    shape, count = load_config(config.model, config.revision, config.trust_remote_code), config.target_layer + 1
+    try:
+        whole = _with_layers(_empty(shape, config), config)
+        shape = truncate(copy.deepcopy(shape), count, of=len(whole[1]))
+        part = _with_layers(_empty(shape, config), config)
+    # A family that cannot be so short says so in its own way.
+    except Exception:
+        return None
+    short = len(part[1]) == min(count, len(whole[1]))
+    return shape if short and begins_with(whole, part) else None
 
 
 def _whole(config: Config) -> LanguageModel:
     return LanguageModel.load(
         config.model, revision=config.revision, dtype=config.dtype, device=config.device,
-        trust_remote_code=config.trust_remote_code,
+        trust_remote_code=config.trust_remote_code, layers=config.layers,
     )  # fmt: skip
+
+
+def _wrapped(network: PreTrainedModel, config: Config) -> LanguageModel:
+    return LanguageModel.wrap(
+        network, _tokenizer(config), name=config.model, revision=config.revision, layers=config.layers
+    )
+
+
+def _with_layers(network: PreTrainedModel, config: Config) -> tuple[nn.Module, nn.ModuleList]:
+    return network, decoder_layers(network, config.layers)
 
 
 def _empty(shape: Any, config: Config) -> PreTrainedModel:
@@ -82,31 +103,6 @@ def _empty(shape: Any, config: Config) -> PreTrainedModel:
         )
 
 
-def _separable(whole: Any, part: Any, config: Config) -> bool:
-    """Whether a model cut to its first layers has there what the whole one has, as far as its modules show."""
-    try:
-        networks = _empty(whole, config), _empty(part, config)
-        lists = [decoder_layers(each) for each in networks]
-    # A family that cannot be so short says so in its own way.
-    except Exception:
-        return False
-    shapes = [{name: value.shape for name, value in each.state_dict().items()} for each in networks]
-    # A layer may have weights or choices in one of them alone, such as keys of its own or a scale.
-    layers = (map(_facts, each) for each in lists)
-    return shapes[1].items() <= shapes[0].items() and all(a == b for a, b in zip(*layers, strict=False))
-
-
-def _facts(layer: nn.Module) -> dict[str, Any]:
-    """Names and shapes of a layer's weights, and the plain values that its modules keep."""
-    plain = {
-        f"{name}.{key}": value
-        for name, module in layer.named_modules()
-        for key, value in vars(module).items()
-        if isinstance(value, bool | int | float | str | None)
-    }
-    return plain | {name: value.shape for name, value in layer.state_dict().items()}
-
-
 def lower_fingerprint(model: LanguageModel, layers: int) -> str:
     """The fingerprint of a model's first `layers` decoder layers and of all that is no layer.
 
@@ -115,18 +111,7 @@ def lower_fingerprint(model: LanguageModel, layers: int) -> str:
     (place,) = (name for name, module in model.network.named_modules() if module is model.layers)
     above = tuple(f"{place}.{number}." for number in range(layers, len(model.layers)))
     weights = {name: value for name, value in model.network.state_dict().items() if not name.startswith(above)}
-    return fingerprint(truncate(copy.deepcopy(model.network.config), layers), weights)
-
-
-def truncate(shape: Any, layers: int) -> Any:
-    """A transformers configuration with the first `layers` decoder layers; lists of one entry a layer are cut too."""
-    text = shape.get_text_config()
-    before = text.num_hidden_layers
-    for name, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == before:
-            setattr(text, name, value[:layers])
-    text.num_hidden_layers = min(layers, before)
-    return shape
+    return fingerprint(truncate(copy.deepcopy(model.network.config), layers, of=len(model.layers)), weights)
 
 
 def _tokenizer(config: Config) -> Any:

@@ -4,9 +4,10 @@ Layer ℓ is the output of decoder block ℓ counted from 0: the post's and Tran
 transformers' `hidden_states[ℓ + 1]`. θ is added after block `source`; blocks source + 1 … target run on the sum.
 """
 
+import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,9 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from melbo_ray.errors import UserError
-from melbo_ray.model.arguments import chosen, together
+from melbo_ray.model.architecture import chosen, stream, taken, together
 from melbo_ray.model.compiled_step import Recorded
-from melbo_ray.model.hooks import stream
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.soundness import require_steerable, sound
 
@@ -182,37 +182,41 @@ def capture(
 
     A call is (layer, (positional arguments after the hidden states, keyword arguments)). Nothing above the target
     layer runs.
+
+    Raises:
+        UserError: what a layer takes is not what the one below it puts out: these are no layers to be called in turn.
     """
     calls: list[tuple[nn.Module, tuple[tuple, dict[str, Any]]]] = []
     hidden: list[Tensor] = []
+    below: list[Tensor] = []
 
-    def record(layer: nn.Module) -> Callable:
-        def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            if not hidden:
-                hidden.append(stream(args[0] if args else kwargs["hidden_states"]).detach())
-            kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            calls.append((layer, (args[1:], kwargs)))
-            if layer is model.layers[target]:
-                raise _Captured
+    def put_out(_layer: nn.Module, _args: tuple, output: Any) -> None:
+        # What comes next may write into it.
+        below.append(stream(output).detach().clone())
 
-        return hook
+    def record(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        h, others = taken(args, kwargs)
+        if not (below and bool(((h == below[-1].to(h.device)) | h.isnan()).all())):
+            raise UserError(
+                f"cannot steer this model: what its layer {source + 1 + len(calls)} takes is not what the one below it "
+                "puts out; where `layers` names them, is it another list?"
+            )
+        hidden.append(h.detach())
+        calls.append((layer, others))
+        if layer is model.layers[target]:
+            raise _Captured
 
-    handles = []
-    try:
+    with contextlib.ExitStack() as hooks:
+        for layer in model.layers[source:target]:
+            hooks.callback(layer.register_forward_hook(put_out).remove)
         for layer in model.layers[source + 1 : target + 1]:
-            handles.append(layer.register_forward_pre_hook(record(layer), with_kwargs=True))
-        with torch.no_grad():
+            hooks.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
+        with torch.no_grad(), contextlib.suppress(_Captured):
             model.network(input_ids=tokens, use_cache=False)
-    except _Captured:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
     return hidden[0], calls
 
 
 def call(layer: nn.Module, h: Float[Tensor, "batch seq d_model"], arguments: tuple[tuple, dict[str, Any]]) -> Tensor:
     """The layer's output hidden states, whether it returns them bare or first in a tuple."""
     args, kwargs = arguments
-    output = layer(h, *args, **kwargs)
-    return output[0] if isinstance(output, tuple) else output
+    return stream(layer(h, *args, **kwargs))

@@ -1,18 +1,13 @@
-"""How prompts and the continuations forced after them lie in rows of a batch, and what each position may look at."""
+"""How prompts and the continuations forced after them lie in rows of a batch, and which positions one may look at."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import Cache
-
-from melbo_ray.model.language_model import LanguageModel
-
-KNOWN_TYPES = {"full_attention", "sliding_attention"}
-"""Kinds of attention whose masks `masks` makes."""
 
 
 @dataclass(frozen=True)
@@ -114,43 +109,3 @@ class Prefix(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Nothing: positions and masks are given with every call."""
         return 0
-
-
-def masks(
-    model: LanguageModel,
-    seen: Bool[Tensor, "rows query key"],
-    here: Int[Tensor, "rows query"],
-    there: Int[Tensor, "#rows key"],
-) -> Float[Tensor, "rows 1 query key"] | dict[str, Tensor]:
-    """What each position sees, in the form that the model takes: one mask, or one for each type of layer.
-
-    Args:
-        model: the model.
-        seen: what it may look at, were there no window.
-        here: positions that look, in their texts.
-        there: positions looked at.
-
-    Raises:
-        RuntimeError: a kind of attention other than `KNOWN_TYPES`.
-    """
-    types = layer_types(model)
-    if unknown := set(types) - KNOWN_TYPES:
-        raise RuntimeError(f"the masks of {min(unknown)} are not known here")
-    config = model.network.config.get_text_config()
-
-    def mask(seen: Tensor) -> Tensor:
-        blank = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device)
-        return blank.masked_fill(~seen, torch.finfo(model.dtype).min)[:, None]
-
-    everything = near = mask(seen)
-    if window := getattr(config, "sliding_window", None):
-        near = mask(seen & (there[:, None] > here[..., None] - window))
-    # As transformers' own `create_masks_for_generate` tells them apart.
-    return {name: near if name == "sliding_attention" else everything for name in types} if types else near
-
-
-def layer_types(model: LanguageModel) -> list[str]:
-    """The types of layers that a model with several kinds of attention has."""
-    config = model.network.config.get_text_config()
-    chunked = ["chunked_attention"] if getattr(config, "attention_chunk_size", None) else []
-    return sorted({*(getattr(config, "layer_types", None) or []), *chunked})

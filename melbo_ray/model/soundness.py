@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from melbo_ray.errors import UserError, first_line
+from melbo_ray.model.architecture import stream
 from melbo_ray.model.language_model import LanguageModel
 
 
@@ -70,12 +71,7 @@ def _logits(model: LanguageModel, tokens: Int[Tensor, " seq"]) -> Float[Tensor, 
 
 
 def _require_stream(model: LanguageModel, _layer: nn.Module, _args: tuple, output: Any) -> None:
-    h = output[0] if type(output) is tuple else output
-    if not isinstance(h, Tensor) or h.ndim != 3 or len(h) != 1 or h.shape[-1] != model.d_model:
-        found = "×".join(map(str, h.shape)) if isinstance(h, Tensor) else f"a {type(h).__name__}"
-        raise UserError(
-            f"cannot steer this model: between its layers runs {found}, not one stream (batch, seq, d_model)"
-        )
+    stream(output, 1, model.d_model)
 
 
 def _same(dtype: torch.dtype, ours: Float[Tensor, "kept vocab"], theirs: Float[Tensor, "kept vocab"]) -> bool:

@@ -12,10 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from melbo_ray.errors import UserError
-from melbo_ray.model.hooks import reaching, reading, skipping, steering, stream
+from melbo_ray.model.architecture import masks, stream
+from melbo_ray.model.hooks import reaching, reading, skipping, steering
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.packed_linear import onednn
-from melbo_ray.model.rows import Prefix, lay_out, masks
+from melbo_ray.model.rows import Prefix, lay_out
 from melbo_ray.model.soundness import require_steerable, sound
 
 PASS_TOKENS = 2048
@@ -150,7 +151,7 @@ class Prompts:
             positions = laid.positions[rows, :width].to(self.model.device)
             seen = laid.sees(rows, start, width).to(self.model.device)
             arguments = {
-                "attention_mask": masks(self.model, seen, positions[:, start:], positions),
+                "attention_mask": masks(self.model.network, seen, positions[:, start:], positions),
                 "position_ids": positions[:, start:],
                 "past_key_values": prefix,
             }

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 from melbo_ray.config import Config
 from melbo_ray.evals.context import Study, Vectors
 from melbo_ray.evals.runner import EVALUATIONS, evaluate
+from melbo_ray.model.architecture import truncate
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.loading import load_config, pick_device
-from melbo_ray.model.partial import sketch, truncate
+from melbo_ray.model.partial import sketch
 from melbo_ray.study.preflight import Checked
 
 # Layers of the two models that are timed: the difference between them is what a layer costs.
@@ -89,10 +90,11 @@ def extrapolate(one: tuple[int, float], other: tuple[int, float], layers: int) -
 def _time(checked: Checked, whole: LanguageModel, layers: int, batch: int, device: torch.device) -> dict[str, float]:
     """Seconds a vector of each evaluation of single vectors, θ added after the first of so many layers."""
     config: Config = checked.config
-    shape = truncate(load_config(config.model, config.revision, config.trust_remote_code), layers)
+    shape = load_config(config.model, config.revision, config.trust_remote_code)
+    shape = truncate(shape, layers, of=len(whole.layers))
     with torch.device(device):
         network = AutoModelForCausalLM.from_config(shape, dtype=whole.dtype, trust_remote_code=config.trust_remote_code)
-    model = LanguageModel.wrap(network, whole.tokenizer, name=config.model)
+    model = LanguageModel.wrap(network, whole.tokenizer, name=config.model, layers=config.layers)
     draws = torch.randn(batch + 2, model.d_model, generator=torch.Generator().manual_seed(0))
     base, first, *_ = thetas = normalize(draws, dim=-1)
     study = Study(model, config.model_copy(update={"source_layer": 0}), checked.concepts[0], "plan", base)

@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BertConfig
 
 from melbo_ray.errors import UserError
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.model.sampling import Job, generate
 from melbo_ray.model.steering import Prompts
-from tests.architectures import CHECKS, families, judge, tiny
+from tests.architectures import CHECKS, LAYERS, SOURCE, TARGET, families, judge, tiny
 from tests.families import byte_tokenizer, directions
+from tests.shrinking import sizes
 
 SPREAD = [
     "bloom", "falcon", "gpt_neo", "xlstm", "mpt", "opt", "cohere2", "gemma4_text", "gpt_oss", "mixtral", "deepseek_v3",
@@ -18,7 +19,7 @@ SPREAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("family", SPREAD)
+@pytest.mark.parametrize("family", [*SPREAD, *LAYERS])
 def test_nothing_is_wrong(family):
     cells = judge(family)
     assert list(cells) == list(CHECKS)
@@ -58,6 +59,32 @@ def test_a_model_that_reads_both_ways_is_refused_in_a_line(decoder):
         else:
             with pytest.raises(UserError, match="the model is not causal"):
                 use(model)
+
+
+@pytest.mark.parametrize("family", LAYERS)
+def test_where_the_layers_are_not_found_the_refusal_says_how_to_name_them(family):
+    network = tiny(family).network
+    with pytest.raises(UserError, match=rf"0 module lists have \d+ entries.*`layers`.* {LAYERS[family]} \(4\)") as said:
+        LanguageModel.wrap(network, byte_tokenizer())
+    assert "\n" not in str(said.value)
+
+
+def test_a_path_that_leads_to_no_module_list_is_refused_in_a_line():
+    for path in ("model.layrs", "model", "model.layers.0.mlp"):
+        with pytest.raises(UserError, match=f"`layers` is '{path}'.* of LlamaForCausalLM: .*model.layers") as said:
+            LanguageModel.wrap(tiny("llama").network, byte_tokenizer(), layers=path)
+        assert "\n" not in str(said.value)
+
+
+def test_a_list_of_parts_of_layers_is_not_taken_for_layers():
+    """XLM has no module that is a layer; its last norms put out the stream, and do not take it."""
+    with pytest.raises(UserError, match="4 module lists have 4 entries"):
+        tiny("xlm")
+    config = CONFIG_MAPPING["xlm"](**sizes("xlm", CONFIG_MAPPING["xlm"]), causal=True)
+    network = AutoModelForCausalLM.from_config(config)
+    model = LanguageModel.wrap(network, byte_tokenizer(), layers="transformer.layer_norm2")
+    with pytest.raises(UserError, match="what its layer 2 takes is not what the one below it puts out"):
+        Slice(model, [torch.arange(40, 60)], SOURCE, TARGET)
 
 
 def test_a_context_without_a_limit_is_none():

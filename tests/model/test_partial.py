@@ -7,12 +7,14 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from melbo_ray.cluster.memory import demands
+from melbo_ray.cluster.worker import Worker
 from melbo_ray.concepts.loader import load_concept
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.partial import lower, lower_fingerprint, reads_whole, sketch
 from melbo_ray.model.residual_slice import Slice
+from tests import architectures
 from tests.families import D_MODEL, directions, every_family, tiny
 
 SOURCE, TARGET = 0, 1
@@ -61,6 +63,22 @@ def test_a_sketch_has_the_sizes_and_the_tokens_but_no_weights(saved, family):
     parameters = [{name: p.shape for name, p in model.network.named_parameters()} for model in (shape, whole)]
     assert parameters[0] == parameters[1]
     assert {p.device.type for p in shape.network.parameters()} == {"meta"}
+
+
+def test_layers_that_are_named_are_those_of_every_model_that_is_loaded(tmp_path):
+    """LongCat's number of layers is twice that of its list."""
+    model = architectures.tiny("longcat_flash")
+    model.network.save_pretrained(tmp_path)
+    model.tokenizer.save_pretrained(tmp_path)
+    config = Config(model=str(tmp_path), layers="model.layers", source_layer=SOURCE, target_layer=TARGET, device="cpu")
+    part = lower(config)
+    assert (len(part.layers), len(sketch(config).layers)) == (TARGET + 1, 4)
+    assert not reads_whole(config)
+    worker = Worker(f"memory://{tmp_path.name}", "run", config, [], threads=1)
+    assert len(worker._load().layers) == 4
+    for load in (sketch, lower):
+        with pytest.raises(UserError, match=r"`layers` is 'model\.layrs'"):
+            load(config.model_copy(update={"layers": "model.layrs"}))
 
 
 @pytest.mark.parametrize("family", ["gemma4", "gemma4-shared"])

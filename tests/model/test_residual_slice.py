@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from melbo_ray.errors import UserError
-from melbo_ray.model.arguments import chosen, together
+from melbo_ray.model.architecture import chosen, together
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.residual_slice import Slice
 from tests.families import D_MODEL, directions, every_family, tiny
