@@ -20,7 +20,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from melbo_ray.config import first_line  # noqa: E402 - the folder above must be known first
+from melbo_ray.errors import first_line  # noqa: E402 - the folder above must be known first
 from tests.architectures import CHECKS, families, judge  # noqa: E402
 
 # Torch is imported once for all.

@@ -30,9 +30,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from benchmarks import chain, growth, memory, query, solvers, text
 from benchmarks.reference import Bench, Row
-from melbo_ray.cli import exit_code
+from melbo_ray.cli import exit_code, read_options
 from melbo_ray.concepts.loader import load_concept
-from melbo_ray.config import Config, read_options
+from melbo_ray.config import Config
 from melbo_ray.errors import UserError, first_line
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.loading import EMBEDDED, pick_device

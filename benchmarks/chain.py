@@ -13,8 +13,9 @@ from benchmarks.reference import Bench, Reference, Row, limits, now, timed
 from melbo_ray.config import Config
 from melbo_ray.model.compiled_step import Recorded
 from melbo_ray.model.residual_slice import Slice
-from melbo_ray.search.chain import _Chain, chains, value_and_grad
-from melbo_ray.search.solvers import BlockSolver, Solution
+from melbo_ray.search import lockstep
+from melbo_ray.search.chain import Chain, chains
+from melbo_ray.search.solvers import Solution
 
 # Evaluations of a chain of the whole space.
 _LONG = 20_000
@@ -23,7 +24,7 @@ _LONG = 20_000
 def stepper(slice: Slice, config: Config, theta: Tensor, z: Tensor) -> Callable[[], object]:
     """One step's value and gradient of these vectors, as a chain calls it."""
     rows = torch.arange(len(theta)) % slice.num_prompts
-    return lambda: value_and_grad(slice, theta, z, rows, config)
+    return lambda: lockstep.value_and_grad(slice, theta, z, rows, config)
 
 
 def steps(bench: Bench) -> Iterator[Row]:
@@ -68,15 +69,12 @@ def equal_loss(bench: Bench) -> Iterator[Row]:
     config = bench.config.model_copy(update={"max_evaluations": 1000, "tolerance": 0.0, "num_vectors": vectors})
     slice, device = bench.slice(), bench.model.device
     begin = now(device)
-    link = _Chain(slice, 0, bench.base, config, "code", ())
-    theta = next(link.solver())
+    link = Chain(slice, 0, bench.base, config, "code")
     # The first call records the step on CUDA.
-    value_and_grad(slice, theta, link.z_base[None], torch.tensor([0]), config)
+    stepper(slice, config, link.start(), link.z_base[None])()
     yield Row("equal loss", "set up the chain, once", now(device) - begin, "s")
     for index in range(1, vectors + 1):
-        solver = link.solver()
-        theta = next(solver)
-        reference = Reference(bench, theta[0], link.subspace.basis.clone())
+        reference = Reference(bench, link.start()[0], link.subspace.basis.clone())
         begin = now(device)
         for _ in range(steps):
             reference.step()
@@ -86,7 +84,7 @@ def equal_loss(bench: Bench) -> Iterator[Row]:
         note = f"relative loss {share:.3f}, norm {float(reference.theta.detach().norm()):.1f}"
         yield Row("equal loss", f"{case}reference, {steps} Adam steps", reference_seconds, "s", 1.0, None, note)
         begin = now(device)
-        solution = _until(wanted, solver, theta, link)
+        solution = _until(wanted, link)
         seconds = now(device) - begin
         (found,) = link.add(solution)
         note = f"{solution.evaluations} evaluations, relative loss {found.relative_loss:.3f}, norm {found.norm:.1f}"
@@ -96,18 +94,14 @@ def equal_loss(bench: Bench) -> Iterator[Row]:
         yield Row("equal loss", case, seconds, "s", ratio, None, note)
 
 
-def _until(wanted: float, solver: BlockSolver, theta: Tensor, link: _Chain) -> Solution:
-    """Drive a solver from its first request until the loss is `wanted` or it ends."""
-    evaluations = 0
-    while True:
-        losses, gradients = value_and_grad(link.slice, theta, link.z_base[None], link.row, link.config)
-        evaluations += 1
-        if losses[0] <= wanted:
-            return Solution(theta, evaluations, "reached")
-        try:
-            theta = solver.send((losses, gradients))
-        except StopIteration as finished:
-            return finished.value
+def _until(wanted: float, link: Chain) -> Solution:
+    """Seek the chain's next vector until its loss is `wanted` or the solver ends."""
+    for count, step in enumerate(lockstep.steps({link: link.solver()}), 1):
+        if step.losses[0] <= wanted:
+            return Solution(step.theta, count, "reached")
+        if step.solution is not None:
+            return step.solution
+    raise AssertionError("a solver ends with a solution")
 
 
 def throughput(bench: Bench) -> Iterator[Row]:

@@ -18,8 +18,9 @@ from melbo_ray.evals.kl import kl
 from melbo_ray.model.sampling import Job, generate
 from melbo_ray.model.steering import Prompts
 from melbo_ray.search.base_vectors import base_vector
-from melbo_ray.search.chain import _Chain, value_and_grad
-from melbo_ray.search.solvers import BlockSolver, Solution
+from melbo_ray.search.chain import Chain
+from melbo_ray.search.lockstep import steps
+from melbo_ray.search.solvers import Solution
 
 BUDGETS = (20, 40, 80)
 _BASES = (("code", "melbo"), ("jailbreak", "melbo"), ("code", "contrast"))
@@ -63,20 +64,20 @@ def solvers(bench: Bench) -> Iterator[Row]:
             config = bench.config.model_copy(update={**options, "num_vectors": bench.model.d_model - 1})
             found = base_vector(bench.model, concept, config)
             slice = bench.slice(bench.model.tokenize(concept.prompt, config.system_prompt))
-            link = _Chain(slice, 0, found.theta, config, name, ())
+            link = Chain(slice, 0, found.theta, config, name)
             for place in (place for place in places if place < bench.model.d_model - 1):
                 while link.index < place:
-                    link.add(_run(link, link.solver(), _FILL)[1])
+                    link.add(_trace(link, config.solver, _FILL)[1])
                 yield from _cells(bench, link, concept, f"{name}, {kind}, seed {seed}, vector {place}")
 
 
-def _cells(bench: Bench, link: _Chain, concept: Concept, case: str) -> Iterator[Row]:
+def _cells(bench: Bench, link: Chain, concept: Concept, case: str) -> Iterator[Row]:
     long = case.endswith("seed 0, vector 1") and not bench.quick
-    steps = 30 if bench.quick else _STEPS
-    theirs, ours = _trace(link, "adam", 1000 if long else steps), _trace(link, "lbfgs", max(BUDGETS))
+    goals = 30 if bench.quick else _STEPS
+    (theirs, _), (ours, _) = _trace(link, "adam", 1000 if long else goals), _trace(link, "lbfgs", max(BUDGETS))
     shown = _shown(bench, link, concept, ours, theirs)
     told = ", ".join(f"{ours.losses[n - 1]:.3f}" for n in BUDGETS)
-    for count in sorted({steps, len(theirs.losses)}):
+    for count in sorted({goals, len(theirs.losses)}):
         goal = theirs.losses[count - 1]
         reached = ours.until(goal)
         norm = "–" if reached is None else f"{ours.norms[reached - 1] / theirs.norms[count - 1]:.2f}"
@@ -84,35 +85,24 @@ def _cells(bench: Bench, link: _Chain, concept: Concept, case: str) -> Iterator[
         yield Row("solvers", case, math.nan if reached is None else reached, "evaluations", note=note)
 
 
-def _trace(link: _Chain, solver: str, budget: int) -> Trace:
-    config = link.config
-    link.config = config.model_copy(update={"solver": solver, "max_evaluations": budget})
-    try:
-        return _run(link, link.solver(), budget)[0]
-    finally:
-        link.config = config
-
-
-def _run(link: _Chain, solver: BlockSolver, budget: int) -> tuple[Trace, Solution]:
-    """Drive a solver to its end."""
+def _trace(link: Chain, solver: str, budget: int) -> tuple[Trace, Solution]:
+    """What a solver sees of the chain's next vector, and what it ends with; the chain stays as it is."""
     losses, norms, thetas, best = [], [], {}, float("inf")
-    theta = next(solver)
-    while True:
-        values, gradients = value_and_grad(link.slice, theta, link.z_base[None], link.row, link.config)
-        loss = float(values[0]) / link.unsteered_losses[0]
+    options = link.options.model_copy(update={"solver": solver, "max_evaluations": budget})
+    solution = None
+    for step in steps({link: link.solver(options)}):
+        loss = float(step.losses[0]) / link.unsteered_losses[0]
         if loss < best:
-            best, kept = loss, theta[0]
+            best, kept = loss, step.theta[0]
         losses.append(best)
         norms.append(float(kept.norm()))
         if len(losses) in (*BUDGETS, budget):
             thetas[len(losses)] = kept
-        try:
-            theta = solver.send((values, gradients))
-        except StopIteration as finished:
-            return Trace(losses, norms, thetas), finished.value
+        solution = step.solution
+    return Trace(losses, norms, thetas), solution
 
 
-def _shown(bench: Bench, link: _Chain, concept: Concept, ours: Trace, theirs: Trace) -> str:
+def _shown(bench: Bench, link: Chain, concept: Concept, ours: Trace, theirs: Trace) -> str:
     """KL from the base over the unsteered one, and whether the greedy text shows the concept, ours and Adam's."""
     model, source, tokens = (
         bench.model,

@@ -8,8 +8,7 @@ import sys
 
 from rich.console import Console
 
-from melbo_ray.cli import exit_code
-from melbo_ray.config import parse
+from melbo_ray.cli import exit_code, parse
 from melbo_ray.study.preflight import check
 from melbo_ray.study.runner import run
 from melbo_ray.study.summary import candidates

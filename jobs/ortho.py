@@ -12,8 +12,7 @@ import sys
 
 from rich.console import Console
 
-from melbo_ray.cli import exit_code
-from melbo_ray.config import parse
+from melbo_ray.cli import exit_code, parse
 from melbo_ray.evals.catalog import EVALUATIONS
 from melbo_ray.report.page import render
 from melbo_ray.study.planner import plan

@@ -1,9 +1,20 @@
-"""A job as a command: what its exit code says."""
+"""A job as a command: what it is asked, what it says of bad input, and what its exit code is."""
 
+import argparse
+import difflib
+import re
 import signal
 import sys
+import tomllib
 from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
+from pydantic import ValidationError
+from pydantic_settings import CliApp, SettingsError
+
+from melbo_ray.config import Config
 from melbo_ray.errors import Terminated, UserError
 
 
@@ -16,7 +27,7 @@ def exit_code(main: Callable[[], None]) -> int:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {flags(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped", file=sys.stderr)
@@ -28,3 +39,78 @@ def exit_code(main: Callable[[], None]) -> int:
 
 def _terminate(*_: object) -> None:
     raise Terminated
+
+
+def flags(message: str) -> str:
+    """The message with its options, named as in `Config` between backticks, as flags of the command line."""
+    return re.sub(
+        "`([a-z_]+)`", lambda found: _flag(found[1]) if found[1] in Config.model_fields else found[0], message
+    )
+
+
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
+
+
+def parse(description: str, args: list[str] | None = None) -> Config:
+    """The configuration a command line asks for: defaults, under the TOML file of `--config`, under the options.
+
+    Raises:
+        UserError: an unknown or ill-valued option, with the nearest name there is.
+        SystemExit: after `--help`.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    command = type("Config", (Config,), {"__doc__": description, "__module__": __name__})
+    try:
+        return Config(**CliApp.run(command, cli_args=args, **_read_toml(args)).model_dump())
+    except ValidationError as error:
+        raise UserError(_describe(error)) from None
+    except SettingsError as error:
+        raise UserError(_suggest(str(error).removeprefix("error parsing CLI: "))) from None
+
+
+def _read_toml(args: list[str]) -> dict[str, Any]:
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--config")
+    try:
+        path = finder.parse_known_args(args)[0].config
+    except argparse.ArgumentError as error:
+        raise UserError(f"--config: {error.message}") from None
+    return {} if path is None else read_options(path)
+
+
+def read_options(name: str) -> dict[str, Any]:
+    """The options that the preset `name` sets, or the TOML file `name`, by their names in `Config`.
+
+    Raises:
+        UserError: no such preset or file, or no TOML.
+    """
+    presets = {
+        Path(f.name).stem: f for f in (files("melbo_ray") / "concepts/presets").iterdir() if f.name.endswith(".toml")
+    }
+    if name not in presets and not name.endswith(".toml") and not Path(name).exists():
+        raise UserError(f"no preset {name!r}: expected one of {', '.join(sorted(presets))}, or the path of a TOML file")
+    try:
+        text = presets.get(name, Path(name)).read_text("utf-8")
+        return {name.replace("-", "_"): value for name, value in tomllib.loads(text).items()}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"cannot read the configuration {name!r}: {error}") from None
+
+
+def _describe(error: ValidationError) -> str:
+    first = error.errors()[0]
+    # Where an option takes several types, the rest of the place names one of them.
+    name = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "extra_forbidden":
+        return _suggest(f"unknown option {name!r}")
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{_flag(name)} is {first['input']!r}: {message}" if name else message
+
+
+def _suggest(message: str) -> str:
+    """The message, with the nearest option where it names one that does not exist."""
+    for word in re.findall(r"[\w-]+", message):
+        near = difflib.get_close_matches(word.strip("-").replace("-", "_"), Config.model_fields, n=1, cutoff=0.75)
+        if near and near[0] != word.strip("-").replace("-", "_"):
+            return f"{message}; did you mean {_flag(near[0])}?"
+    return f"{message}; --help lists the options"

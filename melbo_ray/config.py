@@ -1,12 +1,8 @@
-"""Every option, once: type, unit, default, meaning. The command line, TOML files and `run.json` derive from it."""
+"""Every option, once: type, unit, default, meaning. The command line, TOML files and `run.json` derive from it.
 
-import argparse
-import difflib
-import re
-import sys
-import tomllib
-from importlib.resources import files
-from pathlib import Path
+Options come in groups, so that a function takes those alone that it reads; `Config` is all of them.
+"""
+
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -15,12 +11,9 @@ from pydantic import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
-from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
-
-from melbo_ray.errors import UserError
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 def _split(value: Any) -> Any:
@@ -31,24 +24,46 @@ Names = Annotated[list[str], BeforeValidator(_split)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class Config(BaseSettings):
-    """One study: which model, which concepts, how the chain is run, what is measured, where it is stored."""
-
+class _Options(BaseSettings):
     model_config = SettingsConfigDict(
         use_attribute_docstrings=True,
         extra="forbid",
         frozen=True,
+        allow_inf_nan=False,
         cli_kebab_case=True,
         cli_avoid_json=True,
         cli_hide_none_type=True,
         cli_implicit_flags=True,
         cli_exit_on_error=False,
-        allow_inf_nan=False,
     )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: Any,
+        env_settings: Any,
+        dotenv_settings: Any,
+        file_secret_settings: Any,
+    ) -> tuple:
+        """The command line and the TOML file are all: an environment variable named SEED changes no study."""
+        return (init_settings,)
+
+
+class StudyOptions(_Options):
+    """What is studied."""
 
     config: str | None = Field(default=None, exclude=True)
     """TOML file that sets any of these options, or a preset by its name (`smollm2`: the embedded model's own prompt);
     the command line overrides it."""
+    concepts: Names = ["code"]
+    """Concepts to study, comma-separated: `code`, `alien`, `stem`, `jailbreak`, or paths of TOML files."""
+    prompt: str | None = None
+    """The prompt that the chains are trained on, instead of each concept's own."""
+
+
+class ModelOptions(_Options):
+    """Which model, how it is loaded, and between which of its layers vectors work."""
 
     model: str = "smollm2"
     """Hub id, local directory, GGUF file, or `smollm2` (SmolLM2-135M-Instruct, installed with the package)."""
@@ -63,23 +78,43 @@ class Config(BaseSettings):
     layers: str | None = None
     """Where the decoder layers are inside the network, such as `model.layers`, for a model where they are not found."""
 
-    concepts: Names = ["code"]
-    """Concepts to study, comma-separated: `code`, `alien`, `stem`, `jailbreak`, or paths of TOML files."""
-    prompt: str | None = None
-    """The prompt that the chains are trained on, instead of each concept's own."""
-    system_prompt: str = "default"
-    """System turn: `default` (what the chat template puts there), `none`, or its text."""
     source_layer: NonNegativeInt = 8
     """Layer after which θ is added, counted from 0."""
     target_layer: NonNegativeInt = 16
     """Layer whose output is compared, counted from 0."""
-    z_from: NonNegativeInt = 1
-    """First token position that z, the mean that the chain matches, takes in; 0 is the post's. The first position often
-    is an attention sink: its massive activation is then most of the loss."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.source_layer >= self.target_layer:
+            raise ValueError(
+                f"source layer {self.source_layer} is not below target layer {self.target_layer}: "
+                "choose source < target"
+            )
+        return self
+
+
+class SeedOptions(_Options):
+    """What every random draw goes by."""
+
+    seed: NonNegativeInt = 0
+    """The one seed; every random draw derives from (seed, concept, index, purpose)."""
+
+
+class AnswerOptions(_Options):
+    """How the model is asked, and how long it answers."""
+
+    system_prompt: str = "default"
+    """System turn: `default` (what the chat template puts there), `none`, or its text."""
+    max_new_tokens: PositiveInt = 48
+    """Length of a sampled continuation, tokens."""
+
+
+class BaseOptions(SeedOptions, AnswerOptions):
+    """How the base vector is found (`base_vector`)."""
+
     radius: Positive | Literal["auto"] = "auto"
     """R, norm of the base vector (residual-stream units); `auto` calibrates it: the norm at which a random vector's
     effect at the target layer departs from its linear part by three tenths. A file's vectors then keep their norms."""
-
     base: str = "melbo"
     """The base vector: `melbo`, `contrast` (mean difference of concept and neutral prompts), or a file of vectors
     (.safetensors, .npy, .pt)."""
@@ -97,6 +132,13 @@ class Config(BaseSettings):
     melbo_from: NonNegativeInt = 1
     """First token position that MELBO's norm runs over; 0 takes in the first, which often is an attention sink."""
 
+
+class ChainOptions(SeedOptions):
+    """How a chain is found (`chain`)."""
+
+    z_from: NonNegativeInt = 1
+    """First token position that z, the mean that the chain matches, takes in; 0 is the post's. The first position often
+    is an attention sink: its massive activation is then most of the loss."""
     num_vectors: PositiveInt = 24
     """Vectors the chain shall find, at most d_model - 1."""
     block: PositiveInt = 1
@@ -115,8 +157,10 @@ class Config(BaseSettings):
     """The chain ends when a vector's norm is below this (residual-stream units)."""
     max_relative_loss: Positive = 1.0
     """The chain ends when a vector's loss relative to the unsteered one reaches this: no effect is left."""
-    seed: NonNegativeInt = 0
-    """The one seed; every random draw derives from (seed, concept, index, purpose)."""
+
+
+class EvaluationOptions(AnswerOptions):
+    """What is asked of the vectors."""
 
     evals: Names = ["all"]
     """Evaluations to run, comma-separated: `all`, or some by name."""
@@ -129,12 +173,14 @@ class Config(BaseSettings):
     """Continuations drawn for each vector, prompt and scale, beside the greedy one."""
     held_out_generations: NonNegativeInt = 3
     """Held-out prompts that texts are written on, beside the training prompt."""
-    max_new_tokens: PositiveInt = 48
-    """Length of a sampled continuation, tokens."""
     temperature: NonNegativeFloat = 1.0
     """Sampling temperature; 0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus of the sampling distribution: the smallest set of tokens with this probability."""
+
+
+class ClusterOptions(_Options):
+    """What the actors take of a cluster."""
 
     min_evaluators: PositiveInt = 1
     """Evaluation actors kept at least."""
@@ -146,6 +192,13 @@ class Config(BaseSettings):
     chain_gpus: NonNegativeFloat | None = None
     """GPUs the chain actor takes, at most 1; 0 is the CPU. Without it as an evaluation actor."""
 
+
+class Config(ClusterOptions, EvaluationOptions, ChainOptions, BaseOptions, ModelOptions, StudyOptions):
+    """One study: which model, which concepts, how the chain is run, what is measured, where it is stored.
+
+    It is every group of options at once, flat: wherever a group is taken, a `Config` will do.
+    """
+
     plan: bool = False
     """Only say what memory, GPUs, time and bytes the study will take; start nothing."""
 
@@ -153,88 +206,3 @@ class Config(BaseSettings):
     """Where runs are kept: a directory, or any fsspec URL such as s3://bucket/prefix."""
     run_id: str | None = None
     """Name of the run; an existing one is resumed. Made from concept, model and time without it."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.source_layer >= self.target_layer:
-            raise ValueError(
-                f"source layer {self.source_layer} is not below target layer {self.target_layer}: "
-                "choose source < target"
-            )
-        return self
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: Any,
-        env_settings: Any,
-        dotenv_settings: Any,
-        file_secret_settings: Any,
-    ) -> tuple:
-        """The command line and the TOML file are all: an environment variable named SEED changes no study."""
-        return (init_settings,)
-
-
-def parse(description: str, args: list[str] | None = None) -> Config:
-    """The configuration a command line asks for: defaults, under the TOML file of `--config`, under the options.
-
-    Raises:
-        UserError: an unknown or ill-valued option, with the nearest name there is.
-        SystemExit: after `--help`.
-    """
-    args = list(sys.argv[1:] if args is None else args)
-    command = type("Config", (Config,), {"__doc__": description, "__module__": __name__})
-    try:
-        return Config(**CliApp.run(command, cli_args=args, **_read_toml(args)).model_dump())
-    except ValidationError as error:
-        raise UserError(_describe(error)) from None
-    except SettingsError as error:
-        raise UserError(_suggest(str(error).removeprefix("error parsing CLI: "))) from None
-
-
-def _read_toml(args: list[str]) -> dict[str, Any]:
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    finder.add_argument("--config")
-    try:
-        path = finder.parse_known_args(args)[0].config
-    except argparse.ArgumentError as error:
-        raise UserError(f"--config: {error.message}") from None
-    return {} if path is None else read_options(path)
-
-
-def read_options(name: str) -> dict[str, Any]:
-    """The options that the preset `name` sets, or the TOML file `name`, by their names in `Config`.
-
-    Raises:
-        UserError: no such preset or file, or no TOML.
-    """
-    presets = {
-        Path(f.name).stem: f for f in (files("melbo_ray") / "concepts/presets").iterdir() if f.name.endswith(".toml")
-    }
-    if name not in presets and not name.endswith(".toml") and not Path(name).exists():
-        raise UserError(f"no preset {name!r}: expected one of {', '.join(sorted(presets))}, or the path of a TOML file")
-    try:
-        text = presets.get(name, Path(name)).read_text("utf-8")
-        return {name.replace("-", "_"): value for name, value in tomllib.loads(text).items()}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"cannot read the configuration {name!r}: {error}") from None
-
-
-def _describe(error: ValidationError) -> str:
-    first = error.errors()[0]
-    # Where an option takes several types, the rest of the place names one of them.
-    name = str(first["loc"][0]) if first["loc"] else ""
-    if first["type"] == "extra_forbidden":
-        return _suggest(f"unknown option {name!r}")
-    message = first["msg"].removeprefix("Value error, ")
-    return f"--{name.replace('_', '-')} is {first['input']!r}: {message}" if name else message
-
-
-def _suggest(message: str) -> str:
-    """The message, with the nearest option where it names one that does not exist."""
-    for word in re.findall(r"[\w-]+", message):
-        near = difflib.get_close_matches(word.strip("-").replace("-", "_"), Config.model_fields, n=1, cutoff=0.75)
-        if near and near[0] != word.strip("-").replace("-", "_"):
-            return f"{message}; did you mean --{near[0].replace('_', '-')}?"
-    return f"{message}; --help lists the options"

@@ -22,6 +22,11 @@ def raises(error):
     [
         (lambda: None, 0, ""),
         (lambda: raises(UserError("no such model")), 2, "error: no such model\n"),
+        (
+            lambda: raises(UserError("give a smaller `eval_gpus`, or `kl`")),
+            2,
+            "error: give a smaller --eval-gpus, or `kl`\n",
+        ),
         (lambda: stopped_by(signal.SIGTERM), 143, "stopped\n"),
         (lambda: raises(KeyboardInterrupt), 130, "stopped\n"),
         (lambda: raises(Terminated("stopped; resume it")), 143, "stopped; resume it\n"),

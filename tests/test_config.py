@@ -2,8 +2,9 @@ import re
 
 import pytest
 
+from melbo_ray.cli import parse
 from melbo_ray.concepts.loader import load_concept
-from melbo_ray.config import Config, parse
+from melbo_ray.config import Config
 from melbo_ray.errors import UserError
 
 

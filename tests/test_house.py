@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from melbo_ray.config import Config
+
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"errors"},
@@ -79,8 +81,23 @@ def test_ray_is_in_one_place(path):
     assert not {name for name in imported(path) if name.split(".")[0] == "ray"}
 
 
+def flags_raised(path):
+    """The command line's flags in what a file's `raise` statements say."""
+    raised = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Raise)]
+    texts = [node.value for each in raised for node in ast.walk(each) if isinstance(node, ast.Constant)]
+    named = {name for text in texts if isinstance(text, str) for name in re.findall(r"--([a-z][a-z-]*)", text)}
+    return named & {name.replace("_", "-") for name in Config.model_fields}
+
+
+def test_errors_of_what_a_notebook_uses_name_parameters_and_no_flags():
+    below = {name for floor in FLOORS[: FLOOR["study"]] for name in floor}
+    assert not {str(path) for path in MODULES if part_of(path) in below and flags_raised(path)}
+
+
 def test_the_guards_above_can_fail(tmp_path):
     file = tmp_path / "bad.py"
+    file.write_text("def f():\n    raise ValueError(f'give {1} --eval-gpus')\n")
+    assert flags_raised(file) == {"eval-gpus"}
     file.write_text("def f():\n    import ray.util\n    from melbo_ray.cluster.driver import Driver\n")
     assert {name.split(".")[0] for name in imported(file)} >= {"ray"}
     assert ours(imported(file)) == {"cluster"}

@@ -129,7 +129,7 @@ def _shares(config: Config, gpus: float) -> tuple[float, float]:
     """The GPUs of a chain actor and of an evaluator."""
     asked = config.chain_gpus or config.eval_gpus
     if config.device.startswith("cuda") and not gpus and not asked:
-        raise UserError("CUDA was asked for and the cluster has no GPU: use --device cpu or auto")
+        raise UserError("CUDA was asked for and the cluster has no GPU: use `device` cpu or auto")
     share = 0.0 if config.device == "cpu" or not (gpus or asked) else 0.5 if gpus == 1 else 1.0
     chain, evaluator = (share if given is None else given for given in (config.chain_gpus, config.eval_gpus))
     return chain, evaluator
@@ -140,12 +140,12 @@ def _check_room(chain: Mapping[str, Any], evaluator: Mapping[str, Any], cluster:
     largest = cluster.get("largest_node_GPU", cluster.get("GPU", 0.0))
     for name, actor in (("chain", chain), ("eval", evaluator)):
         if actor.get("num_gpus", 0) > largest:
-            raise UserError(f"--{name}-gpus is {actor['num_gpus']:g}, and there are {largest:g} GPUs: 0 is the CPU")
+            raise UserError(f"`{name}_gpus` is {actor['num_gpus']:g}, and there are {largest:g} GPUs: 0 is the CPU")
     gpus, bytes_ = (chain.get(what, 0) + evaluator.get(what, 0) for what in ("num_gpus", "memory"))
     if gpus > cluster.get("GPU", 0.0):
         raise UserError(
             f"a chain actor and an evaluator take {gpus:g} GPUs together, and there are {cluster['GPU']:g}: "
-            "give smaller --chain-gpus and --eval-gpus, or 0 for the CPU"
+            "give smaller `chain_gpus` and `eval_gpus`, or 0 for the CPU"
         )
     if bytes_ > cluster.get("memory", math.inf):
         raise UserError(

@@ -25,7 +25,8 @@ from melbo_ray.model.sampling import generate
 from melbo_ray.model.steering import Prompts, encode, target_log_probs
 from melbo_ray.runs.checks import EXACT, PLAIN, Check
 from melbo_ray.runs.manifest import Rendered
-from melbo_ray.search.chain import derive_seed, value_and_grad
+from melbo_ray.search.lockstep import value_and_grad
+from melbo_ray.seeds import derive_seed
 
 # Tokens of a greedy text, and texts at most: each token is a pass of the model.
 _LENGTH, _TEXTS = 8, 4
@@ -128,7 +129,7 @@ def _relative(ours: Tensor, theirs: Tensor, size: Tensor | None = None) -> float
     """The largest relative error of any row; `size`: what it is relative to instead of the plain rows."""
     ours, theirs = ours.detach().float().cpu(), theirs.detach().float().cpu()
     if not theirs.isfinite().all():
-        raise UserError("self-check: the model's own activations are not finite: try --dtype float32")
+        raise UserError("self-check: the model's own activations are not finite: try `dtype` float32")
     size = theirs if size is None else size.detach().float().cpu()
     return float(((ours - theirs).norm(dim=-1) / size.norm(dim=-1).clamp_min(1e-30)).max())
 

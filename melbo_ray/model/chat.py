@@ -25,7 +25,7 @@ def chat(tokenizer: Any, name: str, prompt: str, system_prompt: str) -> str:
     if tokenizer.chat_template is None:
         if not own:
             raise UserError(
-                f"the model {name!r} has no chat template, so --system-prompt has no place: put it into the prompt"
+                f"the model {name!r} has no chat template, so `system_prompt` has no place: put it into the prompt"
             )
         return prompt
     template = _Template(tokenizer, name)
@@ -33,7 +33,7 @@ def chat(tokenizer: Any, name: str, prompt: str, system_prompt: str) -> str:
         return template.without_system(prompt) if system_prompt == "none" else template.render([_turn("user", prompt)])
     text = template.render([_turn("system", system_prompt), _turn("user", prompt)])
     if system_prompt.strip() not in text:
-        raise UserError(f"the chat template of {name!r} leaves system turns out: use --system-prompt none or default")
+        raise UserError(f"the chat template of {name!r} leaves system turns out: use `system_prompt` none or default")
     return text
 
 
@@ -48,7 +48,7 @@ class _Template:
             return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer_next))
         except (TemplateError, TypeError, ValueError) as error:
             roles = ", ".join(turn["role"] for turn in turns)
-            hint = ": use --system-prompt default" if len(turns) > 1 else ""
+            hint = ": use `system_prompt` default" if len(turns) > 1 else ""
             raise UserError(
                 f"the chat template of {self.name!r} refuses turns of {roles} ({first_line(error)}){hint}"
             ) from None
@@ -75,7 +75,7 @@ class _Template:
         if not closing or text[:cut] != later[:cut]:
             raise UserError(
                 f"the chat template of {self.name!r} adds a system turn of its own, and where it ends cannot be told: "
-                "use --system-prompt default, or give a text"
+                "use `system_prompt` default, or give a text"
             )
         # ChatML opens every turn with what SmolLM2 calls its start token, so only a missing one is put back.
         text = text[cut:]

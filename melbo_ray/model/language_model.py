@@ -82,7 +82,7 @@ class LanguageModel:
             str(place) for place in vars(network)["hf_device_map"].values()
         }:
             raise UserError(
-                f"the model {name!r} does not fit on {torch.cuda.device_count()} GPUs: give --eval-gpus more"
+                f"the model {name!r} does not fit on {torch.cuda.device_count()} GPUs: give `eval_gpus` more"
             )
         return cls.wrap(network, tokenizer, name=name, revision=revision, layers=layers)
 

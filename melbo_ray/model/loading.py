@@ -27,7 +27,7 @@ def pick_device(device: str) -> torch.device:
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise UserError(f"no device {device!r}: expected auto, cpu or cuda (others, as Apple's mps, are not supported)")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("CUDA was asked for and this machine has no usable CUDA device: use --device cpu or auto")
+        raise UserError("CUDA was asked for and this machine has no usable CUDA device: use `device` cpu or auto")
     return torch.device(device)
 
 

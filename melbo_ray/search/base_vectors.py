@@ -143,7 +143,7 @@ def maximise(
     if config.candidates > d_model:
         raise UserError(f"{config.candidates} candidates cannot be orthogonal in d_model = {d_model}")
     if config.melbo_from >= slice.h_source.shape[1]:
-        raise UserError(f"--melbo-from {config.melbo_from}: the prompt has only {slice.h_source.shape[1]} tokens")
+        raise UserError(f"`melbo_from` {config.melbo_from}: the prompt has only {slice.h_source.shape[1]} tokens")
     generator = torch.Generator().manual_seed(derive_seed(config.seed, concept, len(taken), "melbo"))
     start = torch.cat([taken, torch.randn(config.candidates, d_model, generator=generator)])
     theta, taken = retract(start, radius)[len(taken) :].to(device), taken.to(device)
@@ -200,6 +200,6 @@ def contrast(model: LanguageModel, concept: Concept, config: Config) -> Float[Te
 
     if not concept.contrast:
         raise UserError(
-            f"the concept {concept.name!r} has no contrast prompts: add `contrast` to it, or use --base melbo"
+            f"the concept {concept.name!r} has no contrast prompts: add `contrast` to it, or use `base` melbo"
         )
     return mean(concept.contrast) - mean(concept.neutral)

@@ -77,7 +77,7 @@ def _crossing(radii: list[float], ratios: list[float]) -> float:
         side = "below" if above is None else "above"
         raise UserError(
             f"no usable radius: the non-linear share of the response is {side} {TARGET:g} from norm {radii[0]:.3g} "
-            f"to {radii[-1]:.3g}: give --radius"
+            f"to {radii[-1]:.3g}: give `radius`"
         )
     share = (TARGET - ratios[above - 1]) / (ratios[above] - ratios[above - 1])
     return radii[above - 1] * (radii[above] / radii[above - 1]) ** share

@@ -28,7 +28,7 @@ def read_vectors(path: str, d_model: int) -> Float[Tensor, "n d_model"]:
             case ".pt":
                 found = [torch.load(path, weights_only=True, map_location="cpu")]
             case _:
-                raise UserError(f"--base is {path!r}: expected melbo, contrast, or a .safetensors, .npy or .pt file")
+                raise UserError(f"`base` is {path!r}: expected melbo, contrast, or a .safetensors, .npy or .pt file")
     except UserError:
         raise
     except Exception as error:

@@ -9,7 +9,8 @@ import torch
 from benchmarks import bench, chain, growth, memory, reference, text
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError
-from melbo_ray.search.chain import value_and_grad
+from melbo_ray.search.chain import Chain
+from melbo_ray.search.lockstep import value_and_grad
 from melbo_ray.search.solvers import adam
 from melbo_ray.search.subspace import Subspace
 from tests.families import directions, tiny
@@ -109,9 +110,8 @@ def test_a_worker_that_fails_says_why():
 
 def test_a_solver_that_ends_above_the_wanted_loss_has_no_ratio(small):
     config = small.config.model_copy(update={"num_vectors": 1})
-    link = chain._Chain(small.slice(), 0, small.base, config, "code", ())
-    solver = link.solver()
-    assert chain._until(-1.0, solver, next(solver), link).stop_reason == "max_evaluations"
+    link = Chain(small.slice(), 0, small.base, config, "code")
+    assert chain._until(-1.0, link).stop_reason == "max_evaluations"
 
 
 @pytest.mark.parametrize(

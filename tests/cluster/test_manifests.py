@@ -9,7 +9,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from melbo_ray.config import parse
+from melbo_ray.cli import parse
 from tests.cluster.conftest import REPOSITORY
 
 # KubeRay's RayJob as far as ours goes, in words of our own: every object is closed, so a misspelt field is refused.

@@ -1,7 +1,10 @@
 """A prompt in chat templates of every habit: written here, and checked against what a person would cut out of them."""
 
+import re
+
 import pytest
 
+from melbo_ray.cli import flags
 from melbo_ray.errors import UserError
 from melbo_ray.model.language_model import LanguageModel
 from tests.families import byte_tokenizer, tiny
@@ -78,8 +81,9 @@ def test_a_system_text_inside_the_users_first_turn_is_left_out():
 
 @pytest.mark.parametrize("habits", [{"last": "<|unlike|>"}, {"end": ""}])
 def test_where_the_end_of_a_turn_cannot_be_told_a_template_with_a_system_turn_is_refused(habits):
-    with pytest.raises(UserError, match=r"a system turn of its own.*--system-prompt default") as said:
+    with pytest.raises(UserError) as said:
         text_of(chatml(system="<|im_start|>system\nBe kind.", **habits))
+    assert re.search(r"a system turn of its own.*--system-prompt default", flags(str(said.value)))
     assert "\n" not in str(said.value)
 
 
@@ -104,8 +108,9 @@ def test_a_system_turn_that_the_model_has_no_place_for_is_refused_in_a_line(temp
 def test_a_template_that_takes_one_turn_only_is_refused_without_a_system_turn_in_a_line():
     single = "{% if messages | length > 1 %}{{ raise_exception('one\nturn') }}{% endif %}[{{ messages[0].content }}]"
     assert text_of(single, "default") == "[Hello?]"
-    with pytest.raises(UserError, match=r"refuses turns of user, assistant, user .one.: use --system-prompt default"):
+    with pytest.raises(UserError) as said:
         text_of(single)
+    assert "refuses turns of user, assistant, user (one): use --system-prompt default" in flags(str(said.value))
 
 
 @pytest.mark.parametrize("system_prompt", ["default", "none"])

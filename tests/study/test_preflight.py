@@ -6,7 +6,7 @@ from melbo_ray.errors import UserError
 from melbo_ray.evals.catalog import EVALUATIONS
 from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.run_store import Run
-from melbo_ray.study.preflight import check, identity, recheck
+from melbo_ray.study.preflight import check, defined, recheck, recorded
 from melbo_ray.study.runner import _lease
 from tests.families import tiny
 
@@ -78,11 +78,12 @@ def test_a_prompt_of_one_token_leaves_melbo_nothing_and_is_refused(options):
 
 @pytest.mark.parametrize("asked", [{}, {"evals": ["all"]}])
 def test_the_manifest_names_every_evaluation_where_all_are_asked_for(options, tmp_path, asked):
-    manifest = identity(check(Config(**options, **asked)))
-    assert manifest["config"]["evals"] == list(EVALUATIONS)
+    checked = check(Config(**options, **asked))
+    assert recorded(checked.config)["evals"] == list(EVALUATIONS)
     run = Run.open(f"{tmp_path}/runs/run")
     run.manifest()
-    run.write_manifest(manifest | {"done": {}, "concepts": {}, "config": manifest["config"] | {"evals": ["dose"]}})
+    begun = recorded(checked.config) | {"evals": ["dose"]}
+    run.write_manifest(Manifest(config=begun, definitions=defined(checked.concepts)))
     assert recheck(run.storage.url, {}).config.evals == ["dose"]
     assert recheck(run.storage.url, {"evals": "kl"}).config.evals == ["dose", "kl"]
     assert sorted(recheck(run.storage.url, {"evals": "all"}).config.evals) == sorted(EVALUATIONS)
