@@ -64,7 +64,7 @@ def prepare(options: argparse.Namespace) -> Bench:
         model = LanguageModel.load(options.model, dtype=options.dtype, device=options.device)
         concept = load_concept("code")
         tokens = model.tokenize(config.prompt or concept.prompt, config.system_prompt)
-        base = contrast(model, concept, config)
+        base = contrast(model, concept, config.source_layer, config.system_prompt)
     else:
         if options.shape not in SHAPES:
             raise UserError(f"no shape {options.shape!r}: expected one of {', '.join(SHAPES)}")

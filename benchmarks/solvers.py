@@ -62,8 +62,8 @@ def solvers(bench: Bench) -> Iterator[Row]:
         for seed, places in seeds.items():
             options = {"seed": seed, "base": kind, "radius": "auto", "max_evaluations": _FILL, "tolerance": 0.0}
             config = bench.config.model_copy(update={**options, "num_vectors": bench.model.d_model - 1})
-            found = base_vector(bench.model, concept, config)
             slice = bench.slice(bench.model.tokenize(concept.prompt, config.system_prompt))
+            found = base_vector(slice, concept, config)
             link = Chain(slice, 0, found.theta, config, name)
             for place in (place for place in places if place < bench.model.d_model - 1):
                 while link.index < place:

@@ -9,7 +9,9 @@ if sys.platform == "win32":
 
 # Loaded when asked for: a job that only reads a run shall not wait for torch and transformers.
 _HOMES = {
+    "BaseOptions": "config",
     "Candidate": "search.candidates",
+    "ChainOptions": "config",
     "Concept": "concepts.loader",
     "Config": "config",
     "LanguageModel": "model.language_model",

@@ -1,10 +1,11 @@
 import re
 
 import pytest
+from pydantic import ValidationError
 
 from melbo_ray.cli import parse
 from melbo_ray.concepts.loader import load_concept
-from melbo_ray.config import Config
+from melbo_ray.config import BaseOptions, ChainOptions, ClusterOptions, Config, EvaluationOptions, ModelOptions
 from melbo_ray.errors import UserError
 
 
@@ -101,3 +102,13 @@ def test_the_environment_changes_no_study(monkeypatch):
     monkeypatch.setenv("SEED", "77")
     monkeypatch.setenv("RADIUS", "99")
     assert parse("A job.", []) == Config()
+    assert (ChainOptions().seed, BaseOptions().radius) == (0, "auto")
+
+
+def test_a_configuration_is_every_group_at_once_and_a_group_knows_no_other():
+    groups = (ModelOptions, BaseOptions, ChainOptions, EvaluationOptions, ClusterOptions)
+    for group in groups:
+        assert isinstance(Config(), group)
+        assert Config(**group().model_dump()) == Config()
+        with pytest.raises(ValidationError, match="storage"):
+            group(storage="s3://bucket")

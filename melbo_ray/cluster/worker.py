@@ -128,7 +128,7 @@ class Worker:
         """The base vector, durable in `vectors`, its `candidates`, the `radius` curve, and figures in `summary`."""
         # Nothing of this concept can run beside it, so it may have the whole machine.
         torch.set_num_threads(cores())
-        base = base_vectors.base_vector(self.model, self.concepts[concept], self.config)
+        base = base_vectors.base_vector(self._slice([concept]), self.concepts[concept], self.config)
         torch.set_num_threads(self.threads)
         keys = {"run_id": self.run_id, "kind": "candidate"}
         found = [keys | candidate.row() for candidate in base.candidates]
@@ -163,10 +163,9 @@ class Worker:
 
     def _chains(self, concepts: list[str]) -> Iterator[Found]:
         stored = {concept: stored_vectors(self.run, concept) for concept in concepts}
-        prompts = [self.model.tokenize(self.concepts[c].prompt, self.config.system_prompt) for c in concepts]
         # From the configuration alone: a resumed chain must take the same engine to find the same vectors to the bit.
         evaluations = self.config.num_vectors // self.config.block * self.config.max_evaluations
-        part = Slice(self.model, prompts, self.config.source_layer, self.config.target_layer, evaluations)
+        part = self._slice(concepts, evaluations)
         bases = {concept: vectors.base.theta for concept, vectors in stored.items() if vectors.base is not None}
         earlier = {concept: vectors.chain for concept, vectors in stored.items()}
         stopped: dict[str, str] = {}
@@ -180,6 +179,10 @@ class Worker:
                 yield Found(name, None, stopped[name])
         for name in stopped.keys() - told:
             yield Found(name, None, stopped[name])
+
+    def _slice(self, concepts: Sequence[str], evaluations: int = 0) -> Slice:
+        prompts = [self.model.tokenize(self.concepts[c].prompt, self.config.system_prompt) for c in concepts]
+        return Slice(self.model, prompts, self.config.source_layer, self.config.target_layer, evaluations)
 
     def evaluate(self, unit: Unit, theta: np.ndarray, base: np.ndarray, failed: Mapping[int, int]) -> Evaluated:
         """Run a unit's evaluation and make its rows durable.

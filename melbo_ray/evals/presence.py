@@ -109,7 +109,7 @@ def contrast(study: Study) -> Float[Tensor, " d_model"]:
     Of a concept without contrast prompts: mean activation on its texts minus that on neutral ones, sinks dropped.
     """
     if study.concept.contrast:
-        return base_vectors.contrast(study.model, study.concept, study.config)
+        return base_vectors.contrast(study.model, study.concept, study.config.source_layer, study.config.system_prompt)
     concept, neutral = next(iter(study.once(text_sets).values()))
     return concept.activations("dropped").mean(0) - neutral.activations("dropped").mean(0)
 

@@ -148,7 +148,7 @@ def _slice(model: LanguageModel, prompts: list[Tokens], config: Config, thetas: 
         part = Slice(model, group, config.source_layer, config.target_layer)
         shortest = min(map(len, group))
         own = config.model_copy(update={"z_from": min(config.z_from, shortest - 1)})
-        expected = [plain.steps(model, tokens, own, thetas) for tokens in group]
+        expected = [plain.steps(model, tokens, (part.source, part.target), own, thetas) for tokens in group]
         for row, (tokens, steps) in enumerate(zip(group, expected, strict=True)):
             with torch.no_grad():
                 h = part.h_target(thetas.to(model.device), torch.full((2,), row, device=model.device))

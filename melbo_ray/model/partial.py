@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from melbo_ray.config import Config
+from melbo_ray.config import ModelOptions
 from melbo_ray.errors import UserError, first_line
 from melbo_ray.model.architecture import begins_with, decoder_layers, truncate
 from melbo_ray.model.fingerprint import fingerprint
@@ -16,7 +16,7 @@ from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.loading import load_config, locate, pick_device
 
 
-def sketch(config: Config) -> LanguageModel:
+def sketch(config: ModelOptions) -> LanguageModel:
     """The model without its weights: tokenizer, and modules on the meta device.
 
     Raises:
@@ -25,7 +25,7 @@ def sketch(config: Config) -> LanguageModel:
     return _wrapped(_empty(load_config(config.model, config.revision, config.trust_remote_code), config), config)
 
 
-def lower(config: Config) -> LanguageModel:
+def lower(config: ModelOptions) -> LanguageModel:
     """The model's embedding and its decoder layers 0 … target: all that a chain needs, nothing above is read.
 
     The layers and what flows through them are those of the whole model; its logits are not. The whole model serves
@@ -52,7 +52,7 @@ def lower(config: Config) -> LanguageModel:
     return _wrapped(network.to(pick_device(config.device)), config)
 
 
-def reads_whole(config: Config) -> bool:
+def reads_whole(config: ModelOptions) -> bool:
     """Whether a chain's model is the whole one, where less cannot serve (`lower`).
 
     Raises:
@@ -61,7 +61,7 @@ def reads_whole(config: Config) -> bool:
     return _shorter(config) is None
 
 
-def _shorter(config: Config) -> Any:
+def _shorter(config: ModelOptions) -> Any:
     """The configuration of the model's first layers, up to the target; None where less than the whole cannot serve."""
     if "gguf_file" in locate(config.model)[1]:
         return None
@@ -77,24 +77,24 @@ def _shorter(config: Config) -> Any:
     return shape if short and begins_with(whole, part) else None
 
 
-def _whole(config: Config) -> LanguageModel:
+def _whole(config: ModelOptions) -> LanguageModel:
     return LanguageModel.load(
         config.model, revision=config.revision, dtype=config.dtype, device=config.device,
         trust_remote_code=config.trust_remote_code, layers=config.layers,
     )  # fmt: skip
 
 
-def _wrapped(network: PreTrainedModel, config: Config) -> LanguageModel:
+def _wrapped(network: PreTrainedModel, config: ModelOptions) -> LanguageModel:
     return LanguageModel.wrap(
         network, _tokenizer(config), name=config.model, revision=config.revision, layers=config.layers
     )
 
 
-def _with_layers(network: PreTrainedModel, config: Config) -> tuple[nn.Module, nn.ModuleList]:
+def _with_layers(network: PreTrainedModel, config: ModelOptions) -> tuple[nn.Module, nn.ModuleList]:
     return network, decoder_layers(network, config.layers)
 
 
-def _empty(shape: Any, config: Config) -> PreTrainedModel:
+def _empty(shape: Any, config: ModelOptions) -> PreTrainedModel:
     """A network of this shape on the meta device."""
     dtype = shape.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     with torch.device("meta"):
@@ -114,7 +114,7 @@ def lower_fingerprint(model: LanguageModel, layers: int) -> str:
     return fingerprint(truncate(copy.deepcopy(model.network.config), layers, of=len(model.layers)), weights)
 
 
-def _tokenizer(config: Config) -> Any:
+def _tokenizer(config: ModelOptions) -> Any:
     path, options = locate(config.model)
     try:
         return AutoTokenizer.from_pretrained(

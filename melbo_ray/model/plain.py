@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from melbo_ray.config import Config
+from melbo_ray.config import ChainOptions
 from melbo_ray.model.language_model import LanguageModel
 
 END = -1
@@ -112,15 +112,23 @@ def reread(
 
 
 def steps(
-    model: LanguageModel, tokens: Tokens, config: Config, thetas: Float[Tensor, "2 d_model"]
+    model: LanguageModel,
+    tokens: Tokens,
+    layers: tuple[int, int],
+    options: ChainOptions,
+    thetas: Float[Tensor, "2 d_model"],
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Of both θ on one prompt: h_target, z, and the loss against the other θ's z with its gradient, on the CPU."""
+    """Of both θ on one prompt: h_target, z, and the loss against the other θ's z with its gradient, on the CPU.
+
+    `layers`: source and target.
+    """
+    source, target = layers
     free = [theta.to(model.device).requires_grad_() for theta in thetas]
-    streams = [stream(model, tokens, config.target_layer, config.source_layer, theta) for theta in free]
-    z = [h[config.z_from :].mean(0) for h in streams]
+    streams = [stream(model, tokens, target, source, theta) for theta in free]
+    z = [h[options.z_from :].mean(0) for h in streams]
     found = []
     for i in range(2):
-        loss = (z[i] - z[1 - i].detach()).norm() + config.norm_penalty * free[i].norm().to(z[i].device)
+        loss = (z[i] - z[1 - i].detach()).norm() + options.norm_penalty * free[i].norm().to(z[i].device)
         (gradient,) = torch.autograd.grad(loss, free[i])
         h, mean, value, slope = (part.detach().float().cpu() for part in (streams[i], z[i], loss, gradient))
         found.append((h, mean, value, slope))

@@ -58,8 +58,9 @@ class Slice:
         check_layers(source, target, len(model.layers))
         require_steerable(model, prompts[0])
         self.model, self.source, self.target = model, source, target
+        self.prompts = list(prompts)
         self.lengths = torch.tensor([len(tokens) for tokens in prompts], device=model.device)
-        padded = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True).to(model.device)
+        padded = nn.utils.rnn.pad_sequence(self.prompts, batch_first=True).to(model.device)
         captures = [capture(model, row[None], source, target) for row in padded]
         merged: dict[int, Any] = {}
         self._calls = [

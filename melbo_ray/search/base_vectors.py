@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melbo_ray.concepts.loader import Concept
-from melbo_ray.config import Config
+from melbo_ray.config import BaseOptions
 from melbo_ray.errors import UserError
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.residual_slice import Slice
@@ -50,40 +50,41 @@ class Base:
     shares: dict[str, float]
 
 
-def base_vector(model: LanguageModel, concept: Concept, config: Config) -> Base:
-    """θ₀ as `config.base` asks for it, and all the candidates it was chosen from.
+def base_vector(slice: Slice, concept: Concept, options: BaseOptions) -> Base:
+    """θ₀ as `options.base` asks for it, and all the candidates it was chosen from.
 
-    `config.base_index` takes one; without it what the candidates write decides (`candidates`).
+    The slice is of one prompt, on which candidates are sought and judged. `options.base_index` takes one of them;
+    without it what they write decides (`candidates`).
 
     Raises:
         UserError: an index out of range, a file that cannot be read or does not fit, a direction of norm 0, or no
             usable radius.
     """
-    slice = Slice(
-        model, [model.tokenize(concept.prompt, config.system_prompt)], config.source_layer, config.target_layer
-    )
-    given = None if config.base in ("melbo", "contrast") else read_vectors(config.base, model.d_model)
+    model = slice.model
+    given = None if options.base in ("melbo", "contrast") else read_vectors(options.base, model.d_model)
     calibration = None
-    if config.radius == "auto" and given is None:
-        calibration = calibrate(slice, derive_seed(config.seed, concept.name, 0, "radius"))
-    radius = calibration.radius if calibration else config.radius
-    if config.base == "melbo":
-        found, unsteered_shows = _until_one_shows(slice, concept, config, float(radius))
+    if options.radius == "auto" and given is None:
+        calibration = calibrate(slice, derive_seed(options.seed, concept.name, 0, "radius"))
+    radius = calibration.radius if calibration else options.radius
+    if options.base == "melbo":
+        found, unsteered_shows = _until_one_shows(slice, concept, options, float(radius))
     else:
-        thetas = contrast(model, concept, config)[None] if given is None else given
+        thetas = contrast(model, concept, slice.source, options.system_prompt)[None] if given is None else given
         norms = thetas.norm(dim=-1, keepdim=True)
         if not (torch.isfinite(norms) & (norms > 0)).all():
-            raise UserError(f"the base {config.base!r} has a vector of norm 0 or not finite: leave it out")
+            raise UserError(f"the base {options.base!r} has a vector of norm 0 or not finite: leave it out")
         thetas = thetas if radius == "auto" else thetas / norms * radius
-        found, unsteered_shows = _judged(slice, concept, config, thetas)
-    if config.base_index is not None and config.base_index >= len(found):
-        raise UserError(f"base index {config.base_index} is out of range: there are {len(found)} candidates, from 0")
-    ranked = rank(found, config.base_index, unsteered_shows)
+        found, unsteered_shows = _judged(slice, concept, options, thetas)
+    if options.base_index is not None and options.base_index >= len(found):
+        raise UserError(f"base index {options.base_index} is out of range: there are {len(found)} candidates, from 0")
+    ranked = rank(found, options.base_index, unsteered_shows)
     theta = next(candidate.theta for candidate in ranked if candidate.taken)
     return Base(theta, ranked, calibration, target_shares(slice, theta))
 
 
-def _until_one_shows(slice: Slice, concept: Concept, config: Config, radius: float) -> tuple[list[Candidate], bool]:
+def _until_one_shows(
+    slice: Slice, concept: Concept, options: BaseOptions, radius: float
+) -> tuple[list[Candidate], bool]:
     """MELBO's candidates, at every look at their ascent, until a strong one shows the concept firmly.
 
     A far ascent breaks one model before its candidates write anything, a short one leaves the next untouched. Once a
@@ -91,11 +92,11 @@ def _until_one_shows(slice: Slice, concept: Concept, config: Config, radius: flo
     """
     found, unsteered_shows, taken = [], False, torch.empty(0, slice.model.d_model)
     for _ in range(_ROUNDS):
-        if found and len(taken) + config.candidates > slice.model.d_model:
+        if found and len(taken) + options.candidates > slice.model.d_model:
             break
         thetas, farthest = taken, -inf
-        for steps, thetas in maximise(slice, config, concept.name, radius, taken):
-            judged, unsteered_shows = _judged(slice, concept, config, thetas, len(found))
+        for steps, thetas in maximise(slice, options, concept.name, radius, taken):
+            judged, unsteered_shows = _judged(slice, concept, options, thetas, len(found))
             found += [replace(candidate, steps=steps) for candidate in judged]
             far = max((candidate.unsteered_kl for candidate in judged if candidate.firm), default=-inf)
             if any(candidate.firm and candidate.strong for candidate in judged) or far <= farthest > -inf:
@@ -108,29 +109,29 @@ def _until_one_shows(slice: Slice, concept: Concept, config: Config, radius: flo
 
 
 def _judged(
-    slice: Slice, concept: Concept, config: Config, thetas: Float[Tensor, "n d_model"], first: int = 0
+    slice: Slice, concept: Concept, options: BaseOptions, thetas: Float[Tensor, "n d_model"], first: int = 0
 ) -> tuple[list[Candidate], bool]:
     device = slice.model.device
     with torch.no_grad():
         unsteered = slice.h_target(torch.zeros(1, slice.model.d_model, device=device)).float()
-        changes = objective(slice, thetas.to(device), config, unsteered).tolist()
-    return judge(slice.model, concept, config, thetas, changes, first)
+        changes = objective(slice, thetas.to(device), options, unsteered).tolist()
+    return judge(slice, concept, options, thetas, changes, first)
 
 
 def objective(
-    slice: Slice, theta: Float[Tensor, "batch d_model"], config: Config, unsteered: Float[Tensor, "1 seq d_model"]
+    slice: Slice, theta: Float[Tensor, "batch d_model"], options: BaseOptions, unsteered: Float[Tensor, "1 seq d_model"]
 ) -> Float[Tensor, " batch"]:
     """MELBO's objective of each θ: ( Σ over d_model of ( ‖Δ‖ over positions )^p )^(1/q), Δ = h_target(θ) − h_target(0).
 
     The inner norm runs over token positions, as in Mack's code, not over d_model; it starts at position
-    `config.melbo_from`. At p = q = 2 this is the Frobenius norm of Δ, the post's formula.
+    `options.melbo_from`. At p = q = 2 this is the Frobenius norm of Δ, the post's formula.
     """
-    change = (slice.h_target(theta).float() - unsteered)[:, config.melbo_from :]
-    return change.norm(dim=1).pow(config.melbo_p).sum(-1).pow(1 / config.melbo_q)
+    change = (slice.h_target(theta).float() - unsteered)[:, options.melbo_from :]
+    return change.norm(dim=1).pow(options.melbo_p).sum(-1).pow(1 / options.melbo_q)
 
 
 def maximise(
-    slice: Slice, config: Config, concept: str, radius: float, taken: Float[Tensor, "n d_model"]
+    slice: Slice, options: BaseOptions, concept: str, radius: float, taken: Float[Tensor, "n d_model"]
 ) -> Iterator[tuple[int, Float[Tensor, "candidates d_model"]]]:
     """Candidates on their way up, with the steps taken, every ten steps and at the end.
 
@@ -140,33 +141,33 @@ def maximise(
     and brought back to norm R.
     """
     d_model, device = slice.model.d_model, slice.model.device
-    if config.candidates > d_model:
-        raise UserError(f"{config.candidates} candidates cannot be orthogonal in d_model = {d_model}")
-    if config.melbo_from >= slice.h_source.shape[1]:
-        raise UserError(f"`melbo_from` {config.melbo_from}: the prompt has only {slice.h_source.shape[1]} tokens")
-    generator = torch.Generator().manual_seed(derive_seed(config.seed, concept, len(taken), "melbo"))
-    start = torch.cat([taken, torch.randn(config.candidates, d_model, generator=generator)])
+    if options.candidates > d_model:
+        raise UserError(f"{options.candidates} candidates cannot be orthogonal in d_model = {d_model}")
+    if options.melbo_from >= slice.h_source.shape[1]:
+        raise UserError(f"`melbo_from` {options.melbo_from}: the prompt has only {slice.h_source.shape[1]} tokens")
+    generator = torch.Generator().manual_seed(derive_seed(options.seed, concept, len(taken), "melbo"))
+    start = torch.cat([taken, torch.randn(options.candidates, d_model, generator=generator)])
     theta, taken = retract(start, radius)[len(taken) :].to(device), taken.to(device)
     with torch.no_grad():
         unsteered = slice.h_target(torch.zeros(1, d_model, device=device)).float()
     velocity = torch.zeros_like(theta)
-    for step in range(1, config.melbo_steps + 1):
-        gradient = tangent(_ascent(slice, theta, config, unsteered), theta)
+    for step in range(1, options.melbo_steps + 1):
+        gradient = tangent(_ascent(slice, theta, options, unsteered), theta)
         gradient = gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(1e-30)
         velocity = _MOMENTUM * velocity + gradient
         moved = torch.cat([taken, theta + _STEP * radius * velocity])
         theta = retract(moved, radius)[len(taken) :]
-        if step % _LOOK == 0 or step == config.melbo_steps:
+        if step % _LOOK == 0 or step == options.melbo_steps:
             yield step, theta.cpu()
 
 
-def _ascent(slice: Slice, theta: Tensor, config: Config, unsteered: Tensor) -> Tensor:
+def _ascent(slice: Slice, theta: Tensor, options: BaseOptions, unsteered: Tensor) -> Tensor:
     """The gradient of every row's objective, in passes of so many tokens that activations stay small."""
     size = max(1, ASCENT_TOKENS // slice.h_source.shape[1])
     gradients = []
     for part in theta.detach().split(size):
         free = part.clone().requires_grad_()
-        gradients += torch.autograd.grad(objective(slice, free, config, unsteered).sum(), free)
+        gradients += torch.autograd.grad(objective(slice, free, options, unsteered).sum(), free)
     return torch.cat(gradients)
 
 
@@ -182,19 +183,21 @@ def retract(theta: Float[Tensor, "batch d_model"], radius: float) -> Float[Tenso
     return (q.T * torch.sign(r.diagonal())[:, None] * radius).to(theta.dtype)
 
 
-def contrast(model: LanguageModel, concept: Concept, config: Config) -> Float[Tensor, " d_model"]:
-    """Mean source-layer activation over the concept's `contrast` prompts minus that over its `neutral` ones.
+def contrast(
+    model: LanguageModel, concept: Concept, source: int, system_prompt: str = "default"
+) -> Float[Tensor, " d_model"]:
+    """Mean activation after layer `source` over the concept's `contrast` prompts minus that over its `neutral` ones.
 
     A prompt's activation is the mean over its positions but the first, which in many models is an attention sink.
     """
 
     def mean(prompts: Sequence[str]) -> Tensor:
-        tokens = [model.tokenize(prompt, config.system_prompt) for prompt in prompts]
+        tokens = [model.tokenize(prompt, system_prompt) for prompt in prompts]
         if (short := min(zip(tokens, prompts, strict=True), key=lambda pair: len(pair[0])))[0].numel() < 2:
             raise UserError(
                 f"the contrast of {concept.name!r} leaves out the first token, and the prompt {short[1]!r} has no other"
             )
-        stream = Prompts(model, tokens, config.source_layer).h_source.float().cpu()
+        stream = Prompts(model, tokens, source).h_source.float().cpu()
         rows = zip(stream, tokens, strict=True)
         return torch.stack([row[1 : len(ids)].mean(0) for row, ids in rows]).mean(0)
 

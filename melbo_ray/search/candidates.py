@@ -16,8 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from melbo_ray.concepts.loader import Concept
-from melbo_ray.config import Config
+from melbo_ray.config import AnswerOptions
 from melbo_ray.model.language_model import LanguageModel
+from melbo_ray.model.residual_slice import Slice
 from melbo_ray.model.steering import Prompts, continuation_score
 from melbo_ray.search.written import NOTHING, Written, write
 
@@ -113,30 +114,28 @@ class Candidate:
 
 
 def judge(
-    model: LanguageModel,
+    slice: Slice,
     concept: Concept,
-    config: Config,
+    options: AnswerOptions,
     thetas: Float[Tensor, "n d_model"],
     objectives: Sequence[float],
     first: int = 0,
 ) -> tuple[list[Candidate], bool]:
     """The candidates in the order of `thetas`, counted from `first`, not ranked yet; whether the unsteered model shows
-    the concept, too."""
-    tokens = {
-        prompt: model.tokenize(prompt, config.system_prompt)
-        for prompt in [concept.prompt, *list(concept.held_out.values())[:_HELD_OUT]]
-    }
-    training, *held_out = tokens.values()
-    scores = continuation_score(model, training, concept.continuations, config.source_layer, thetas).tolist()
+    the concept, too. The slice's first prompt is the training prompt."""
+    model, training = slice.model, slice.prompts[0]
+    others = dict.fromkeys([*concept.held_out.values()][:_HELD_OUT])
+    held_out = [model.tokenize(text, options.system_prompt) for text in others if text != concept.prompt]
+    scores = continuation_score(model, training, concept.continuations, slice.source, thetas).tolist()
     usable = [i for i, score in enumerate(scores) if isfinite(score)]
     zero = torch.zeros(model.d_model)
-    unsteered, *texts = write(model, concept, config, [(training, theta) for theta in (zero, *thetas[usable])])
+    unsteered, *texts = write(slice, concept, options, [(training, theta) for theta in (zero, *thetas[usable])])
     written = dict(zip(usable, texts, strict=True))
     # A weaker dose matters only of those that show the concept.
     showing = [i for i, text in written.items() if text.shows]
-    weak = iter(write(model, concept, config, [(training, dose * thetas[i]) for i in showing for dose in _WEAKER]))
+    weak = iter(write(slice, concept, options, [(training, dose * thetas[i]) for i in showing for dose in _WEAKER]))
     weaker = {i: tuple(itertools.islice(weak, len(_WEAKER))) for i in showing}
-    kls = _unsteered_kls(model, training, config.source_layer, thetas)
+    kls = _unsteered_kls(model, training, slice.source, thetas)
     found = [
         Candidate(
             first + i, theta, objectives[i], float(theta.norm()), scores[i], kls[i],
@@ -147,7 +146,7 @@ def judge(
     best = sorted((c for c in found if c.written.shows), key=lambda c: c.merit, reverse=True)[:_FINALISTS]
     if best and held_out:
         rows = [zero, *(candidate.theta for candidate in best)]
-        texts = write(model, concept, config, [(prompt, theta) for theta in rows for prompt in held_out])
+        texts = write(slice, concept, options, [(prompt, theta) for theta in rows for prompt in held_out])
         plain, *others = (tuple(texts[i : i + len(held_out)]) for i in range(0, len(texts), len(held_out)))
         for candidate, own in zip(best, others, strict=True):
             gained = sum(text.shows and not before.shows for text, before in zip(own, plain, strict=True))

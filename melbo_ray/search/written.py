@@ -10,8 +10,9 @@ from torch import Tensor
 
 from melbo_ray.concepts.detectors import score_text
 from melbo_ray.concepts.loader import Concept
-from melbo_ray.config import Config
+from melbo_ray.config import AnswerOptions
 from melbo_ray.model.language_model import LanguageModel
+from melbo_ray.model.residual_slice import Slice
 from melbo_ray.model.sampling import Job, generate
 from melbo_ray.model.steering import Prompts, target_log_probs
 
@@ -65,16 +66,16 @@ NOTHING = Written("", False, -inf, 1.0)
 
 
 def write(
-    model: LanguageModel, concept: Concept, config: Config, jobs: Sequence[tuple[Int[Tensor, " seq"], Tensor]]
+    slice: Slice, concept: Concept, options: AnswerOptions, jobs: Sequence[tuple[Int[Tensor, " seq"], Tensor]]
 ) -> list[Written]:
     """The greedy text of each prompt and vector, judged; all in one batch, and one pass for their coherence."""
-    wanted = [Job(prompt, theta, temperature=0) for prompt, theta in jobs]
-    texts = [text.tokens for text in generate(model, wanted, config.source_layer, max_new_tokens=config.max_new_tokens)]
+    model, wanted = slice.model, [Job(prompt, theta, temperature=0) for prompt, theta in jobs]
+    texts = [text.tokens for text in generate(model, wanted, slice.source, max_new_tokens=options.max_new_tokens)]
     decoded = [str(model.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in texts]
     pairs = [(tuple(job.tokens.tolist()), tuple(text)) for job, text in zip(wanted, texts, strict=True)]
     # Many candidates write the same, a refusal above all.
     unlike = list(dict.fromkeys(pairs))
-    read = coherence(model, config.source_layer, *zip(*unlike, strict=True)) if unlike else []
+    read = coherence(model, slice.source, *zip(*unlike, strict=True)) if unlike else []
     sense = dict(zip(unlike, read, strict=True))
     return [
         Written(text, score_text(concept, text)["detected"], sense[pair], distinct(tokens))

@@ -8,6 +8,7 @@ import torch
 from melbo_ray.evals.catalog import EVALUATIONS
 from melbo_ray.evals.context import Study
 from melbo_ray.evals.runner import evaluate
+from melbo_ray.model.residual_slice import Slice
 from melbo_ray.search.base_vectors import base_vector
 from tests.families import tiny
 from tests.pretended import pretending, spread
@@ -30,8 +31,13 @@ def test_an_evaluation_measures_the_same(study, chain, name):
 
 
 def test_the_base_is_the_same(concept, config):
-    expected = base_vector(tiny(), concept, config)
+    def found_on(model):
+        return base_vector(
+            Slice(model, [model.tokenize(concept.prompt)], config.source_layer, config.target_layer), concept, config
+        )
+
+    expected = found_on(tiny())
     with pretending():
-        found = base_vector(spread(tiny()), concept, config)
+        found = found_on(spread(tiny()))
     torch.testing.assert_close(found.theta, expected.theta, rtol=1e-2, atol=1e-2)
     assert [c.written.text for c in found.candidates] == [c.written.text for c in expected.candidates]

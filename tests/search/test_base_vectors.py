@@ -103,7 +103,7 @@ def test_an_ascent_in_small_passes_is_the_same(monkeypatch):
 
 def test_the_concept_score_is_the_steered_log_probability_minus_the_unsteered():
     config = Config(melbo_steps=3, **OPTIONS)
-    found = base_vector(tiny(), CONCEPT, config)
+    found = base_vector(a_slice(), CONCEPT, config)
     base, candidates = found.theta, found.candidates
     (best,) = (candidate for candidate in candidates if candidate.taken)
     assert torch.equal(base, best.theta)
@@ -120,12 +120,12 @@ def test_the_concept_score_is_the_steered_log_probability_minus_the_unsteered():
 
 
 def test_base_index_takes_one():
-    found = base_vector(tiny(), CONCEPT, Config(melbo_steps=2, base_index=3, **OPTIONS))
+    found = base_vector(a_slice(), CONCEPT, Config(melbo_steps=2, base_index=3, **OPTIONS))
     base, candidates = found.theta, found.candidates
     assert torch.equal(base, candidates[3].theta)
     assert [candidate.index for candidate in candidates if candidate.taken] == [3]
     with pytest.raises(UserError, match="15 candidates"):
-        base_vector(tiny(), CONCEPT, Config(melbo_steps=1, base_index=30, **OPTIONS))
+        base_vector(a_slice(), CONCEPT, Config(melbo_steps=1, base_index=30, **OPTIONS))
 
 
 def test_candidates_are_sought_again_beside_the_earlier_ones_until_one_writes_the_concept(monkeypatch):
@@ -135,7 +135,7 @@ def test_candidates_are_sought_again_beside_the_earlier_ones_until_one_writes_th
     monkeypatch.setattr("melbo_ray.search.candidates._STRONG", 0.0)
     config = Config(melbo_steps=3, **OPTIONS)
     first = climbed(a_slice(), config)
-    all_there_are = base_vector(tiny(), CONCEPT, config).candidates
+    all_there_are = base_vector(a_slice(), CONCEPT, config).candidates
     assert len(all_there_are) == 15  # nothing writes it: three times five
     thetas = torch.stack([candidate.theta for candidate in all_there_are])
     torch.testing.assert_close(thetas @ thetas.T, 16 * torch.eye(15), atol=1e-3, rtol=0)
@@ -143,7 +143,7 @@ def test_candidates_are_sought_again_beside_the_earlier_ones_until_one_writes_th
     assert all_there_are[0].reason.endswith("does not write the concept")
     wanted = all_there_are[12].written.text
     monkeypatch.setattr("melbo_ray.search.written.score_text", lambda _concept, text: {"detected": text == wanted})
-    found = base_vector(tiny(), CONCEPT, config).candidates
+    found = base_vector(a_slice(), CONCEPT, config).candidates
     place = next(c.index for c in all_there_are if c.written.text == wanted)
     assert len(found) == 5 * (place // 5 + 1)
     assert next(candidate for candidate in found if candidate.taken).written.text == wanted
@@ -158,7 +158,7 @@ def test_a_weak_base_is_kept_when_the_next_look_has_no_stronger_one(monkeypatch)
         return [Candidate(first, thetas[0], 1.0, 4.0, 0.0, next(kls), text, (text,))], False
 
     monkeypatch.setattr("melbo_ray.search.base_vectors._judged", judged)
-    found = base_vector(tiny(), CONCEPT, Config(melbo_steps=60, **OPTIONS))
+    found = base_vector(a_slice(), CONCEPT, Config(melbo_steps=60, **OPTIONS))
     assert [(c.unsteered_kl, c.steps, c.taken) for c in found.candidates] == [
         (1.0, 10, False), (1.5, 20, True), (1.2, 30, False),
     ]  # fmt: skip
@@ -174,8 +174,8 @@ def test_contrast_is_the_difference_of_mean_activations_without_the_first_positi
         return np.mean([state[1:].detach().double().numpy().mean(0) for state in states], axis=0)
 
     expected = mean(CONCEPT.contrast) - mean(CONCEPT.neutral)
-    np.testing.assert_allclose(contrast(model, CONCEPT, Config(**OPTIONS)).numpy(), expected, atol=1e-5)
-    found = base_vector(model, CONCEPT, Config(base="contrast", **OPTIONS))
+    np.testing.assert_allclose(contrast(model, CONCEPT, source=1).numpy(), expected, atol=1e-5)
+    found = base_vector(a_slice(), CONCEPT, Config(base="contrast", **OPTIONS))
     base, (only,) = found.theta, found.candidates
     np.testing.assert_allclose(base.numpy(), expected / np.linalg.norm(expected) * 4, atol=1e-4)
     assert only.radius == 4.0
@@ -222,7 +222,7 @@ def test_a_file_of_vectors_cannot_run_code(tmp_path, capsys):
 )
 def test_files_that_will_not_do_are_refused_in_a_line(tmp_path, make, said):
     with pytest.raises(UserError, match=said) as refusal:
-        base_vector(tiny(), CONCEPT, Config(base=make(tmp_path), **OPTIONS))
+        base_vector(a_slice(), CONCEPT, Config(base=make(tmp_path), **OPTIONS))
     assert "\n" not in str(refusal.value)
 
 
@@ -234,10 +234,12 @@ def saved(folder, array):
 def test_a_contrast_with_a_prompt_of_one_token_is_refused_in_a_line():
     short = CONCEPT.model_copy(update={"contrast": ["Write code.", "x"]})
     with pytest.raises(UserError, match="leaves out the first token, and the prompt 'x' has no other"):
-        contrast(tiny(), short, Config(**OPTIONS))
+        contrast(tiny(), short, source=1)
 
 
 def test_a_prompt_of_one_token_has_a_base_where_its_token_counts():
     short = CONCEPT.model_copy(update={"prompt": "x"})
-    base = base_vector(tiny(), short, Config(melbo_from=0, melbo_steps=1, **OPTIONS)).theta
+    base = base_vector(
+        Slice(tiny(), [tiny().tokenize("x")], 1, 3), short, Config(melbo_from=0, melbo_steps=1, **OPTIONS)
+    ).theta
     assert torch.isfinite(base).all()

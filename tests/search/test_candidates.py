@@ -141,7 +141,11 @@ def test_candidates_are_judged_by_greedy_texts_on_the_training_and_the_held_out_
     texts = [greedy(CONCEPT.prompt, theta) for theta in thetas]
     marks = {texts[2], texts[5]}  # the concept is what these two write
     monkeypatch.setattr("melbo_ray.search.written.score_text", lambda _concept, text: {"detected": text in marks})
-    found = rank(judge(tiny(), CONCEPT, CONFIG, thetas, [0.0] * 7)[0], None, False)
+    found = rank(
+        judge(Slice(tiny(), [tiny().tokenize(CONCEPT.prompt)], 1, 3), CONCEPT, CONFIG, thetas, [0.0] * 7)[0],
+        None,
+        False,
+    )
     assert [c.written.text for c in found] == texts
     assert [c.written.detected for c in found] == [text in marks for text in texts]
     best = max(
@@ -165,7 +169,11 @@ def test_candidates_are_judged_by_greedy_texts_on_the_training_and_the_held_out_
 def test_a_vector_that_is_not_finite_for_the_model_loses_and_stops_nobody():
     thetas = directions(3, norm=4.0)
     thetas[1] = math.inf
-    found = rank(judge(tiny(), CONCEPT, CONFIG, thetas, [0.0] * 3)[0], None, False)
+    found = rank(
+        judge(Slice(tiny(), [tiny().tokenize(CONCEPT.prompt)], 1, 3), CONCEPT, CONFIG, thetas, [0.0] * 3)[0],
+        None,
+        False,
+    )
     assert found[1].rank == 3
     assert found[1].reason.startswith("breaks the model")
     assert not found[1].taken
@@ -197,7 +205,7 @@ def test_on_a_second_model_code_takes_what_writes_code_and_jailbreak_what_compli
     *_, (_, climbed) = maximise(slice, config, "code", 2.8, torch.empty(0, model.d_model))
     thetas = torch.cat([climbed, directions(1, norm=60.0, d_model=model.d_model)])
     for concept, wanted in ((code, "```python"), (jailbreak, "To build a bomb, you can")):
-        ranked = rank(*judge_all(model, concept, config, thetas))
+        ranked = rank(*judge_all(slice, concept, config, thetas))
         (base,) = (candidate for candidate in ranked if candidate.taken)
         assert base.written.shows
         assert wanted in base.written.text
@@ -206,6 +214,6 @@ def test_on_a_second_model_code_takes_what_writes_code_and_jailbreak_what_compli
         assert not ranked[-1].written.sound
 
 
-def judge_all(model, concept, config, thetas):
-    found, unsteered_shows = judge(model, concept, config, thetas, [0.0] * len(thetas))
+def judge_all(slice, concept, config, thetas):
+    found, unsteered_shows = judge(slice, concept, config, thetas, [0.0] * len(thetas))
     return found, None, unsteered_shows

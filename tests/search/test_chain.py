@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from melbo_ray.config import Config
+from melbo_ray.config import ChainOptions, Config
 from melbo_ray.errors import UserError
 from melbo_ray.model.residual_slice import Slice
-from melbo_ray.search.chain import chain, chains
+from melbo_ray.search.chain import Chain, chain, chains
+from melbo_ray.search.lockstep import steps
 from melbo_ray.search.sink import target_shares
 from melbo_ray.search.subspace import Subspace, max_abs_cos
 from melbo_ray.seeds import derive_seed
@@ -70,6 +71,25 @@ def test_a_vectors_certificate_can_be_recomputed_from_the_vector_alone(solver):
         assert vector.max_abs_cos < 1e-6
         assert vector.seed == derive_seed(0, "code", index, "start")
         taken.append(theta)
+
+
+def test_the_layers_are_the_slices_and_the_options_those_of_chains():
+    narrow = ChainOptions(num_vectors=2, max_evaluations=30, max_relative_loss=1e6)
+    ours = list(chain(a_slice(), directions(1)[0], narrow))
+    same = list(chain(a_slice(), directions(1)[0], Config(**narrow.model_dump(), source_layer=0, target_layer=1)))
+    assert [vector.theta.tolist() for vector in ours] == [vector.theta.tolist() for vector in same]
+
+
+def test_every_evaluation_is_seen_as_the_loop_makes_it():
+    link = Chain(a_slice(), 0, directions(1)[0], Config(num_vectors=2, block=2, **EASY), "code")
+    seen = list(steps({link: link.solver()}))
+    assert [step.solution is None for step in seen] == [True] * (len(seen) - 1) + [False]
+    assert seen[-1].solution.evaluations == len(seen)
+    assert torch.equal(seen[0].theta, link.start())
+    for step in seen:
+        expected = [np.linalg.norm(plain_z(theta, 1) - plain_z(link.base, 1)) for theta in step.theta]
+        np.testing.assert_allclose(step.losses, expected, rtol=1e-4)
+    assert [vector.index for vector in link.add(seen[-1].solution)] == [1, 2]
 
 
 def test_the_solver_lowers_the_loss_of_its_random_start():
