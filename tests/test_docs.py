@@ -59,12 +59,15 @@ def test_links_are_found(tmp_path):
 
 def test_the_readme_has_one_snippet_that_runs(monkeypatch, capsys):
     (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    assert snippet.count("Config(num_vectors=4)") == 1
-    short = (
-        "Config(num_vectors=4, candidates=2, melbo_steps=1, max_evaluations=2, max_new_tokens=2, max_relative_loss=99)"
-    )
+    short = {
+        "BaseOptions(seed=0)": "BaseOptions(seed=0, candidates=2, melbo_steps=1, max_new_tokens=2)",
+        "ChainOptions(num_vectors=4)": "ChainOptions(num_vectors=4, max_evaluations=2, max_relative_loss=99)",
+    }
+    for told, options in short.items():
+        assert snippet.count(told) == 1
+        snippet = snippet.replace(told, options)
     monkeypatch.setattr(LanguageModel, "load", lambda name: tiny(num_hidden_layers=18))
-    exec(snippet.replace("Config(num_vectors=4)", short), {})
+    exec(snippet, {})
     indices = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert indices == ["1", "2", "3", "4"]
 
