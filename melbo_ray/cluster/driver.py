@@ -200,6 +200,9 @@ class Driver:
             chain.concepts.remove(found.concept)
         else:
             agenda.learn("chain", found.vector.index, found.vector.theta.numpy())
+            if found.vector.index > agenda.found:
+                # A worker of a driver that was killed wrote one after this driver had looked.
+                agenda.learn_stored(stored_vectors(self.run, agenda.concept))
             self.last[found.concept] = found.vector
         self._enlist(agenda)
 
