@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-_BLOCK = 512
+_PART_SIZE = 512
 WHOLE: Final = "whole"
 """The scope of an evaluation, and the kind of its unit, that is asked of a chain as a whole and not of each vector."""
 
@@ -70,13 +70,13 @@ class Unit:
 
     def part(self, table: str) -> str:
         """The published part of `table` that its rows go to."""
-        block = 0 if self.kind == WHOLE else block_of(self.first)
-        return f"{table}/concept={self.concept}/part-{self.evaluation}-{block:05d}.parquet"
+        number = 0 if self.kind == WHOLE else part_number(self.first)
+        return f"{table}/concept={self.concept}/part-{self.evaluation}-{number:05d}.parquet"
 
 
-def block_of(index: int) -> int:
+def part_number(index: int) -> int:
     """The published part that a vector's rows go to: no unit may lie across a border, or two parts could have a row."""
-    return max(index - 1, 0) // _BLOCK
+    return max(index - 1, 0) // _PART_SIZE
 
 
 def cover(coverage: Coverage, unit: Unit) -> None:
