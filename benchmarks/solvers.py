@@ -15,7 +15,7 @@ from benchmarks.reference import Bench, Row
 from melbo_ray.concepts.detectors import score_text
 from melbo_ray.concepts.loader import Concept, load_concept
 from melbo_ray.evals.kl import kl
-from melbo_ray.model.sampling import Job, generate
+from melbo_ray.model.sampling import Request, generate
 from melbo_ray.model.steering import Prompts
 from melbo_ray.search.base_vectors import base_vector
 from melbo_ray.search.chain import Chain
@@ -114,7 +114,7 @@ def _shown(bench: Bench, link: Chain, concept: Concept, ours: Trace, theirs: Tra
     rows = torch.cat([link.base[None], torch.zeros_like(link.base)[None], thetas])
     log_p = [logits[0].double().log_softmax(-1) for logits in Prompts(model, [tokens], source).logits(rows)]
     _, unsteered, *others = (float(kl(p, log_p[0])) for p in log_p)
-    texts = generate(model, [Job(tokens, theta, temperature=0) for theta in thetas], source, max_new_tokens=48)
+    texts = generate(model, [Request(tokens, theta, temperature=0) for theta in thetas], source, max_new_tokens=48)
     marks = [score_text(concept, str(model.tokenizer.decode(text.tokens)))["detected"] for text in texts]
     told = [f"{value / unsteered:.0%}{'+' if mark else '-'}" for value, mark in zip(others, marks, strict=True)]
     return f"KL of unsteered, + shows: {', '.join(told[:-1])}; Adam {told[-1]}"

@@ -1,4 +1,4 @@
-"""MELBO-ortho as a distributed batch job: how many orthogonal steering vectors have the same effect?"""
+"""MELBO-ortho as a distributed batch job. It finds and evaluates orthogonal steering vectors of the same effect."""
 
 import importlib
 import sys

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from melbo_ray.evals.context import TRAINING, Row, Rows, Study, Vectors
 from melbo_ray.evals.kl import kl
-from melbo_ray.model.sampling import Job, generate
+from melbo_ray.model.sampling import Request, generate
 from melbo_ray.model.steering import Prompts, target_log_probs
 
 LENGTH = 16
@@ -86,6 +86,6 @@ def _held_out(study: Study) -> HeldOut:
 
 def _continuations(study: Study, prompts: list[Int[Tensor, " seq"]]) -> list[Int[Tensor, " length"]]:
     """What the base writes, greedily; its end token where it writes nothing."""
-    jobs = [Job(tokens, study.base, temperature=0) for tokens in prompts]
-    texts = generate(study.model, jobs, study.config.source_layer, max_new_tokens=LENGTH)
+    requests = [Request(tokens, study.base, temperature=0) for tokens in prompts]
+    texts = generate(study.model, requests, study.config.source_layer, max_new_tokens=LENGTH)
     return [torch.tensor(text.tokens or study.model.end_tokens[:1]) for text in texts]

@@ -8,7 +8,7 @@ from torch import Tensor
 from melbo_ray.concepts.detectors import score_text
 from melbo_ray.evals.context import TRAINING, Row, Rows, Study, Vectors
 from melbo_ray.evals.kl import at_norm
-from melbo_ray.model.sampling import Continuation, Job, generate
+from melbo_ray.model.sampling import Continuation, Request, generate
 from melbo_ray.seeds import derive_seed
 
 
@@ -48,17 +48,19 @@ def write(
 ) -> list[Row]:
     """A continuation of the prompt keys[i]["prompt_id"] under thetas[i], seeded by what keys[i] says.
 
-    Where keys[i] has a `sample` of 0 it is greedy, otherwise drawn. `ablated`: as a `Job` has it.
+    Where keys[i] has a `sample` of 0 it is greedy, otherwise drawn. `ablated`: as a `Request` has it.
     """
     config, concept = study.config, study.concept
-    jobs = []
+    requests = []
     for key, theta, unit in zip(keys, thetas, ablated or [None] * len(keys), strict=True):
         purpose = "/".join(["generations", kind, *(str(value) for name, value in key.items() if name != "index")])
         seed = derive_seed(config.seed, concept.name, key["index"], purpose)
         temperature = 0.0 if key.get("sample") == 0 else config.temperature
-        jobs.append(Job(study.tokens(key["prompt_id"]), theta, seed, unit, temperature))
-    texts = generate(study.model, jobs, config.source_layer, max_new_tokens=config.max_new_tokens, top_p=config.top_p)
-    return [_row(study, job.temperature, text) for job, text in zip(jobs, texts, strict=True)]
+        requests.append(Request(study.tokens(key["prompt_id"]), theta, seed, unit, temperature))
+    texts = generate(
+        study.model, requests, config.source_layer, max_new_tokens=config.max_new_tokens, top_p=config.top_p
+    )
+    return [_row(study, request.temperature, text) for request, text in zip(requests, texts, strict=True)]
 
 
 def _row(study: Study, temperature: float, continuation: Continuation) -> Row:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melbo_ray.evals.context import Row, Rows, Study, Vectors
-from melbo_ray.model.sampling import Job, generate
+from melbo_ray.model.sampling import Request, generate
 from melbo_ray.model.steering import Prompts
 from melbo_ray.search import base_vectors
 from melbo_ray.seeds import derive_seed
@@ -139,8 +139,8 @@ def _written(study: Study) -> tuple[TextSet, TextSet]:
 def _write(study: Study, starts: list[Tensor], purpose: str) -> TextSet:
     zero, config = torch.zeros_like(study.base), study.config
     seeds = [derive_seed(config.seed, study.concept.name, i, f"presence/{purpose}") for i in range(len(starts))]
-    jobs = [Job(start, zero, seed) for start, seed in zip(starts, seeds, strict=True)]
-    texts = generate(study.model, jobs, config.source_layer, max_new_tokens=_WRITTEN_LENGTH)
+    requests = [Request(start, zero, seed) for start, seed in zip(starts, seeds, strict=True)]
+    texts = generate(study.model, requests, config.source_layer, max_new_tokens=_WRITTEN_LENGTH)
     # Where it writes nothing, its end token is what it wrote.
     written = [torch.tensor(text.tokens or study.model.end_tokens[:1]) for text in texts]
     return _text_set(study, [(torch.cat(parts), len(parts[0])) for parts in zip(starts, written, strict=True)])

@@ -17,7 +17,7 @@ from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError, first_line
 from melbo_ray.model import plain
-from melbo_ray.model.kv_cache import Job
+from melbo_ray.model.kv_cache import Request
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.plain import END, Tokens
 from melbo_ray.model.residual_slice import Slice
@@ -213,12 +213,14 @@ def _scores(
 
 def _texts(model: LanguageModel, prompts: list[Tokens], config: Config, thetas: Float[Tensor, "2 d_model"]) -> Errors:
     """How many tokens of greedy texts differ, and how many were compared: to the first of them that is a tie."""
-    jobs = [Job(tokens, thetas[i % 2], temperature=0) for i, tokens in enumerate(prompts)]
+    requests = [Request(tokens, thetas[i % 2], temperature=0) for i, tokens in enumerate(prompts)]
     differing = compared = 0
-    for job, text in zip(jobs, generate(model, jobs, config.source_layer, max_new_tokens=_LENGTH), strict=True):
+    for request, text in zip(
+        requests, generate(model, requests, config.source_layer, max_new_tokens=_LENGTH), strict=True
+    ):
         ours = [*text.tokens, *([END] if text.finish_reason == "stop" else [])]
-        length = min(_LENGTH, model.max_length - len(job.tokens))
-        asked = (model, job.tokens, config.source_layer, job.theta, length)
+        length = min(_LENGTH, model.max_length - len(request.tokens))
+        asked = (model, request.tokens, config.source_layer, request.theta, length)
         wrong, read = _differing(ours, *plain.text(*asked), model)
         if wrong:
             # Where transformers writes with its cache what it does not write without, the text read anew is right.

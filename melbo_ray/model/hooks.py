@@ -91,7 +91,7 @@ def _replaced_forward(layer: nn.Module, forward: Callable) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def reading(model: LanguageModel, where: tuple[Tensor, Tensor]) -> Generator[None]:
+def logits_at(model: LanguageModel, where: tuple[Tensor, Tensor]) -> Generator[None]:
     """While it lasts, the model's head sees only the (row, position) pairs of `where`, in a batch of one row."""
 
     def select(_head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:

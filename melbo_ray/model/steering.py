@@ -13,10 +13,10 @@ from torch import Tensor
 
 from melbo_ray.errors import UserError
 from melbo_ray.model.architecture import masks, stream
-from melbo_ray.model.hooks import reaching, reading, skipping, steering
+from melbo_ray.model.hooks import logits_at, reaching, skipping, steering
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.packed_linear import onednn
-from melbo_ray.model.rows import Prefix, lay_out
+from melbo_ray.model.rows import Prefix, lay_out_rows
 from melbo_ray.model.soundness import require_steerable, sound
 
 PASS_TOKENS = 2048
@@ -60,29 +60,29 @@ class Prompts:
         branches = [[branch.cpu() for branch in forced] for forced in continuations or [[]] * len(prompts)]
         self.targets = [torch.cat([torch.empty(0).long(), *forced]) for forced in branches]
         self.way = way or _pick(model, prompts, source, branches)
-        self._rows = lay_out(prompts, branches, self.way == "branches")
+        self._rows = lay_out_rows(prompts, branches, self.way == "branches")
         size = max(1, PASS_TOKENS // self._rows.tokens.shape[1])
         parts = [self._below(rows) for rows in torch.arange(len(self._rows.tokens)).split(size)]
         self._h = torch.cat(parts)
 
     @functools.cached_property
-    def h_source(self) -> Float[Tensor, "prompts places d_model"]:
+    def h_source(self) -> Float[Tensor, "prompts offsets d_model"]:
         """The source layer's stream, unsteered: each prompt's, then its continuations', padded on the right."""
-        laid = self._rows
-        owner = torch.tensor([prompt for prompt, rows in enumerate(laid.of) for _ in rows])
-        there = laid.groups >= 0
-        whole = self._h.new_zeros(len(laid.of), int(laid.places.max()) + 1, self._h.shape[-1])
+        layout = self._rows
+        owner = torch.tensor([prompt for prompt, rows in enumerate(layout.of) for _ in rows])
+        there = layout.groups >= 0
+        whole = self._h.new_zeros(len(layout.of), int(layout.offsets.max()) + 1, self._h.shape[-1])
         here = whole.device
-        whole[owner[:, None].expand_as(there)[there].to(here), laid.places[there].to(here)] = self._h[there.to(here)]
+        whole[owner[:, None].expand_as(there)[there].to(here), layout.offsets[there].to(here)] = self._h[there.to(here)]
         return whole
 
     @torch.no_grad()
     def logits(
-        self, theta: Float[Tensor, "n *places d_model"], prompts: Int[Tensor, " n"] | None = None
+        self, theta: Float[Tensor, "n *offsets d_model"], prompts: Int[Tensor, " n"] | None = None
     ) -> Iterator[Float[Tensor, "kept vocab"]]:
         """Logits of prompts[i] under theta[i], in order, float32: a row for each of the prompt's `targets`.
 
-        Without `prompts`: one prompt serves every θ; several take one θ each. A θ of shape (places, d_model) differs
+        Without `prompts`: one prompt serves every θ; several take one θ each. A θ of shape (offsets, d_model) differs
         by position, as `h_source` has them.
         """
         if prompts is None:
@@ -110,17 +110,17 @@ class Prompts:
         return torch.arange(count).split(max(1, most // (rows * width))) if count else []
 
     def _chunk(self, theta: Tensor, prompts: Tensor, prefix: Prefix | None = None) -> tuple[Tensor, ...]:
-        laid = self._rows
-        of = [laid.of[prompt] for prompt in prompts.tolist()]
+        layout = self._rows
+        of = [layout.of[prompt] for prompt in prompts.tolist()]
         rows = torch.tensor([row for group in of for row in group])
         owner = torch.repeat_interleave(torch.tensor([len(group) for group in of])).to(theta.device)
-        start, width = 0 if prefix is None else prefix.size, int(laid.lengths[rows].max())
-        places = laid.places[rows, start:width].to(theta.device)
-        added = theta[owner][:, None] if theta.ndim == 2 else theta[owner[:, None], places]
-        kept = [laid.kept[row] - start for row in rows.tolist()]
+        start, width = 0 if prefix is None else prefix.size, int(layout.lengths[rows].max())
+        offsets = layout.offsets[rows, start:width].to(theta.device)
+        added = theta[owner][:, None] if theta.ndim == 2 else theta[owner[:, None], offsets]
+        kept = [layout.kept[row] - start for row in rows.tolist()]
         where = torch.repeat_interleave(torch.tensor([len(part) for part in kept])), torch.cat(kept)
         logits = self._run(rows, added, where, (start, width), prefix)
-        return logits.float().split([sum(len(laid.kept[row]) for row in group) for group in of])
+        return logits.float().split([sum(len(layout.kept[row]) for row in group) for group in of])
 
     def _run(
         self, rows: Tensor, added: Tensor, where: tuple[Tensor, Tensor], span: tuple[int, int], prefix: Prefix | None
@@ -129,7 +129,7 @@ class Prompts:
         if self.way == "whole":
             with steering(self.model, self.source, added):
                 return self._forward(rows, span)[where]
-        with self._skipping(rows, added, span), reading(self.model, where):
+        with self._skipping(rows, added, span), logits_at(self.model, where):
             return self._forward(rows, span, prefix)[0]
 
     def _skipping(self, rows: Tensor, added: Tensor, span: tuple[int, int]) -> AbstractContextManager[None]:
@@ -146,16 +146,16 @@ class Prompts:
 
     def _forward(self, rows: Tensor, span: tuple[int, int], prefix: Prefix | None = None) -> Tensor:
         start, width = span
-        laid, arguments = self._rows, {}
+        layout, arguments = self._rows, {}
         if self.way == "branches" or prefix is not None:
-            positions = laid.positions[rows, :width].to(self.model.device)
-            seen = laid.sees(rows, start, width).to(self.model.device)
+            positions = layout.positions[rows, :width].to(self.model.device)
+            seen = layout.sees(rows, start, width).to(self.model.device)
             arguments = {
                 "attention_mask": masks(self.model.network, seen, positions[:, start:], positions),
                 "position_ids": positions[:, start:],
                 "past_key_values": prefix,
             }
-        tokens = laid.tokens[rows, start:width].to(self.model.device)
+        tokens = layout.tokens[rows, start:width].to(self.model.device)
         with onednn():
             return self.model.network(input_ids=tokens, use_cache=prefix is not None, **arguments).logits
 

@@ -13,7 +13,7 @@ from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import AnswerOptions
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.residual_slice import Slice
-from melbo_ray.model.sampling import Job, generate
+from melbo_ray.model.sampling import Request, generate
 from melbo_ray.model.steering import Prompts, target_log_probs
 
 # Below this the unsteered model finds a text senseless, nats per token. Readable texts of candidates lie at −0.1 to
@@ -66,13 +66,13 @@ NOTHING = Written("", False, -inf, 1.0)
 
 
 def write(
-    slice: Slice, concept: Concept, options: AnswerOptions, jobs: Sequence[tuple[Int[Tensor, " seq"], Tensor]]
+    slice: Slice, concept: Concept, options: AnswerOptions, requests: Sequence[tuple[Int[Tensor, " seq"], Tensor]]
 ) -> list[Written]:
     """The greedy text of each prompt and vector, judged; all in one batch, and one pass for their coherence."""
-    model, wanted = slice.model, [Job(prompt, theta, temperature=0) for prompt, theta in jobs]
+    model, wanted = slice.model, [Request(prompt, theta, temperature=0) for prompt, theta in requests]
     texts = [text.tokens for text in generate(model, wanted, slice.source, max_new_tokens=options.max_new_tokens)]
     decoded = [str(model.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in texts]
-    pairs = [(tuple(job.tokens.tolist()), tuple(text)) for job, text in zip(wanted, texts, strict=True)]
+    pairs = [(tuple(request.tokens.tolist()), tuple(text)) for request, text in zip(wanted, texts, strict=True)]
     # Many candidates write the same, a refusal above all.
     unlike = list(dict.fromkeys(pairs))
     read = coherence(model, slice.source, *zip(*unlike, strict=True)) if unlike else []
