@@ -1,4 +1,4 @@
-"""The layout of prompts and their forced continuations in rows of a batch, with the positions that each may attend to."""
+"""The layout of prompts and their forced continuations in the rows of a batch, with the attention among them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
