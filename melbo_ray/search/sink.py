@@ -12,8 +12,8 @@ def target_shares(slice: Slice, base: Float[Tensor, " d_model"], row: int = 0) -
     """The composition of the target displacement z(θ₀) − z(0), with z over all positions.
 
     `sink_share` is ‖first position's part‖² over the sum of that and ‖the other positions' part‖²; `coordinate_share`
-    is the largest coordinate's share of the squared norm. If either is large, a solver can lower the post's loss without
-    copying the base's effect on the text.
+    is the largest coordinate's share of the squared norm. If either is large, a solver can lower the post's loss
+    without copying the base's effect on the text.
     """
     device = slice.model.device
     thetas, rows = torch.stack([torch.zeros_like(base), base]).to(device), torch.full((2,), row, device=device)
