@@ -69,24 +69,24 @@ def equal_loss(bench: Bench) -> Iterator[Row]:
     config = bench.config.model_copy(update={"max_evaluations": 1000, "tolerance": 0.0, "num_vectors": vectors})
     slice, device = bench.slice(), bench.model.device
     begin = now(device)
-    link = Chain(slice, 0, bench.base, config, "code")
+    chain = Chain(slice, 0, bench.base, config, "code")
     # The first call records the step on CUDA.
-    stepper(slice, config, link.start(), link.z_base[None])()
+    stepper(slice, config, chain.start(), chain.z_base[None])()
     yield Row("equal loss", "set up the chain, once", now(device) - begin, "s")
     for index in range(1, vectors + 1):
-        reference = Reference(bench, link.start()[0], link.subspace.basis.clone())
+        reference = Reference(bench, chain.start()[0], chain.subspace.basis.clone())
         begin = now(device)
         for _ in range(steps):
             reference.step()
         reference_seconds = now(device) - begin
         wanted = float((reference.z(reference.theta.detach()) - reference.z_base).norm())
-        case, share = f"vector {index}: ", wanted / link.unsteered_losses[0]
+        case, share = f"vector {index}: ", wanted / chain.unsteered_losses[0]
         note = f"relative loss {share:.3f}, norm {float(reference.theta.detach().norm()):.1f}"
         yield Row("equal loss", f"{case}reference, {steps} Adam steps", reference_seconds, "s", 1.0, None, note)
         begin = now(device)
-        solution = _until(wanted, link)
+        solution = _until(wanted, chain)
         seconds = now(device) - begin
-        (found,) = link.add(solution)
+        (found,) = chain.add(solution)
         note = f"{solution.evaluations} evaluations, relative loss {found.relative_loss:.3f}, norm {found.norm:.1f}"
         # In bfloat16 a line search may end above it: then there is no ratio.
         ratio = reference_seconds / seconds if solution.stop_reason == "reached" else None
@@ -94,9 +94,9 @@ def equal_loss(bench: Bench) -> Iterator[Row]:
         yield Row("equal loss", case, seconds, "s", ratio, None, note)
 
 
-def _until(wanted: float, link: Chain) -> Solution:
+def _until(wanted: float, chain: Chain) -> Solution:
     """Seek the chain's next vector until its loss is `wanted` or the solver ends."""
-    for count, step in enumerate(lockstep.steps({link: link.solver()}), 1):
+    for count, step in enumerate(lockstep.steps({chain: chain.solver()}), 1):
         if step.losses[0] <= wanted:
             return Solution(step.theta, count, "reached")
         if step.solution is not None:

@@ -15,7 +15,7 @@ from benchmarks.reference import Bench, Row
 from melbo_ray.concepts.detectors import score_text
 from melbo_ray.concepts.loader import Concept, load_concept
 from melbo_ray.evals.kl import kl
-from melbo_ray.model.sampling import Job, generate
+from melbo_ray.model.sampling import Request, generate
 from melbo_ray.model.steering import Prompts
 from melbo_ray.search.base_vectors import base_vector
 from melbo_ray.search.chain import Chain
@@ -64,18 +64,18 @@ def solvers(bench: Bench) -> Iterator[Row]:
             config = bench.config.model_copy(update={**options, "num_vectors": bench.model.d_model - 1})
             slice = bench.slice(bench.model.tokenize(concept.prompt, config.system_prompt))
             found = base_vector(slice, concept, config)
-            link = Chain(slice, 0, found.theta, config, name)
+            chain = Chain(slice, 0, found.theta, config, name)
             for place in (place for place in places if place < bench.model.d_model - 1):
-                while link.index < place:
-                    link.add(_trace(link, config.solver, _FILL)[1])
-                yield from _cells(bench, link, concept, f"{name}, {kind}, seed {seed}, vector {place}")
+                while chain.index < place:
+                    chain.add(_trace(chain, config.solver, _FILL)[1])
+                yield from _cells(bench, chain, concept, f"{name}, {kind}, seed {seed}, vector {place}")
 
 
-def _cells(bench: Bench, link: Chain, concept: Concept, case: str) -> Iterator[Row]:
+def _cells(bench: Bench, chain: Chain, concept: Concept, case: str) -> Iterator[Row]:
     long = case.endswith("seed 0, vector 1") and not bench.quick
     goals = 30 if bench.quick else _STEPS
-    (theirs, _), (ours, _) = _trace(link, "adam", 1000 if long else goals), _trace(link, "lbfgs", max(BUDGETS))
-    shown = _shown(bench, link, concept, ours, theirs)
+    (theirs, _), (ours, _) = _trace(chain, "adam", 1000 if long else goals), _trace(chain, "lbfgs", max(BUDGETS))
+    shown = _shown(bench, chain, concept, ours, theirs)
     told = ", ".join(f"{ours.losses[n - 1]:.3f}" for n in BUDGETS)
     for count in sorted({goals, len(theirs.losses)}):
         goal = theirs.losses[count - 1]
@@ -85,13 +85,13 @@ def _cells(bench: Bench, link: Chain, concept: Concept, case: str) -> Iterator[R
         yield Row("solvers", case, math.nan if reached is None else reached, "evaluations", note=note)
 
 
-def _trace(link: Chain, solver: str, budget: int) -> tuple[Trace, Solution]:
+def _trace(chain: Chain, solver: str, budget: int) -> tuple[Trace, Solution]:
     """What a solver sees of the chain's next vector, and what it ends with; the chain stays as it is."""
     losses, norms, thetas, best = [], [], {}, float("inf")
-    options = link.options.model_copy(update={"solver": solver, "max_evaluations": budget})
+    options = chain.options.model_copy(update={"solver": solver, "max_evaluations": budget})
     solution = None
-    for step in steps({link: link.solver(options)}):
-        loss = float(step.losses[0]) / link.unsteered_losses[0]
+    for step in steps({chain: chain.solver(options)}):
+        loss = float(step.losses[0]) / chain.unsteered_losses[0]
         if loss < best:
             best, kept = loss, step.theta[0]
         losses.append(best)
@@ -102,7 +102,7 @@ def _trace(link: Chain, solver: str, budget: int) -> tuple[Trace, Solution]:
     return Trace(losses, norms, thetas), solution
 
 
-def _shown(bench: Bench, link: Chain, concept: Concept, ours: Trace, theirs: Trace) -> str:
+def _shown(bench: Bench, chain: Chain, concept: Concept, ours: Trace, theirs: Trace) -> str:
     """KL from the base over the unsteered one, and whether the greedy text shows the concept, ours and Adam's."""
     model, source, tokens = (
         bench.model,
@@ -111,10 +111,10 @@ def _shown(bench: Bench, link: Chain, concept: Concept, ours: Trace, theirs: Tra
     )
     budgets = [n for n in BUDGETS if n in ours.thetas]
     thetas = torch.stack([*(ours.thetas[n] for n in budgets), [*theirs.thetas.values()][-1]])
-    rows = torch.cat([link.base[None], torch.zeros_like(link.base)[None], thetas])
+    rows = torch.cat([chain.base[None], torch.zeros_like(chain.base)[None], thetas])
     log_p = [logits[0].double().log_softmax(-1) for logits in Prompts(model, [tokens], source).logits(rows)]
     _, unsteered, *others = (float(kl(p, log_p[0])) for p in log_p)
-    texts = generate(model, [Job(tokens, theta, temperature=0) for theta in thetas], source, max_new_tokens=48)
+    texts = generate(model, [Request(tokens, theta, temperature=0) for theta in thetas], source, max_new_tokens=48)
     marks = [score_text(concept, str(model.tokenizer.decode(text.tokens)))["detected"] for text in texts]
     told = [f"{value / unsteered:.0%}{'+' if mark else '-'}" for value, mark in zip(others, marks, strict=True)]
     return f"KL of unsteered, + shows: {', '.join(told[:-1])}; Adam {told[-1]}"

@@ -14,7 +14,7 @@ from melbo_ray.evals.context import Study, Vectors
 from melbo_ray.evals.runner import FUNCTIONS
 from melbo_ray.model import packed_linear
 from melbo_ray.model.hooks import steering
-from melbo_ray.model.sampling import Job, generate
+from melbo_ray.model.sampling import Request, generate
 from melbo_ray.model.steering import Prompts
 
 
@@ -37,8 +37,8 @@ def texts(bench: Bench) -> Iterator[Row]:
         return [_until_end(row, model.end_tokens) for row in written[:, len(tokens) :].tolist()]
 
     def ours() -> list[list[int]]:
-        jobs = [Job(bench.tokens, theta, temperature=0) for theta in thetas]
-        return [text.tokens for text in generate(model, jobs, source, max_new_tokens=length, places=count)]
+        requests = [Request(bench.tokens, theta, temperature=0) for theta in thetas]
+        return [text.tokens for text in generate(model, requests, source, max_new_tokens=length, slots=count)]
 
     work = {
         "transformers, one at a time": lambda: [text for theta in thetas for text in theirs(theta[None])],

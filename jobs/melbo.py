@@ -1,7 +1,7 @@
-"""Find base vectors alone: MELBO's candidates for each concept, with what the model writes under each.
+"""Find base vectors only: MELBO's candidates for each concept, with the model's text under each.
 
 python jobs/melbo.py --concepts code,alien
-python jobs/ortho.py --concepts code --base-index 3       # a chain from the one you chose
+python jobs/ortho.py --concepts code --base-index 3       # a chain from candidate 3
 """
 
 import sys
@@ -15,7 +15,7 @@ from melbo_ray.study.summary import candidates
 
 
 def main() -> None:
-    """Run MELBO as the command line asks, and show the candidates."""
+    """Run MELBO with the options of the command line, and print the candidates."""
     console = Console()
     checked = check(parse(__doc__ or "").model_copy(update={"evals": []}))
     stored, manifest = run(checked, console, chains=False)

@@ -1,10 +1,10 @@
-"""Find a chain of orthogonal steering vectors that all do what one base vector does, and measure every one of them.
+"""Find a chain of orthogonal steering vectors that copy the effect of one base vector, and evaluate each of them.
 
-python jobs/ortho.py --config smollm2         # the embedded model, on the prompt that suits it (`make run`)
+python jobs/ortho.py --config smollm2         # the embedded model, on a prompt that suits it (`make run`)
 python jobs/ortho.py --model Qwen/Qwen1.5-1.8B-Chat --radius 7 --num-vectors 1558 --storage s3://bucket/prefix
-python jobs/ortho.py --model Qwen/Qwen1.5-1.8B-Chat --num-vectors 1558 --plan     # what would it take?
-python jobs/ortho.py --run-id RUN                 # the same command resumes what was interrupted
-RAY_ADDRESS=auto python jobs/ortho.py             # on the cluster this machine belongs to
+python jobs/ortho.py --model Qwen/Qwen1.5-1.8B-Chat --num-vectors 1558 --plan     # print the estimate and exit
+python jobs/ortho.py --run-id RUN                 # the same command resumes an interrupted run
+RAY_ADDRESS=auto python jobs/ortho.py             # on the Ray cluster of this machine
 ray job submit --address http://127.0.0.1:8265 --working-dir . -- python jobs/ortho.py --storage s3://bucket/prefix
 """
 
@@ -22,7 +22,7 @@ from melbo_ray.study.summary import epilogue
 
 
 def main() -> None:
-    """Run the study that the command line asks for; its report and summary at the end."""
+    """Run a study with the options of the command line, print its summary and write its report."""
     console = Console()
     checked = check(parse(f"{__doc__}\nEvaluations: {', '.join(EVALUATIONS)}."))
     if checked.config.plan:

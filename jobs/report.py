@@ -1,8 +1,8 @@
-"""Write the report of a run: one HTML file that opens without a network, in the run's own storage.
+"""Write the report of a run into its folder: one self-contained HTML file.
 
 python jobs/report.py --run runs/RUN
 python jobs/report.py --run s3://bucket/prefix/RUN
-python jobs/report.py --run runs/RUN --figures figures    # every figure as PNG and SVG for papers, too
+python jobs/report.py --run runs/RUN --figures figures    # also every figure as PNG and SVG
 """
 
 import argparse
@@ -13,10 +13,12 @@ from melbo_ray.report.page import export, render
 
 
 def main() -> None:
-    """Write the report of the run that the command line names, and say where it is."""
+    """Write the report of the run on the command line, and print its path."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, help="the run's folder: a directory or fsspec URL")
-    parser.add_argument("--figures", metavar="DIR", help="directory for the figures; needs kaleido and a Chrome")
+    parser.add_argument("--run", required=True, help="folder of the run: a directory or fsspec URL")
+    parser.add_argument(
+        "--figures", metavar="DIR", help="directory for figures as PNG and SVG; needs kaleido and Chrome"
+    )
     options = parser.parse_args()
     print(f"report:  {render(options.run)}")
     for path in export(options.run, options.figures) if options.figures else ():

@@ -1,4 +1,4 @@
-"""Say where a run stands, from its storage alone: no cluster, no model.
+"""Print the progress of a run, from its storage alone, without a cluster or a model.
 
 python jobs/status.py runs/RUN
 python jobs/status.py s3://bucket/prefix/RUN
@@ -17,9 +17,9 @@ from melbo_ray.study.display import status
 
 
 def main() -> None:
-    """Read the run that the command line names and print where it stands."""
+    """Print the progress of the run on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="the run's folder: a directory or fsspec URL")
+    parser.add_argument("run", help="folder of the run: a directory or fsspec URL")
     run = Run.open(parser.parse_args().run, patient=False)
     manifest = run.manifest()
     if manifest is None:

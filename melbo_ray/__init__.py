@@ -1,4 +1,4 @@
-"""How many orthogonal steering vectors do the same thing? MELBO-ortho as a distributed batch job."""
+"""MELBO-ortho as a distributed batch job. It finds and evaluates orthogonal steering vectors of the same effect."""
 
 import importlib
 import sys
@@ -7,7 +7,7 @@ from typing import Any
 if sys.platform == "win32":
     raise ImportError("melbo_ray runs on Linux and macOS; on Windows use it inside WSL 2")
 
-# Loaded when asked for: a job that only reads a run shall not wait for torch and transformers.
+# Imported on first access: a job that only reads a run must not wait for torch and transformers.
 _HOMES = {
     "BaseOptions": "config",
     "Candidate": "search.candidates",

@@ -1,4 +1,4 @@
-"""A job as a command: what it is asked, what it says of bad input, and what its exit code is."""
+"""The command line of the jobs: options, error messages and exit codes."""
 
 import argparse
 import difflib
@@ -19,9 +19,9 @@ from melbo_ray.errors import Terminated, UserError
 
 
 def exit_code(main: Callable[[], None]) -> int:
-    """Run a job's main function, in the main thread.
+    """Run a job's main function in the main thread and return its exit code.
 
-    Returns 0; or after one line that says what was wrong, or how to go on: 2, 130 for Ctrl-C, 143 for SIGTERM.
+    The code is 0; or, after one line on stderr, 2 for a `UserError`, 130 for Ctrl-C, or 143 for SIGTERM.
     """
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -42,7 +42,7 @@ def _terminate(*_: object) -> None:
 
 
 def flags(message: str) -> str:
-    """The message with its options, named as in `Config` between backticks, as flags of the command line."""
+    """The message with each option name in backticks replaced by its command-line flag."""
     return re.sub(
         "`([a-z_]+)`", lambda found: _flag(found[1]) if found[1] in Config.model_fields else found[0], message
     )
@@ -53,10 +53,10 @@ def _flag(option: str) -> str:
 
 
 def parse(description: str, args: list[str] | None = None) -> Config:
-    """The configuration a command line asks for: defaults, under the TOML file of `--config`, under the options.
+    """The configuration of a command line: the options override the TOML file of `--config`, which overrides defaults.
 
     Raises:
-        UserError: an unknown or ill-valued option, with the nearest name there is.
+        UserError: an unknown option, with the nearest known name, or an invalid value.
         SystemExit: after `--help`.
     """
     args = list(sys.argv[1:] if args is None else args)
@@ -80,10 +80,10 @@ def _read_toml(args: list[str]) -> dict[str, Any]:
 
 
 def read_options(name: str) -> dict[str, Any]:
-    """The options that the preset `name` sets, or the TOML file `name`, by their names in `Config`.
+    """The options set by the preset or TOML file `name`, by their names in `Config`.
 
     Raises:
-        UserError: no such preset or file, or no TOML.
+        UserError: no such preset or file, or invalid TOML.
     """
     presets = {
         Path(f.name).stem: f for f in (files("melbo_ray") / "concepts/presets").iterdir() if f.name.endswith(".toml")
@@ -99,7 +99,7 @@ def read_options(name: str) -> dict[str, Any]:
 
 def _describe(error: ValidationError) -> str:
     first = error.errors()[0]
-    # Where an option takes several types, the rest of the place names one of them.
+    # If an option accepts several types, the rest of `loc` names one of them.
     name = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "extra_forbidden":
         return _suggest(f"unknown option {name!r}")
@@ -108,7 +108,7 @@ def _describe(error: ValidationError) -> str:
 
 
 def _suggest(message: str) -> str:
-    """The message, with the nearest option where it names one that does not exist."""
+    """The message, with the nearest known option if it names an unknown one."""
     for word in re.findall(r"[\w-]+", message):
         near = difflib.get_close_matches(word.strip("-").replace("-", "_"), Config.model_fields, n=1, cutoff=0.75)
         if near and near[0] != word.strip("-").replace("-", "_"):

@@ -1,6 +1,6 @@
-"""Every option, once: type, unit, default, meaning. The command line, TOML files and `run.json` derive from it.
+"""The options, each defined once with its type, unit, default and meaning, for command line, TOML files and `run.json`.
 
-Options come in groups, so that a function takes those alone that it reads; `Config` is all of them.
+Options form groups, so that a function takes only the options that it reads; `Config` combines all groups.
 """
 
 from typing import Annotated, Any, Literal
@@ -46,42 +46,43 @@ class _Options(BaseSettings):
         dotenv_settings: Any,
         file_secret_settings: Any,
     ) -> tuple:
-        """The command line and the TOML file are all: an environment variable named SEED changes no study."""
+        """Read the command line and the TOML file only: an environment variable named SEED must not change a study."""
         return (init_settings,)
 
 
 class StudyOptions(_Options):
-    """What is studied."""
+    """Options of what is studied."""
 
     config: str | None = Field(default=None, exclude=True)
-    """TOML file that sets any of these options, or a preset by its name (`smollm2`: the embedded model's own prompt);
-    the command line overrides it."""
+    """TOML file that sets any of these options, or the name of a preset (`smollm2`: a prompt that suits the embedded
+    model); the command line overrides it."""
     concepts: Names = ["code"]
     """Concepts to study, comma-separated: `code`, `alien`, `stem`, `jailbreak`, or paths of TOML files."""
     prompt: str | None = None
-    """The prompt that the chains are trained on, instead of each concept's own."""
+    """Training prompt of every chain, instead of each concept's own."""
 
 
 class ModelOptions(_Options):
-    """Which model, how it is loaded, and between which of its layers vectors work."""
+    """Options of the model: its weights, how they are loaded, and its source and target layers."""
 
     model: str = "smollm2"
-    """Hub id, local directory, GGUF file, or `smollm2` (SmolLM2-135M-Instruct, installed with the package)."""
+    """Model: hub id, local directory, GGUF file, or `smollm2` (SmolLM2-135M-Instruct, installed with the package)."""
     revision: str | None = None
     """Revision of a hub model: branch, tag or commit."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    """Type of the weights; vectors, basis and loss are float32 always."""
+    """Dtype of the weights; vectors, basis and loss are always float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where tensors live: `auto` (CUDA where there is one), `cpu`, or `cuda`."""
+    """Device: `auto` (CUDA if available), `cpu`, or `cuda`."""
     trust_remote_code: bool = False
-    """Let a hub model run its own Python code."""
+    """Allow a hub model to run its own Python code."""
     layers: str | None = None
-    """Where the decoder layers are inside the network, such as `model.layers`, for a model where they are not found."""
+    """Dotted path of the decoder layers within the network, such as `model.layers`, if they are not found
+    automatically."""
 
     source_layer: NonNegativeInt = 8
-    """Layer after which θ is added, counted from 0."""
+    """Source layer, to whose output θ is added; counted from 0."""
     target_layer: NonNegativeInt = 16
-    """Layer whose output is compared, counted from 0."""
+    """Target layer, whose output is compared; counted from 0."""
 
     @model_validator(mode="after")
     def _check(self) -> "ModelOptions":
@@ -94,115 +95,116 @@ class ModelOptions(_Options):
 
 
 class SeedOptions(_Options):
-    """What every random draw goes by."""
+    """The seed of all random draws."""
 
     seed: NonNegativeInt = 0
-    """The one seed; every random draw derives from (seed, concept, index, purpose)."""
+    """Random seed; the seed of every draw derives from (seed, concept, index, purpose)."""
 
 
 class AnswerOptions(_Options):
-    """How the model is asked, and how long it answers."""
+    """Options of prompting and of text generation."""
 
     system_prompt: str = "default"
-    """System turn: `default` (what the chat template puts there), `none`, or its text."""
+    """System turn: `default` (the chat template's own), `none`, or its text."""
     max_new_tokens: PositiveInt = 48
-    """Length of a sampled continuation, tokens."""
+    """Maximum length of a generated text, tokens."""
 
 
 class BaseOptions(SeedOptions, AnswerOptions):
-    """How the base vector is found (`base_vector`)."""
+    """Options of the search for the base vector (`base_vector`)."""
 
     radius: Positive | Literal["auto"] = "auto"
-    """R, norm of the base vector (residual-stream units); `auto` calibrates it: the norm at which a random vector's
-    effect at the target layer departs from its linear part by three tenths. A file's vectors then keep their norms."""
+    """R, norm of the base vector (residual-stream units); `auto` calibrates it to the norm at which the effect of
+    random vectors at the target layer departs from its linear part by three tenths, and keeps the norms of vectors from
+    a file."""
     base: str = "melbo"
-    """The base vector: `melbo`, `contrast` (mean difference of concept and neutral prompts), or a file of vectors
+    """Base vector: `melbo`, `contrast` (mean difference of concept and neutral prompts), or a file of vectors
     (.safetensors, .npy, .pt)."""
     base_index: NonNegativeInt | None = None
-    """Which candidate, or which row of the file, is the base; without it what they write decides."""
+    """Index of the base among the candidates or the rows of the file; by default the texts under each decide."""
     candidates: PositiveInt = 20
-    """MELBO candidates that ascend at once, each orthogonal to the earlier ones; where none of them writes the concept
-    firmly, as many new ones follow, twice."""
+    """Number of MELBO candidates optimised at once, each orthogonal to the earlier ones; if none shows the concept
+    firmly, up to two further sets follow."""
     melbo_steps: PositiveInt = 60
-    """Steps of ascent for each MELBO candidate, at most; every ten they are judged by what they write."""
+    """Maximum gradient-ascent steps per MELBO candidate; every ten steps the candidates are judged by their texts."""
     melbo_p: Positive = 2.0
-    """MELBO's p: power of the norm that is taken over token positions."""
+    """MELBO's p, exponent of the norm over token positions."""
     melbo_q: Positive = 2.0
-    """MELBO's q: root of the sum that is taken over d_model."""
+    """MELBO's q, root of the sum over d_model."""
     melbo_from: NonNegativeInt = 1
-    """First token position that MELBO's norm runs over; 0 takes in the first, which often is an attention sink."""
+    """First token position in MELBO's norm; 0 includes the first position, which often is an attention sink."""
 
 
 class ChainOptions(SeedOptions):
-    """How a chain is found (`chain`)."""
+    """Options of the search for a chain (`chain`)."""
 
     z_from: NonNegativeInt = 1
-    """First token position that z, the mean that the chain matches, takes in; 0 is the post's. The first position often
-    is an attention sink: its massive activation is then most of the loss."""
+    """First token position in z, the mean that a chain matches; the post uses 0. The first position often is an
+    attention sink, whose massive activation then dominates the loss."""
     num_vectors: PositiveInt = 24
-    """Vectors the chain shall find, at most d_model - 1."""
+    """Number of vectors to find per concept, at most d_model - 1."""
     block: PositiveInt = 1
-    """Mutually orthogonal vectors sought at once: in less time, and fitted less closely (docs/benchmarks.md)."""
+    """Number of mutually orthogonal vectors optimised jointly: faster, with a higher loss (docs/benchmarks.md)."""
     solver: Literal["lbfgs", "adam"] = "lbfgs"
-    """`lbfgs` inside the complement, or the post's `adam` (projected after each step)."""
+    """Optimiser: `lbfgs` within the orthogonal complement, or the post's `adam`, projected after each step."""
     max_evaluations: PositiveInt = 30
-    """Value-and-gradient evaluations for one vector, at most (`adam`: exactly; the post's 1000)."""
+    """Maximum loss-and-gradient evaluations per vector (exact number for `adam`; the post uses 1000)."""
     tolerance: NonNegativeFloat = 1e-3
-    """A vector is done when its loss fell by less than this fraction in ten evaluations; 0 never stops early."""
+    """Relative decrease of the loss over ten evaluations below which `lbfgs` stops; 0 disables early stopping."""
     norm_penalty: NonNegativeFloat = 0.0
-    """λ of the term λ·‖θ‖ added to the loss."""
+    """λ of the penalty λ·‖θ‖ added to the loss."""
     max_norm: Positive | None = None
-    """Largest ‖θ‖ allowed (residual-stream units); unlimited without it."""
+    """Maximum ‖θ‖ (residual-stream units); unlimited by default."""
     min_norm: NonNegativeFloat = 0.1
-    """The chain ends when a vector's norm is below this (residual-stream units)."""
+    """Norm at or below which a vector ends its chain (residual-stream units)."""
     max_relative_loss: Positive = 1.0
-    """The chain ends when a vector's loss relative to the unsteered one reaches this: no effect is left."""
+    """Loss relative to the unsteered model at or above which a vector ends its chain, as it has no effect left."""
 
 
 class EvaluationOptions(AnswerOptions):
-    """What is asked of the vectors."""
+    """Options of the evaluations."""
 
     evals: Names = ["all"]
-    """Evaluations to run, comma-separated: `all`, or some by name."""
+    """Evaluations to run, comma-separated: `all`, or names."""
     sample: PositiveInt | None = None
-    """Vectors that evaluations beyond `kl`, `greedy` and those of the whole chain are asked of: an even sample of the
-    chain; all of it without this."""
+    """Number of vectors, evenly spread over the chain, that the per-vector evaluations other than `kl` and `greedy`
+    cover; by default the whole chain."""
     eval_batch: PositiveInt = 8
-    """Vectors in one evaluation batch."""
+    """Number of vectors per evaluation unit."""
     samples: PositiveInt = 1
-    """Continuations drawn for each vector, prompt and scale, beside the greedy one."""
+    """Number of texts sampled per vector, prompt and scale, besides the greedy one."""
     held_out_generations: NonNegativeInt = 3
-    """Held-out prompts that texts are written on, beside the training prompt."""
+    """Number of held-out prompts for generated texts, besides the training prompt."""
     temperature: NonNegativeFloat = 1.0
-    """Sampling temperature; 0 is greedy."""
+    """Sampling temperature; 0 means greedy texts only."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus of the sampling distribution: the smallest set of tokens with this probability."""
+    """Top-p (nucleus) sampling: sample from the smallest set of tokens with at least this total probability."""
 
 
 class ClusterOptions(_Options):
-    """What the actors take of a cluster."""
+    """Options of the actors on a cluster."""
 
     min_evaluators: PositiveInt = 1
-    """Evaluation actors kept at least."""
+    """Minimum number of evaluators."""
     max_evaluators: PositiveInt | None = None
-    """Evaluation actors at most; without it as many as the cluster has room for."""
+    """Maximum number of evaluators; by default as many as fit on the cluster."""
     eval_gpus: NonNegativeFloat | None = None
-    """GPUs an evaluation actor takes: 0.25 for four on one; above 1 the model's layers are spread over them; 0 is the
-    CPU. Without it half of a cluster's one GPU, or a GPU of several."""
+    """GPUs per evaluator: 0.25 puts four on one GPU; above 1 the model's layers are spread over them; 0 means the CPU.
+    The default is 0.5 on a cluster with one GPU, and 1 on one with several."""
     chain_gpus: NonNegativeFloat | None = None
-    """GPUs the chain actor takes, at most 1; 0 is the CPU. Without it as an evaluation actor."""
+    """GPUs per chain actor, at most 1; 0 means the CPU. The default is that of `eval_gpus`."""
 
 
 class Config(ClusterOptions, EvaluationOptions, ChainOptions, BaseOptions, ModelOptions, StudyOptions):
-    """One study: which model, which concepts, how the chain is run, what is measured, where it is stored.
+    """All options of a study: model, concepts, base, chain, evaluations, cluster and storage.
 
-    It is every group of options at once, flat: wherever a group is taken, a `Config` will do.
+    `Config` derives from every group, so it can be passed wherever a group is expected.
     """
 
     plan: bool = False
-    """Only say what memory, GPUs, time and bytes the study will take; start nothing."""
+    """Print the estimated memory, GPUs, time and storage, and exit."""
 
     storage: str = "runs"
-    """Where runs are kept: a directory, or any fsspec URL such as s3://bucket/prefix."""
+    """Directory or fsspec URL that holds the runs, such as s3://bucket/prefix."""
     run_id: str | None = None
-    """Name of the run; an existing one is resumed. Made from concept, model and time without it."""
+    """Name of the run; an existing run is resumed. The default combines concepts, model and time."""

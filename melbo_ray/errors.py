@@ -1,14 +1,14 @@
-"""What a person is told when something is wrong."""
+"""Errors that are reported to the user."""
 
 
 class UserError(Exception):
-    """Bad input: one line that says what is wrong, what was expected, and what to do. Jobs print it and exit with 2."""
+    """Bad input; its one-line message says what is wrong, what was expected and what to do. Jobs exit with 2."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, from `ray job stop` or a scheduler: it ends a job as Ctrl-C does, but for the exit code."""
+    """SIGTERM, sent by `ray job stop` or a scheduler; it ends a job like Ctrl-C, with another exit code."""
 
 
 def first_line(error: BaseException) -> str:
-    """An error's message cut to its first line: what a person reads, without the traceback."""
+    """The first line of an error's message, or the name of its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""What this machine gives a process: cores, and the memory it took."""
+"""Cores and memory of this process."""
 
 import os
 import re
@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 def resident_peak() -> int:
-    """The most resident memory that this process has had until now, bytes."""
+    """Peak resident memory of this process, bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage also counts what the process that started this one held
+    if status.exists():  # getrusage also counts the memory of the process that forked this one
         return int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) << 10
     # macOS counts in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def cores() -> int:
-    """How many CPU cores this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

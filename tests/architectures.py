@@ -16,7 +16,7 @@ from melbo_ray.errors import UserError, first_line
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.partial import lower, lower_fingerprint, sketch
 from melbo_ray.model.residual_slice import Slice
-from melbo_ray.model.sampling import Job, generate
+from melbo_ray.model.sampling import Request, generate
 from melbo_ray.model.steering import Prompts, continuation_score, encode
 from tests.families import END, byte_tokenizer, directions
 from tests.shrinking import sizes
@@ -144,11 +144,11 @@ def check_texts(model: LanguageModel) -> float:
     """Greedy texts, token for token, in a batch that is refilled: 0 or 1."""
     thetas = directions(4, norm=3.0, d_model=model.d_model, seed=2)
     prompts = [*_tokens(model), *_tokens(model)]
-    jobs = [Job(tokens, theta, temperature=0.0) for tokens, theta in zip(prompts, thetas, strict=True)]
-    ours = generate(model, jobs, SOURCE, max_new_tokens=8, places=3)
-    passes = [_read(model, job, 8) for job in jobs]
+    requests = [Request(tokens, theta, temperature=0.0) for tokens, theta in zip(prompts, thetas, strict=True)]
+    ours = generate(model, requests, SOURCE, max_new_tokens=8, slots=3)
+    passes = [_read(model, request, 8) for request in requests]
     try:
-        plain = [_greedy(model, job, 8) for job in jobs]
+        plain = [_greedy(model, request, 8) for request in requests]
     # A family's own cache may not suit its own sizes (xLSTM).
     except (RuntimeError, ValueError):
         plain = []
@@ -228,24 +228,24 @@ def _logits(model: LanguageModel, tokens: torch.Tensor, theta: torch.Tensor) -> 
         return model.network(input_ids=tokens[None], use_cache=False).logits[0]
 
 
-def _greedy(model: LanguageModel, job: Job, limit: int) -> list[int]:
+def _greedy(model: LanguageModel, request: Request, limit: int) -> list[int]:
     """The text of transformers' own `generate` with a hook, without the end token."""
     settings = GenerationConfig(do_sample=False, max_new_tokens=limit, eos_token_id=END, pad_token_id=257)
-    seen = torch.ones(1, len(job.tokens)).long()
-    with _steered(model, job.theta):
-        ids = model.network.generate(job.tokens[None], attention_mask=seen, generation_config=settings)
-    return [token for token in ids[0, len(job.tokens) :].tolist() if token != END]
+    seen = torch.ones(1, len(request.tokens)).long()
+    with _steered(model, request.theta):
+        ids = model.network.generate(request.tokens[None], attention_mask=seen, generation_config=settings)
+    return [token for token in ids[0, len(request.tokens) :].tolist() if token != END]
 
 
-def _read(model: LanguageModel, job: Job, limit: int) -> list[int]:
+def _read(model: LanguageModel, request: Request, limit: int) -> list[int]:
     """The same from a pass over everything for each token."""
-    tokens = job.tokens
-    while len(tokens) < len(job.tokens) + limit:
-        token = _logits(model, tokens, job.theta)[-1].argmax()
+    tokens = request.tokens
+    while len(tokens) < len(request.tokens) + limit:
+        token = _logits(model, tokens, request.theta)[-1].argmax()
         if token == END:
             break
         tokens = torch.cat([tokens, token[None]])
-    return tokens[len(job.tokens) :].tolist()
+    return tokens[len(request.tokens) :].tolist()
 
 
 def _error(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""What is due of a concept: which vectors and controls still lack which evaluations, in units of fixed borders."""
+"""The backlog of a concept: which vectors and controls lack which evaluations, in units with fixed boundaries."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -8,27 +8,27 @@ from typing import Any
 import numpy as np
 
 from melbo_ray.evals.catalog import CONTROLS, EVALUATIONS, SAMPLED
-from melbo_ray.runs.work_unit import WHOLE, Coverage, Unit, block_of, count, covers, spans_of, uncover
+from melbo_ray.runs.work_unit import WHOLE, Coverage, Unit, count, covers, part_number, spans_of, uncover
 from melbo_ray.search.vectors import StoredVectors
 
 UNFINISHED = "unfinished"
-"""The stop reason of a chain that nobody runs on now, and somebody may."""
+"""The stop reason of a chain that this job does not extend, though another job may."""
 
 
 @dataclass
-class Agenda:
-    """What is due of one concept: grows as vectors appear, shrinks as units are handed out.
+class Backlog:
+    """The units due for one concept: it grows as vectors are found and shrinks as units are completed.
 
     Attributes:
         concept: its name.
-        names: of the evaluations wanted.
-        batch: vectors in a unit.
-        done: what storage has.
-        sample: of how many vectors of the chain all is asked that is not asked of every one; None for all of them.
-        most: vectors that the chain may have, which the sample is spread over.
-        attempts: how often an evaluation of a vector has failed, by evaluation, kind and index.
-        theta: every vector known, by kind and index.
-        stop_reason: why the chain ended; None while it goes on.
+        names: names of the requested evaluations.
+        batch: vectors per unit.
+        done: the indices that storage holds.
+        sample: number of chain vectors that the sampled evaluations cover; None for the whole chain.
+        most: maximum length of the chain, over which the sample is spread.
+        attempts: number of failed attempts, by evaluation, kind and index.
+        theta: every known vector, by kind and index.
+        stop_reason: why the chain ended; None while it is running.
     """
 
     concept: str
@@ -48,22 +48,22 @@ class Agenda:
 
     @property
     def found(self) -> int:
-        """How many vectors the chain has; they are 1 to `found`."""
+        """Number of vectors in the chain; their indices are 1 to `found`."""
         return len(self.theta.get("chain", {}))
 
-    def learn(self, kind: str, index: int, theta: np.ndarray) -> None:
-        """Note a vector that is durable."""
+    def add_vector(self, kind: str, index: int, theta: np.ndarray) -> None:
+        """Record a vector that storage holds."""
         self.theta.setdefault(kind, {})[index] = theta
 
-    def learn_stored(self, stored: StoredVectors) -> None:
-        """Note every vector that is durable."""
+    def add_stored(self, stored: StoredVectors) -> None:
+        """Record every vector that storage holds."""
         if stored.base is not None:
-            self.learn("base", 0, stored.base.theta.numpy())
+            self.add_vector("base", 0, stored.base.theta.numpy())
         for vector in stored.chain:
-            self.learn("chain", vector.index, vector.theta.numpy())
+            self.add_vector("chain", vector.index, vector.theta.numpy())
 
     def retry(self, failures: Iterable[Mapping[str, Any]]) -> None:
-        """Make due again what has failed, given as rows of the table `failures`."""
+        """Mark failed evaluations, given as rows of the table `failures`, as due again."""
         for row in failures:
             name, kind, index = row["evaluation"], row["kind"], row["index"]
             if name in self.names:
@@ -72,7 +72,7 @@ class Agenda:
                 uncover(self.done, Unit(self.concept, name, WHOLE if whole else kind, index, index))
 
     def due(self) -> list[Unit]:
-        """Every unit that can run now and is not done: whole batches, and at the chain's end what is left."""
+        """Every unit that can run now and is not done: full batches, and once the chain has ended the remainder."""
         if self.base is None:
             return []
         units = []
@@ -95,21 +95,21 @@ class Agenda:
         return np.stack([kind[index] for index in range(unit.first, unit.last + 1)])
 
     def failed(self, unit: Unit) -> dict[int, int]:
-        """How often the unit's evaluation has failed before, by index; of the whole chain under index 0."""
+        """Number of earlier failures of the unit's evaluation, by index; for the whole chain, under index 0."""
         kind, indices = ("chain", range(1)) if unit.kind == WHOLE else (unit.kind, range(unit.first, unit.last + 1))
         return {i: self.attempts[key] for i in indices if (key := (unit.evaluation, kind, i)) in self.attempts}
 
     def evaluated(self) -> int:
-        """How many vectors of the chain have every evaluation that is asked of them singly."""
+        """Number of chain vectors that have every per-vector evaluation requested for them."""
         lacking: set[int] = set()
         for name in (name for name in self.names if EVALUATIONS[name].scope == "vector"):
             lacking |= self._asked(name, self.found).keys() - self._done(name)
         return self.found - len(lacking)
 
     def evaluations(self, goal: int) -> tuple[int, int]:
-        """How many evaluations of single directions are done, and of how many when the chain has `goal` vectors.
+        """Numbers of per-vector evaluations done and requested, for a chain of `goal` vectors.
 
-        One of the whole chain counts once for each vector.
+        An evaluation of the whole chain counts once per vector.
         """
         done = wanted = 0
         for name in self.names:
@@ -122,7 +122,10 @@ class Agenda:
         return done, wanted
 
     def units(self, goal: int) -> tuple[float, float]:
-        """How many units of evaluation are done, a batch begun in part, and of how many: each takes about as long."""
+        """Numbers of units done and requested, for a chain of `goal` vectors; a partly done batch counts as a fraction.
+
+        Units take about the same time, so these numbers estimate the time left.
+        """
         done, wanted = 0.0, 0.0
         for name in self.names:
             if EVALUATIONS[name].scope == WHOLE:
@@ -135,10 +138,10 @@ class Agenda:
         return done, wanted
 
     def _asked(self, name: str, last: int) -> dict[int, bool]:
-        """Of which vectors up to `last` an evaluation is asked; whether only because the chain ended before `most`.
+        """The vectors up to `last` that an evaluation covers; True for one added because the chain ended before `most`.
 
-        A sample depends on an index alone: the first of each of `sample` equal shares of the vectors that there may be.
-        Where the chain has ended with fewer, it is filled up evenly.
+        Membership of the sample depends on the index alone: the first vector of each of `sample` equal shares of `most`
+        vectors. If the chain ended early, further vectors fill the sample up evenly.
         """
         if self.sample is None or name not in SAMPLED:
             return dict.fromkeys(range(1, last + 1), False)
@@ -155,9 +158,9 @@ class Agenda:
         return {index for first, last in spans for index in range(first, last + 1)}
 
     def _batches(self, name: str, kind: str, indices: range, asked: Mapping[int, bool]) -> Iterator[Unit]:
-        """Batches with fixed borders, cut where a part ends; of one that was begun otherwise, the stretches missing.
+        """Units of at most a batch with fixed boundaries, split where a part ends and around indices that are done.
 
-        What fills a sample up stands in units of its own: those of the sample may be in hand.
+        Vectors that fill a sample up form their own units, because the sample's units may already be running.
         """
         for start in range(0, len(indices), self.batch):
             missing = [
@@ -165,9 +168,9 @@ class Agenda:
                 for i in indices[start : start + self.batch]
                 if i in asked and not covers(self.done, Unit(self.concept, name, kind, i, i))
             ]
-            # Neighbours share the difference between an index and its place among the missing.
+            # Consecutive indices share the difference between an index and its position in `missing`.
             for _, group in itertools.groupby(
-                enumerate(missing), lambda pair: (pair[1] - pair[0], block_of(pair[1]), asked[pair[1]])
+                enumerate(missing), lambda pair: (pair[1] - pair[0], part_number(pair[1]), asked[pair[1]])
             ):
                 stretch = [index for _, index in group]
                 yield Unit(self.concept, name, kind, stretch[0], stretch[-1])

@@ -6,11 +6,11 @@ from typing import Any
 
 import ray
 
-from melbo_ray.cluster.backlog import Agenda
+from melbo_ray.cluster.backlog import Backlog
 from melbo_ray.cluster.metrics import Metrics
 from melbo_ray.cluster.pool import ATTEMPTS, Pool
 from melbo_ray.cluster.resources import Layout
-from melbo_ray.cluster.session import LOST, Deaths, Silence, answer
+from melbo_ray.cluster.session import LOST, Deaths, WaitNotice, fetch
 from melbo_ray.cluster.worker import Found, Worker
 from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import Config
@@ -21,13 +21,14 @@ from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.work_unit import WHOLE, Task, Unit, cover
 from melbo_ray.search.vectors import SteeringVector, stored_vectors
 
-_BACKLOG = 64
+# Units in the backlog from which on the chain's results wait, so that evaluators catch up.
+_FULL_BACKLOG = 64
 _STREAM = {"num_returns": "streaming", "_generator_backpressure_num_objects": 8}
 
 
 @dataclass(eq=False)
-class _Chain:
-    """A chain actor: `ref` is its `ready` probe, then None until the bases are found, then the stream of vectors."""
+class _ChainActor:
+    """A chain actor; `ref` is its `ready` call, then None until the bases are found, then its stream of vectors."""
 
     actor: Any
     concepts: list[str]
@@ -36,26 +37,26 @@ class _Chain:
 
 
 class Driver:
-    """Does everything that is due of a run.
+    """Runs the chains of a run and evaluates its backlog.
 
     Args:
-        run: where it is stored; leased by the caller.
-        run_id: its name.
-        config: its options.
-        concepts: what is studied.
-        agendas: what is due of each concept; one without `stop_reason` has a chain to run.
-        layout: what the actors take of the cluster.
-        tick: called in every turn of the loop; raises where the run must end.
-        worker: what the actors are.
+        run: the stored run; the caller holds its lease.
+        run_id: name of the run.
+        config: options of the run.
+        concepts: the concepts under study.
+        backlogs: the backlog of each concept; the chain of one without `stop_reason` is run.
+        layout: resources of the actors.
+        tick: called in every iteration of the loop; raises to end the run.
+        worker: class of the actors.
 
     Attributes:
         pool: the evaluators.
         last: the newest vector of each concept.
         hardware: device by host.
-        checks: what the workers' self-checks came to, the worst by role, host and name.
-        fingerprints: of the model and of its layers up to the target; every worker must have the same.
-        failures: vectors that could not be evaluated.
-        peak_memory: the most that a `chain` actor and an `evaluator` have taken, bytes.
+        checks: the worst self-check by role, host and name.
+        fingerprints: hashes of the model and of its layers up to the target; all workers must agree.
+        failures: number of failed evaluations of vectors.
+        peak_memory: peak memory of the `chain` actors and of the `evaluator`s, bytes.
     """
 
     def __init__(
@@ -64,55 +65,55 @@ class Driver:
         run_id: str,
         config: Config,
         concepts: Sequence[Concept],
-        agendas: dict[str, Agenda],
+        backlogs: dict[str, Backlog],
         layout: Layout,
         tick: Callable[["Driver"], None],
         worker: type = Worker,
     ) -> None:
-        self.run, self.run_id, self.config, self.agendas, self.layout = run, run_id, config, agendas, layout
+        self.run, self.run_id, self.config, self.backlogs, self.layout = run, run_id, config, backlogs, layout
         self.last: dict[str, SteeringVector] = {}
         self.hardware: dict[str, str] = {}
         self.checks: checks.Checks = {}
         self.fingerprints: dict[str, str] = {}
         self.peak_memory: dict[str, int] = {}
         self._tick, self._worker, self._concepts = tick, worker, list(concepts)
-        self._deaths, self._silence = Deaths(), Silence()
+        self._deaths, self._notice = Deaths(), WaitNotice()
         self.pool = Pool(self._start_evaluator, self._evaluate, config.min_evaluators, self._deaths)
-        self._chains: list[_Chain] = []
+        self._chain_actors: list[_ChainActor] = []
         self._issued: set[Unit] = set()
         self.failures = self._evaluations = 0
         self._metrics = Metrics()
 
     def drive(self) -> None:
-        """Return when nothing is due any more.
+        """Run until every chain has ended and the backlog is empty.
 
         Raises:
-            UserError: what no other worker would do better: bad input, storage that refuses, workers that always die.
+            UserError: an error that another worker would meet too: bad input, storage that fails, workers that all die.
         """
         try:
-            running = [name for name, agenda in self.agendas.items() if agenda.stop_reason is None]
+            running = [name for name, backlog in self.backlogs.items() if backlog.stop_reason is None]
             for i in range(self.layout.chain_actors):
                 self._start_chain(running[i :: self.layout.chain_actors])
-            for agenda in self.agendas.values():
-                self._enlist(agenda)
-            while self.pool.backlog or self._chains:
-                self.pool.resize(self.layout.most_beside_chains if self._chains else self.layout.most_evaluators)
+            for backlog in self.backlogs.values():
+                self._enqueue_due(backlog)
+            while self.pool.backlog or self._chain_actors:
+                self.pool.scale(self.layout.most_beside_chains if self._chain_actors else self.layout.most_evaluators)
                 self.pool.dispatch()
                 self._wait()
-                self.pool.drop_stragglers()
-                for unit in self.pool.hopeless():
-                    self._give_up(unit)
-                self._metrics.show(self.agendas, self.last, self.pool.backlog, self._evaluations)
+                self.pool.requeue_stragglers()
+                for unit in self.pool.take_exhausted():
+                    self._file_failures(unit)
+                self._metrics.show(self.backlogs, self.last, self.pool.backlog, self._evaluations)
                 self._tick(self)
         finally:
             self.pool.close()
-            for chain in self._chains:
+            for chain in self._chain_actors:
                 ray.kill(chain.actor)
 
-    def silence(self) -> str | None:
-        """A line that says what is waited for, where for some time no worker has been there."""
-        at_work = bool(self.pool.ready) or any(chain.streaming for chain in self._chains)
-        return self._silence.told(at_work, self.layout.evaluator)
+    def wait_notice(self) -> str | None:
+        """A line on the resources that the run waits for, when no worker has been at work for some time; else None."""
+        at_work = bool(self.pool.ready) or any(chain.streaming for chain in self._chain_actors)
+        return self._notice.line(at_work, self.layout.evaluator)
 
     def _actor(self, options: dict[str, Any], threads: int, whole: bool, packed: bool) -> Any:
         # Ray hides no GPU from an actor that takes none.
@@ -124,14 +125,14 @@ class Driver:
         return self._actor(self.layout.evaluator, self.layout.evaluator_threads, True, self.layout.packed.evaluator)
 
     def _start_chain(self, concepts: list[str]) -> None:
-        """A chain actor for some concepts, where there are any; it loads its model while the bases are found."""
+        """Start a chain actor for `concepts`, unless there are none; it loads its model while the bases are found."""
         if concepts:
             layout = self.layout
             actor = self._actor(layout.chain, layout.chain_threads, False, layout.packed.chain)
-            self._chains.append(_Chain(actor, concepts, actor.ready.remote()))
+            self._chain_actors.append(_ChainActor(actor, concepts, actor.ready.remote()))
 
-    def _enlist(self, agenda: Agenda) -> None:
-        due = [Unit.base(agenda.concept)] if agenda.base is None else agenda.due()
+    def _enqueue_due(self, backlog: Backlog) -> None:
+        due = [Unit.base(backlog.concept)] if backlog.base is None else backlog.due()
         new = [unit for unit in due if unit not in self._issued]
         self._issued.update(new)
         self.pool.add(new)
@@ -139,79 +140,83 @@ class Driver:
     def _evaluate(self, actor: Any, unit: Unit) -> Any:
         if unit.task is Task.BASE:
             return actor.find_base.remote(unit.concept)
-        agenda = self.agendas[unit.concept]
-        return actor.evaluate.remote(unit, agenda.vectors(unit), agenda.base, agenda.failed(unit))
+        backlog = self.backlogs[unit.concept]
+        return actor.evaluate.remote(unit, backlog.vectors(unit), backlog.base, backlog.failed(unit))
 
     def _wait(self) -> None:
-        for chain in self._chains:
-            if chain.ref is None and all(self.agendas[name].base is not None for name in chain.concepts):
+        for chain in self._chain_actors:
+            if chain.ref is None and all(self.backlogs[name].base is not None for name in chain.concepts):
                 chain.ref, chain.streaming = chain.actor.chains.options(**_STREAM).remote(chain.concepts), True
         evaluators = self.pool.refs()
-        # With nobody to evaluate there is no waiting: the chain may hold what the evaluators need.
-        short = self.pool.backlog < max(_BACKLOG, 2 * len(self.pool)) or not self.pool.ready
-        chains = {c.ref: c for c in self._chains if c.ref is not None and (short or not c.streaming)}
+        # Without an evaluator the chain must not wait: it may hold the resources that evaluators need.
+        short = self.pool.backlog < max(_FULL_BACKLOG, 2 * len(self.pool)) or not self.pool.ready
+        chains = {c.ref: c for c in self._chain_actors if c.ref is not None and (short or not c.streaming)}
         waiting = [*evaluators, *chains]
         ray.wait(waiting, num_returns=1, timeout=1.0)
         for ref in ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]:
             if ref in chains:
-                self._hear_chain(chains[ref])
-            elif (done := self.pool.hear(evaluators[ref])) is not None:
-                self._finish(done.unit, done.result)
+                self._collect_from_chain(chains[ref])
+            elif (done := self.pool.collect(evaluators[ref])) is not None:
+                self._complete(done.unit, done.result)
 
-    def _finish(self, unit: Unit | None, result: Any) -> None:
+    def _complete(self, unit: Unit | None, result: Any) -> None:
         if unit is None:
-            self._meet(result)
+            self._register_worker(result)
             return
-        agenda = self.agendas[unit.concept]
-        cover(agenda.done, unit)
+        backlog = self.backlogs[unit.concept]
+        cover(backlog.done, unit)
         if unit.task is Task.BASE:
-            self._learn_stored(agenda)
+            self._load_stored(backlog)
         else:
             self._evaluations += unit.last - unit.first + 1
             self.failures += result.failures
-            self._grew("evaluator", result.peak_memory)
+            self._record_peak("evaluator", result.peak_memory)
 
-    def _hear_chain(self, chain: _Chain) -> None:
+    def _collect_from_chain(self, chain: _ChainActor) -> None:
         try:
             if chain.streaming:
-                self._note(answer(next(chain.ref)), chain)
+                self._record_found(fetch(next(chain.ref)), chain)
             else:
-                self._meet(answer(chain.ref))
+                self._register_worker(fetch(chain.ref))
                 chain.ref = None
-            self._deaths.none()
+            self._deaths.reset()
         except StopIteration:
-            self._end(chain)
+            self._stop_chain_actor(chain)
         except (*LOST, FileExistsError) as error:
-            self._deaths.one_more(error, bearable=4 + len(self.pool))
-            self._end(chain)
+            self._deaths.count(error, bearable=4 + len(self.pool))
+            self._stop_chain_actor(chain)
             for name in chain.concepts:
-                self._learn_stored(self.agendas[name])
-            self._start_chain([name for name in chain.concepts if self.agendas[name].stop_reason is None])
+                self._load_stored(self.backlogs[name])
+            self._start_chain([name for name in chain.concepts if self.backlogs[name].stop_reason is None])
 
-    def _end(self, chain: _Chain) -> None:
-        self._chains.remove(chain)
+    def _stop_chain_actor(self, chain: _ChainActor) -> None:
+        self._chain_actors.remove(chain)
         ray.kill(chain.actor)
 
-    def _note(self, found: Found, chain: _Chain) -> None:
-        self._grew("chain", found.peak_memory)
-        agenda = self.agendas[found.concept]
+    def _record_found(self, found: Found, chain: _ChainActor) -> None:
+        self._record_peak("chain", found.peak_memory)
+        backlog = self.backlogs[found.concept]
         if found.vector is None:
-            agenda.stop_reason = found.stop_reason
+            backlog.stop_reason = found.stop_reason
             chain.concepts.remove(found.concept)
         else:
-            agenda.learn("chain", found.vector.index, found.vector.theta.numpy())
-            if found.vector.index > agenda.found:
-                # A worker of a driver that was killed wrote one after this driver had looked.
-                agenda.learn_stored(stored_vectors(self.run, agenda.concept))
+            backlog.add_vector("chain", found.vector.index, found.vector.theta.numpy())
+            if found.vector.index > backlog.found:
+                # A worker of a killed driver stored a vector after this driver had listed them.
+                backlog.add_stored(stored_vectors(self.run, backlog.concept))
             self.last[found.concept] = found.vector
-        self._enlist(agenda)
+        self._enqueue_due(backlog)
 
-    def _learn_stored(self, agenda: Agenda) -> None:
-        agenda.learn_stored(stored_vectors(self.run, agenda.concept))
-        self._enlist(agenda)
+    def _load_stored(self, backlog: Backlog) -> None:
+        backlog.add_stored(stored_vectors(self.run, backlog.concept))
+        self._enqueue_due(backlog)
 
-    def _meet(self, worker: dict[str, Any]) -> None:
-        """Every worker must have read the same weights, those that hold a part of the model the same part."""
+    def _register_worker(self, worker: dict[str, Any]) -> None:
+        """Record a worker's device and self-check.
+
+        Raises:
+            UserError: its weights, or those of its layers up to the target, differ from the run's.
+        """
         self.hardware[worker["host"]] = worker["device"]
         checks.merge(self.checks, worker["role"], worker["host"], worker["checks"])
         for name, value in worker["fingerprints"].items():
@@ -221,23 +226,27 @@ class Driver:
                     "with: give its revision, or start a new run"
                 )
 
-    def _give_up(self, unit: Unit) -> None:
-        """File a unit as failed that has taken too many workers with it."""
-        agenda = self.agendas[unit.concept]
+    def _file_failures(self, unit: Unit) -> None:
+        """Record a unit that lost too many workers as failed.
+
+        Raises:
+            UserError: the unit is the search for a base, without which the concept cannot go on.
+        """
+        backlog = self.backlogs[unit.concept]
         if unit.task is Task.BASE:
             raise UserError(f"finding the base of {unit.concept!r} ended its worker {ATTEMPTS} times")
-        whole, failed = unit.kind == WHOLE, agenda.failed(unit)
+        whole, failed = unit.kind == WHOLE, backlog.failed(unit)
         keys = {"run_id": self.run_id, "kind": "chain" if whole else unit.kind}
         facts = {"evaluation": unit.evaluation, "error": "its worker died or hung"}
         rows = [
             keys | {"index": index} | facts | {"attempts": ATTEMPTS + failed.get(index, 0)}
             for index in (range(1) if whole else range(unit.first, unit.last + 1))
         ]
-        # Of the whole chain, the rows of a shorter one go.
+        # Empty tables replace the rows that the evaluation of a shorter chain left.
         empty = {name: schema.table(name, []) for name in EVALUATIONS[unit.evaluation].tables}
         self.run.commit(unit, empty | {"failures": schema.table("failures", rows)})
-        cover(agenda.done, unit)
+        cover(backlog.done, unit)
         self.failures += len(rows)
 
-    def _grew(self, role: str, peak: int) -> None:
+    def _record_peak(self, role: str, peak: int) -> None:
         self.peak_memory[role] = max(peak, self.peak_memory.get(role, 0))

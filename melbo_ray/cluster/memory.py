@@ -1,6 +1,6 @@
-"""The memory that a worker takes, from the shape of its model alone: the one formula of plan, layout and benchmark.
+"""The memory of a worker, estimated from the shape of its model; plan, layout and benchmark share this formula.
 
-Calibrated against the resident peaks of fresh processes (`benchmarks/bench.py --only memory` sets both side by side).
+It is calibrated against the resident peaks of fresh processes (`benchmarks/bench.py --only memory` compares both).
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,27 +15,27 @@ from melbo_ray.evals.dose import DOSES
 from melbo_ray.evals.generalization import LENGTH
 from melbo_ray.model.architecture import key_width
 from melbo_ray.model.language_model import LanguageModel
-from melbo_ray.model.sampling import usual_places, width
+from melbo_ray.model.sampling import default_slots, width
 from melbo_ray.model.steering import PASS_TOKENS, encode
 from melbo_ray.search.base_vectors import ASCENT_TOKENS
 
-# What a process with torch, transformers and Ray takes before it has read a weight.
+# Resident memory of a process with torch, transformers and Ray before it loads weights.
 _PROCESS = 480 << 20
-# Norms, rotary embeddings and residual sums of a decoder layer keep this many values of d_model a token.
+# Norms, rotary embeddings and residual sums of a decoder layer keep this many times d_model values per token.
 _KEPT_BESIDE_PRODUCTS = 4
 _FLOAT32 = 4
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What a worker holds at its peak, bytes.
+    """Peak memory of a worker, bytes.
 
     Attributes:
-        weights: the parameters that it loads.
-        loading: the file's pages that are resident beside them while it does, where they are of another type.
-        packed: the copies of them for its products, which it makes on the CPU where it is let.
-        work: activations, basis, keys and values, logits, and what evaluations keep, on the CPU.
-        work_on_gpu: the same on a GPU, where more texts are written at once.
+        weights: the loaded parameters.
+        loading: pages of the weight file that are resident while loading, if its dtype differs.
+        packed: packed copies of the weights, made on the CPU if the layout allows.
+        work: activations, basis, keys and values, logits, and cached results of evaluations, on the CPU.
+        work_on_gpu: the same on a GPU, where the batch has more slots.
     """
 
     weights: int
@@ -45,18 +45,18 @@ class Demand:
     work_on_gpu: int
 
     def on_cpu(self, packed: bool) -> int:
-        """Resident memory of a worker on the CPU, its process included."""
+        """Resident memory of a worker on the CPU, including its process."""
         return _PROCESS + self.weights + max(self.loading, self.work + (self.packed if packed else 0))
 
     @property
     def on_gpu(self) -> int:
-        """A GPU's memory: nothing is packed there, and the process is elsewhere."""
+        """GPU memory of a worker; nothing is packed there, and the process is in host memory."""
         return self.weights + self.work_on_gpu
 
 
 @dataclass(frozen=True)
 class Demands:
-    """What the two kinds of worker hold."""
+    """Peak memory of the two kinds of worker."""
 
     chain: Demand
     evaluator: Demand
@@ -69,21 +69,21 @@ def demands(
     published: torch.dtype | None = None,
     whole: bool = False,
 ) -> Demands:
-    """What each worker of a study of these concepts holds; the model may be a sketch.
+    """Peak memory of each kind of worker in a study.
 
     Args:
-        model: the model.
-        config: the study's options.
-        concepts: its concepts.
-        published: the type of the weights in their file. Those of the model's own type are the file's pages.
-        whole: whether chains read the whole model (`partial.reads_whole`).
+        model: the model, or a sketch of it.
+        config: options of the study.
+        concepts: concepts of the study.
+        published: dtype of the weights in their file; weights of the model's own dtype are mapped, not copied.
+        whole: whether chains load the whole model (`partial.reads_whole`).
     """
     share = published.itemsize / model.dtype.itemsize if published not in (None, model.dtype) else 0.0
     return Demands(_chain(model, config, concepts, share, whole), _evaluator(model, config, concepts, share))
 
 
 def _chain(model: LanguageModel, config: Config, concepts: Sequence[Concept], share: float, whole: bool) -> Demand:
-    """The layers up to the target and all that is no layer; the slice's products, forward and backward."""
+    """A chain actor: the layers up to the target, embeddings and head; the slice's products, forward and backward."""
     upper, slice_ = model.layers[config.target_layer + 1 :], _slice(model, config)
     tokens = config.block * sum(_length(model, config, concept.prompt) for concept in concepts)
     basis = len(concepts) * config.num_vectors * model.d_model * _FLOAT32
@@ -93,7 +93,7 @@ def _chain(model: LanguageModel, config: Config, concepts: Sequence[Concept], sh
 
 
 def _evaluator(model: LanguageModel, config: Config, concepts: Sequence[Concept], share: float) -> Demand:
-    """The whole model; the products of decoding; the base's search, then texts and logits beside them."""
+    """An evaluator: the whole model, its products in decoding, and the larger of base search and texts with logits."""
     prompts = [_length(model, config, concept.prompt) for concept in concepts]
     ascending = max(*prompts, min(config.candidates * max(prompts), ASCENT_TOKENS))
     search = ascending * _kept(_slice(model, config), model) if config.base == "melbo" else 0
@@ -105,21 +105,21 @@ def _evaluator(model: LanguageModel, config: Config, concepts: Sequence[Concept]
 
 
 def _texts(model: LanguageModel, config: Config, concepts: Sequence[Concept], device: str) -> int:
-    """Keys and values of a full batch of texts, and of the prompts that enter it."""
+    """Keys and values of a full batch of slots, and of the prompts being prefilled, bytes."""
     text = model.network.config.get_text_config()
     longest = max(_length(model, config, prompt) for c in concepts for prompt in (c.prompt, *c.held_out.values()))
-    tokens = usual_places(device) * (width(longest + config.max_new_tokens) + longest)
+    tokens = default_slots(device) * (width(longest + config.max_new_tokens) + longest)
     return 2 * tokens * text.num_hidden_layers * key_width(model.network) * model.dtype.itemsize
 
 
 def _logits(model: LanguageModel, config: Config, concepts: Sequence[Concept]) -> int:
-    """Log-probabilities along the base's texts, which an evaluator keeps, and the logits of one pass, float32."""
+    """The cached log-probabilities along the base's texts and the logits of one pass, float32, bytes."""
     kept = read = 0
     for concept in concepts:
         prompts, length = 1 + len(concept.held_out), _length(model, config, concept.prompt)
         texts = [len(encode(model, text)) for text in concept.continuations]
         kept += prompts * LENGTH
-        # `generalization` forces the base's text and one more on every prompt, `dose` all of them at every dose.
+        # `generalization` forces the base's text and one continuation on every prompt, `dose` all of them per dose.
         for rows, forced in ((prompts, LENGTH + texts[0]), (DOSES, sum(texts))):
             read = max(read, min(rows, max(1, PASS_TOKENS // (length + forced))) * forced)
     return (kept + read) * model.network.config.get_text_config().vocab_size * _FLOAT32
@@ -134,9 +134,9 @@ def _slice(model: LanguageModel, config: Config) -> nn.ModuleList:
 
 
 def _kept(layers: nn.ModuleList, model: LanguageModel) -> int:
-    """Bytes that a token's way through these layers keeps for the backward pass: what the products put out, mostly.
+    """Bytes per token that these layers keep for the backward pass, mostly the outputs of products.
 
-    Weights are frozen, so a product's input is not kept for them; the widest one is, as an activation's output.
+    Weights are frozen, so inputs of products are not kept, except the widest one, as the output of an activation.
     """
     values = 0
     for layer in layers:
@@ -147,6 +147,6 @@ def _kept(layers: nn.ModuleList, model: LanguageModel) -> int:
 
 
 def _bytes(modules: Iterable[nn.Module], products: bool = False) -> int:
-    """Of all parameters, a shared one once; or of those that are factors of products."""
+    """Bytes of all parameters, or of the matrices only (`products`); a shared parameter counts once."""
     found = {id(p): p for module in modules for p in module.parameters() if p.ndim >= 2 or not products}
     return sum(parameter.nbytes for parameter in found.values())

@@ -1,4 +1,4 @@
-"""The evaluators: a pool of actors that follows its backlog up and down, and loses no unit with an actor."""
+"""The pool of evaluators: it scales with its backlog and requeues the unit of an actor that dies."""
 
 import math
 import time
@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from melbo_ray.cluster.session import LOST, Deaths, answer
+from melbo_ray.cluster.session import LOST, Deaths, fetch
 from melbo_ray.runs.work_unit import WHOLE, Unit
 
 ATTEMPTS = 10
@@ -19,7 +19,7 @@ _FIRST_PATIENCE, _PATIENCE_FACTOR, _LEAST_PATIENCE = 7200.0, 5.0, 60.0
 
 @dataclass(eq=False)
 class _Evaluator:
-    """An actor of the pool: `ref` is its `ready` probe, then what it has in hand."""
+    """An actor of the pool; `ref` is its `ready` call, then that of the unit assigned to it."""
 
     actor: Any
     ref: Any
@@ -29,26 +29,26 @@ class _Evaluator:
 
     @property
     def age(self) -> float:
-        """Seconds since it began what it is at."""
+        """Seconds since its current call began, or since it became idle."""
         return time.monotonic() - self.since
 
 
 @dataclass(frozen=True)
 class Done:
-    """What an evaluator answered: what its `ready` says of it, or what its unit came to."""
+    """A result of an evaluator: of its `ready` call (`unit` is None), or of its unit."""
 
     unit: Unit | None
     result: Any
 
 
 class Pool:
-    """Evaluators and the units they are to do.
+    """Evaluators and their backlog of units.
 
     Args:
-        start: makes an actor; the pool waits for its `ready`.
-        call: hands a unit to an actor; the reference to its answer.
-        least: evaluators kept even when there is nothing to do.
-        deaths: the driver's count of actors that die.
+        start: starts an actor, whose `ready` the pool calls.
+        call: assigns a unit to an actor and returns the reference to its result.
+        least: evaluators kept when the backlog is empty.
+        deaths: the driver's count of consecutive actor deaths.
     """
 
     def __init__(self, start: Callable[[], Any], call: Callable[[Any, Unit], Any], least: int, deaths: Deaths) -> None:
@@ -63,20 +63,20 @@ class Pool:
 
     @property
     def ready(self) -> int:
-        """Evaluators at work or ready to."""
+        """Number of evaluators that have registered."""
         return sum(member.ready for member in self._members)
 
     @property
     def backlog(self) -> int:
-        """Units waiting or in hand."""
+        """Number of units queued or assigned."""
         return len(self._queue) + sum(member.work is not None for member in self._members)
 
     def add(self, units: Iterable[Unit]) -> None:
-        """Units to do, after those that wait already."""
+        """Append units to the queue."""
         self._queue.extend(units)
 
-    def resize(self, most: int) -> None:
-        """As many evaluators as empty the backlog in some seconds, within the bounds; idle ones go."""
+    def scale(self, most: int) -> None:
+        """Scale the pool to drain the backlog in about 10 s, to at most `most` evaluators; stop idle actors."""
         seconds = [value for values in self._seconds.values() for value in values[-20:]]
         each = sum(seconds) / len(seconds) if seconds else _DRAIN_SECONDS
         wanted = min(max(math.ceil(self.backlog * each / _DRAIN_SECONDS), self._least), most)
@@ -85,59 +85,60 @@ class Pool:
             self._members.append(_Evaluator(actor, actor.ready.remote()))
         for member in [m for m in self._members if m.work is None and m.age > _DRAIN_SECONDS]:
             if len(self._members) > wanted and not self._queue:
-                self._dismiss(member)
+                self._stop(member)
 
     def dispatch(self) -> None:
-        """A unit for everybody who has none."""
+        """Assign queued units to idle evaluators."""
         for member in self._members:
             if self._queue and member.ready and member.work is None:
                 member.work, member.since = self._queue.popleft(), time.monotonic()
                 member.ref = self._call(member.actor, member.work)
 
     def refs(self) -> dict[Any, _Evaluator]:
-        """What to wait for."""
+        """The pending references, with their evaluators."""
         return {member.ref: member for member in self._members if member.ref is not None}
 
-    def hear(self, member: _Evaluator) -> Done | None:
-        """An answer that has come; None where an actor has died instead, whose unit waits again.
+    def collect(self, member: _Evaluator) -> Done | None:
+        """Collect a result; None if the actor died, in which case its unit is requeued.
 
         Raises:
-            UserError: the worker met what no other would do better, or too many have died.
+            UserError: an error that another worker would meet too, or too many consecutive deaths.
         """
         try:
-            result = answer(member.ref)
+            result = fetch(member.ref)
         except LOST as error:
-            self._dismiss(member)
-            self._deaths.one_more(error, bearable=4 + len(self._members))
+            self._stop(member)
+            self._deaths.count(error, bearable=4 + len(self._members))
             return None
-        self._deaths.none()
+        self._deaths.reset()
         if member.work is not None:
             self._seconds.setdefault(member.work.evaluation, []).append(member.age)
         done = Done(member.work, result)
         member.ready, member.ref, member.work, member.since = True, None, None, time.monotonic()
         return done
 
-    def drop_stragglers(self) -> None:
-        """A unit that takes far longer than others of its kind is taken from its worker and handed out again."""
+    def requeue_stragglers(self) -> None:
+        """Stop evaluators whose unit takes far longer than earlier ones of its evaluation, and requeue the units."""
         for member, unit in [(m, m.work) for m in self._members if m.work is not None]:
             known = self._seconds.get(unit.evaluation) if unit.kind != WHOLE else None
             patience = max(_LEAST_PATIENCE, _PATIENCE_FACTOR * max(known)) if known else _FIRST_PATIENCE
             if member.age > patience * 2 ** self._attempts[unit]:
-                self._dismiss(member)
+                self._stop(member)
 
-    def hopeless(self) -> list[Unit]:
-        """The units that have taken too many workers with them; they wait no longer."""
+    def take_exhausted(self) -> list[Unit]:
+        """Remove from the queue and return the units that have used up their attempts."""
         found = [unit for unit in self._queue if self._attempts[unit] >= ATTEMPTS]
         for unit in found:
             self._queue.remove(unit)
         return found
 
     def close(self) -> None:
-        """End every evaluator."""
+        """Stop every evaluator."""
         for member in self._members:
             ray.kill(member.actor)
 
-    def _dismiss(self, member: _Evaluator) -> None:
+    def _stop(self, member: _Evaluator) -> None:
+        """Kill an evaluator and requeue its unit, if it has one."""
         self._members.remove(member)
         ray.kill(member.actor)
         if member.work is not None:

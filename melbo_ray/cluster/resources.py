@@ -1,4 +1,4 @@
-"""How a run is laid out on what the cluster has: how many actors of which size."""
+"""The layout of a run on a cluster: the number of actors and their resources."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -15,17 +15,17 @@ _MOST_THREADS = 8
 
 @dataclass(frozen=True)
 class Layout:
-    """What the actors take of the cluster.
+    """Number and resources of the actors.
 
     Attributes:
-        chain_actors: how many; the concepts are dealt out to them.
+        chain_actors: number of chain actors, among which the concepts are distributed.
         chain: Ray options of a chain actor.
         evaluator: Ray options of an evaluator.
         chain_threads: torch threads of a chain actor.
         evaluator_threads: torch threads of an evaluator.
-        most_beside_chains: evaluators at most while chain actors are there.
-        most_evaluators: evaluators at most when they are gone.
-        packed: which of them hold packed copies.
+        most_beside_chains: maximum number of evaluators while chain actors run.
+        most_evaluators: maximum number of evaluators once the chains have ended.
+        packed: which kinds of worker hold packed copies of their weights.
     """
 
     chain_actors: int
@@ -47,17 +47,23 @@ def lay_out(
     fixed: bool = False,
     allowed: Packed = ALL_PACKED,
 ) -> Layout:
-    """The layout for `concepts` chains, whose workers make these demands, on a cluster's total resources.
+    """The layout of a run on a cluster.
 
-    On the CPU a chain actor has half of a machine's cores and evaluators one each. With GPUs the shares are those of
-    the configuration; where it gives none, an actor takes half of the one GPU, or one of several.
-    `roles`: the nodes carry labels `role: chain` and `role: eval`, and actors go where they belong.
-    `fixed`: the cluster cannot grow. `allowed`: what a resumed run has packed until now, and no more than that.
-    Weights are packed where that keeps no actor out; the chain's, which every step of its runs through, before the
-    evaluators'.
+    On the CPU a chain actor gets half of a node's cores and an evaluator one core. On GPUs the shares are those of the
+    configuration; by default an actor gets half of a single GPU, or one GPU of several. Weights are packed if that
+    displaces no actor, the chain's first, because every step of a chain runs through them.
+
+    Args:
+        config: options of the run.
+        concepts: number of chains to run.
+        demands: memory of the workers.
+        cluster: total resources of the cluster.
+        roles: whether nodes carry the labels `role: chain` and `role: eval`, to which actors are then bound.
+        fixed: whether the cluster is known never to grow.
+        allowed: what the run has packed so far; a resumed run packs no more.
 
     Raises:
-        UserError: CUDA is asked for, and the cluster has no GPU; or it is fixed and too small to begin.
+        UserError: CUDA was requested and the cluster has no GPU; or the cluster is fixed and too small.
     """
     cpus, gpus = cluster.get("CPU", 1.0), cluster.get("GPU", 0.0)
     chain_gpus, eval_gpus = _shares(config, gpus)
@@ -75,7 +81,7 @@ def lay_out(
     evaluator = _options(evaluator_cpus, eval_gpus, roles, "eval")
 
     def room(packed: Packed) -> tuple[int, int]:
-        """Evaluators that there is room for beside the chains, and when they are gone."""
+        """Number of evaluators that fit beside the chain actors, and without them."""
         asked = _with_memory(chain, evaluator, demands, packed)
         return _room(*asked, cluster, actors), _room(*asked, cluster, 0)
 
@@ -89,9 +95,9 @@ def lay_out(
 
 
 def _packed(allowed: Packed, on_cpu: Packed, room: Callable[[Packed], tuple[int, int]]) -> Packed:
-    """What is packed: as much as leaves room for as many evaluators as there is without, and for one at least.
+    """The most that can be packed without reducing the number of evaluators, of which at least one must fit.
 
-    It takes nothing from workers that are not on the CPU.
+    Workers on a GPU pack nothing, so their flags stay as allowed.
     """
     nothing = Packed(allowed.chain and not on_cpu.chain, allowed.evaluator and not on_cpu.evaluator)
     for packed in (allowed, Packed(allowed.chain, nothing.evaluator)):
@@ -103,7 +109,7 @@ def _packed(allowed: Packed, on_cpu: Packed, room: Callable[[Packed], tuple[int,
 def _with_memory(
     chain: Mapping[str, Any], evaluator: Mapping[str, Any], demands: Demands, packed: Packed
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options with the memory of those that run on the CPU."""
+    """The Ray options of both actors, with the memory of those on the CPU."""
     asked = demands.chain.on_cpu(packed.chain), demands.evaluator.on_cpu(packed.evaluator)
     first, second = (
         {**options} if options["num_gpus"] else {**options, "memory": memory}
@@ -113,7 +119,7 @@ def _with_memory(
 
 
 def _room(chain: Mapping[str, Any], evaluator: Mapping[str, Any], cluster: Mapping[str, float], taken: int) -> int:
-    """The evaluators that fit beside so many chain actors; none where one of either is too large for every node."""
+    """Number of evaluators that fit beside `taken` chain actors; 0 if either actor is too large for every node."""
     if max(evaluator.get("memory", 0), chain.get("memory", 0) if taken else 0) > cluster.get(
         "largest_node_memory", math.inf
     ):
@@ -136,7 +142,7 @@ def _shares(config: Config, gpus: float) -> tuple[float, float]:
 
 
 def _check_room(chain: Mapping[str, Any], evaluator: Mapping[str, Any], cluster: Mapping[str, float]) -> None:
-    """Refuse what would wait for ever: a chain actor holds its place while an evaluator finds its base."""
+    """Raise if one chain actor and one evaluator cannot be scheduled together: the evaluator finds the chain's base."""
     largest = cluster.get("largest_node_GPU", cluster.get("GPU", 0.0))
     for name, actor in (("chain", chain), ("eval", evaluator)):
         if actor.get("num_gpus", 0) > largest:

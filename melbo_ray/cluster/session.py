@@ -1,4 +1,4 @@
-"""Being on a Ray cluster, and what its actors answer."""
+"""The connection to a Ray cluster, and the results of its actors."""
 
 import contextlib
 import logging
@@ -20,25 +20,25 @@ _QUIET = 10.0
 _OBJECT_STORE = 512 << 20
 _USELESS = (torch.AcceleratorError, torch.OutOfMemoryError)
 LOST = (RayActorError, ObjectLostError, OutOfMemoryError, *_USELESS)
-"""An actor is gone or out of reach, or its GPU fails it: it must end, and its work be handed out again."""
+"""Errors of an actor that is dead, unreachable, or whose GPU failed: it is killed, and its unit requeued."""
 
 
 @contextlib.contextmanager
 def connected() -> Generator[tuple[dict[str, float], bool, bool]]:
-    """Be on the cluster that RAY_ADDRESS names (as `ray job submit` does), or on one that this machine is alone.
+    """Connect to the cluster at RAY_ADDRESS (which `ray job submit` sets), or start a cluster of this machine alone.
 
-    Gives its total resources, with the CPUs, the GPUs and the memory of the largest node; whether its nodes are
-    labelled with roles; and whether it can never grow: of one that others have started nobody knows.
+    Yields the total resources, with the CPUs, GPUs and memory of the largest node; whether nodes carry role labels; and
+    whether the cluster is known never to grow, which only holds for the one started here.
 
     Raises:
-        UserError: the cluster cannot be reached, refuses the token, or does not come up.
+        UserError: the cluster cannot be reached, refuses the token, or does not start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = os.environ.get("RAY_ADDRESS") or None
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         options |= {"include_dashboard": False, "num_cpus": max(2, cores())}
-        # Ray would keep 30 % of the memory for objects; ours are vectors.
+        # Ray reserves 30 % of the memory for objects by default; a run's objects are single vectors.
         options["object_store_memory"] = _OBJECT_STORE
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -61,8 +61,8 @@ def connected() -> Generator[tuple[dict[str, float], bool, bool]]:
         ray.shutdown()
 
 
-def answer(ref: Any) -> Any:
-    """What an actor answers; an error that the driver can deal with as itself, without Ray's traceback around it."""
+def fetch(ref: Any) -> Any:
+    """Get an actor's result; errors that the driver handles are raised unwrapped, without Ray's traceback."""
     try:
         return ray.get(ref)
     except RayTaskError as error:
@@ -71,8 +71,8 @@ def answer(ref: Any) -> Any:
         raise
 
 
-def _standing() -> str:
-    """What the cluster has and what of it is free, in words."""
+def _cluster_line() -> str:
+    """A line on the cluster's total and free resources."""
     nodes = sum(node["Alive"] for node in ray.nodes())
     have, free = ray.cluster_resources(), ray.available_resources()
     parts = [f"{free.get('CPU', 0.0):g} of {have.get('CPU', 0.0):g} CPUs"]
@@ -82,14 +82,14 @@ def _standing() -> str:
     return f"the cluster has {nodes} node{'s' * (nodes != 1)} alive, with {', '.join(parts)} free"
 
 
-class Silence:
-    """For how long nobody has been at work: to be told after some seconds, then ever more rarely."""
+class WaitNotice:
+    """Reports how long no worker has been at work: first after 10 s, then at growing intervals."""
 
     def __init__(self) -> None:
         self._since, self._next = time.monotonic(), _QUIET
 
-    def told(self, at_work: bool, takes: Mapping[str, Any]) -> str | None:
-        """A line that says so, where it is time to; `takes` are the Ray options of the worker that is waited for."""
+    def line(self, at_work: bool, takes: Mapping[str, Any]) -> str | None:
+        """The report if one is due, else None; `takes` are the Ray options of the worker that the run waits for."""
         seconds = time.monotonic() - self._since
         if at_work:
             self._since, self._next = time.monotonic(), _QUIET
@@ -97,24 +97,24 @@ class Silence:
             return None
         self._next = 3 * seconds
         needs = f"{takes['num_cpus']:g} CPUs, {takes['num_gpus']:g} GPUs and {takes.get('memory', 0) / 1e9:.1f} GB"
-        return f"waiting for a worker for {seconds:.0f} s: it takes {needs}; {_standing()}"
+        return f"waiting for a worker for {seconds:.0f} s: it takes {needs}; {_cluster_line()}"
 
 
 class Deaths:
-    """Counts actors that die one after another without anything done between; too many end the run."""
+    """Counts consecutive actor deaths, with no result between them; too many end the run."""
 
     def __init__(self) -> None:
         self._in_a_row = 0
 
-    def none(self) -> None:
-        """Something was done."""
+    def reset(self) -> None:
+        """Restart the count, after a result."""
         self._in_a_row = 0
 
-    def one_more(self, error: BaseException, bearable: int) -> None:
-        """Note a death.
+    def count(self, error: BaseException, bearable: int) -> None:
+        """Count a death.
 
         Raises:
-            UserError: it was one too many.
+            UserError: more than `bearable` consecutive deaths.
         """
         self._in_a_row += 1
         if self._in_a_row > bearable:

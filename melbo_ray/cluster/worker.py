@@ -1,7 +1,7 @@
-"""What a machine of the cluster does for a run, without Ray: find a base, run chains, evaluate.
+"""A worker of a run, without Ray: it finds bases, runs chains and evaluates units.
 
-A worker needs nothing but the run's storage and its configuration: whatever it is asked, it makes durable under a name
-that depends on the work alone, so any worker can be lost, repeated, or outrun by another.
+A worker needs only the run's storage and configuration. It stores every result under a name that depends on the work
+alone, so any worker can be lost, repeated, or overtaken by another.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from melbo_ray.search.vectors import BaseVector, SteeringVector, row, stored_vec
 
 @dataclass(frozen=True)
 class Found:
-    """What a chain reports: a vector, or that it stopped and why; and the most memory its worker has taken, bytes."""
+    """A result of a chain: a vector, or the reason why it stopped; and its worker's peak memory, bytes."""
 
     concept: str
     vector: SteeringVector | None
@@ -46,23 +46,23 @@ class Found:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What an evaluation reports: how many failures it filed; and the most memory its worker has taken, bytes."""
+    """The result of a unit: its number of failures, and its worker's peak memory, bytes."""
 
     failures: int
     peak_memory: int
 
 
 class Worker:
-    """One process of a run, with the model loaded when first needed.
+    """One process of a run, which loads the model when it first needs it.
 
     Args:
-        url: the run's folder in storage.
-        run_id: goes into every row.
-        config: the options of the run.
+        url: URL of the run's folder.
+        run_id: name of the run, a column of every row.
+        config: options of the run.
         concepts: the concepts under study.
-        threads: torch threads on the CPU; fixed for a worker's life, since results may differ in the last bit.
-        whole: load the whole model; a worker that runs chains alone needs its layers up to the target.
-        packed: as of `LanguageModel`; the layout says where packed copies fit.
+        threads: torch threads on the CPU; constant for a worker, because results depend on it in the last bits.
+        whole: whether to load the whole model; a chain actor needs only the layers up to the target.
+        packed: as in `LanguageModel`, decided by the layout.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Worker:
 
     @cached_property
     def model(self) -> LanguageModel:
-        """The model, spread over the worker's GPUs where it has several; or its lower part."""
+        """The model, spread over the worker's GPUs if it has several; or its layers up to the target."""
         model = dataclasses.replace(self._load(), packed=self.packed)
         if (manifest := self.run.manifest()) is not None:
             take_prompts(model, manifest.prompts_rendered, self.concepts, self.config.system_prompt)
@@ -103,10 +103,11 @@ class Worker:
         )
 
     def ready(self) -> dict[str, Any]:
-        """Load the model, see the run, check itself; what the manifest says of this worker.
+        """Load the model and run the self-check; returns what the driver registers of this worker.
 
         Raises:
-            UserError: the model cannot be loaded, the run's storage is not the driver's, or what `selfcheck` raises.
+            UserError: the model cannot be loaded, the worker does not see the driver's storage, or the self-check fails
+                (`selfcheck`).
         """
         if self.run.storage.get("run.json") is None:
             raise UserError(
@@ -125,8 +126,8 @@ class Worker:
         }  # fmt: skip
 
     def find_base(self, concept: str) -> None:
-        """The base vector, durable in `vectors`, its `candidates`, the `radius` curve, and figures in `summary`."""
-        # Nothing of this concept can run beside it, so it may have the whole machine.
+        """Find the base of a concept; store it with its `candidates`, `radius` curve and `summary` statistics."""
+        # No other unit of this concept can run yet, so the search may use all cores.
         torch.set_num_threads(cores())
         base = base_vectors.base_vector(self._slice([concept]), self.concepts[concept], self.config)
         torch.set_num_threads(self.threads)
@@ -140,17 +141,17 @@ class Worker:
             "radius": schema.table("radius", self._curve(base.calibration)),
             "summary": schema.table("summary", [facts | {"figure": k, "value": v} for k, v in figures.items()]),
         }
-        with contextlib.suppress(FileExistsError):  # another worker was first; what it wrote is the base
+        with contextlib.suppress(FileExistsError):  # another worker was first; the base that it stored counts
             self.run.commit(Unit.base(concept), written, exclusive=True)
 
     def chains(self, concepts: Sequence[str]) -> Iterator[Found]:
-        """The chains of several concepts, from where storage says they stand; a vector is durable before it is yielded.
+        """Continue the chains of several concepts from their stored state; each vector is stored before it is yielded.
 
-        On a GPU they advance in one batch. On the CPU, where a batch costs what its rows cost, they take turns, and
-        each vector is to the bit what it would be in a run with one concept, resumed or not.
+        On a GPU the chains advance in one batch. On the CPU, where a batch costs as much as its rows, they take turns,
+        and each vector equals bit for bit that of a run with one concept, resumed or not.
 
         Raises:
-            FileExistsError: another worker is running the same chain; what it wrote stands.
+            FileExistsError: another worker runs the same chain; the vectors that it stored are kept.
         """
         groups = [list(concepts)] if self.model.device.type == "cuda" else [[concept] for concept in concepts]
         running = [self._chains(group) for group in groups]
@@ -163,21 +164,21 @@ class Worker:
 
     def _chains(self, concepts: list[str]) -> Iterator[Found]:
         stored = {concept: stored_vectors(self.run, concept) for concept in concepts}
-        # From the configuration alone: a resumed chain must take the same engine to find the same vectors to the bit.
+        # From the configuration alone: a resumed chain must use the same engine to find bit-identical vectors.
         evaluations = self.config.num_vectors // self.config.block * self.config.max_evaluations
-        part = self._slice(concepts, evaluations)
+        slice_ = self._slice(concepts, evaluations)
         bases = {concept: vectors.base.theta for concept, vectors in stored.items() if vectors.base is not None}
         earlier = {concept: vectors.chain for concept, vectors in stored.items()}
         stopped: dict[str, str] = {}
-        told: set[str] = set()
-        for concept, vector in chains(part, bases, self.config, earlier, stopped):
+        reported: set[str] = set()
+        for concept, vector in chains(slice_, bases, self.config, earlier, stopped):
             written = {"vectors": schema.table("vectors", [row(self.run_id, "chain", vector)])}
             self.run.commit(Unit.vector(concept, vector.index), written, exclusive=True)
             yield Found(concept, vector, peak_memory=self._peak_memory())
-            for name in stopped.keys() - told:
-                told.add(name)
+            for name in stopped.keys() - reported:
+                reported.add(name)
                 yield Found(name, None, stopped[name])
-        for name in stopped.keys() - told:
+        for name in stopped.keys() - reported:
             yield Found(name, None, stopped[name])
 
     def _slice(self, concepts: Sequence[str], evaluations: int = 0) -> Slice:
@@ -185,13 +186,13 @@ class Worker:
         return Slice(self.model, prompts, self.config.source_layer, self.config.target_layer, evaluations)
 
     def evaluate(self, unit: Unit, theta: np.ndarray, base: np.ndarray, failed: Mapping[int, int]) -> Evaluated:
-        """Run a unit's evaluation and make its rows durable.
+        """Run a unit's evaluation and store its rows.
 
         Args:
-            unit: what to evaluate.
-            theta: (unit.last - unit.first + 1, d_model) float32.
-            base: (d_model,) float32.
-            failed: how often it has failed before, by index.
+            unit: the unit.
+            theta: the unit's vectors, (unit.last - unit.first + 1, d_model) float32.
+            base: θ₀, (d_model,) float32.
+            failed: number of earlier failures, by index.
         """
         study = self._studies.get(unit.concept)
         if study is None or not np.array_equal(study.base.numpy(), base):
@@ -205,7 +206,7 @@ class Worker:
         return Evaluated(len(written["failures"]), self._peak_memory())
 
     def _peak_memory(self) -> int:
-        """The most this process has taken until now: of its GPUs where it has some, else resident."""
+        """Peak memory of this process, bytes: of its GPUs if it has any, else resident."""
         if self.model.device.type == "cuda":
             return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
         return resident_peak()

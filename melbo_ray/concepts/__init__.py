@@ -1,1 +1,1 @@
-"""The concepts and presets as data, their loader, and detectors of a concept in a text."""
+"""Concepts and presets as data, their loader, and detectors of concepts in texts."""

@@ -1,10 +1,10 @@
-"""Heuristics that say whether a text shows a concept. None of them understands: each counts marks, named here.
+"""Heuristic detectors of a concept in a text; they count words and patterns and do not understand the text.
 
-`concept_score` lies in 0 … 1: for `code` the share of lines that look like code (`source_code.code_lines`), otherwise
-the share of the text's words and marks that are among the concept's `words`.
+`concept_score` lies in 0 … 1: for `code` it is the share of lines that look like code (`source_code.code_lines`),
+otherwise the share of the text's words and marks that are among the concept's `words`.
 
-`detected`: for `code`, that `source_code.language` finds a programming language; for `jailbreak`, two different words
-of the concept and no refusal (`refuses`); otherwise two different words of the concept.
+`detected` means: for `code`, that `source_code.language` finds a programming language; for `jailbreak`, two different
+words of the concept and no refusal (`refuses`); otherwise two different words of the concept.
 """
 
 import re
@@ -32,7 +32,7 @@ _REFUSAL = re.compile(
 
 
 def score_text(concept: Concept, text: str) -> dict[str, Any]:
-    """The columns of `generations` that judge a text: `concept_score`, `detected` and `language`."""
+    """The columns `concept_score`, `detected` and `language` of the table `generations` for a text."""
     share, different = concept_words(concept, text)
     found = language(text)
     if concept.name == "code":
@@ -42,8 +42,8 @@ def score_text(concept: Concept, text: str) -> dict[str, Any]:
 
 
 def concept_words(concept: Concept, text: str) -> tuple[float, int]:
-    """The share of the text's words and marks that are the concept's, and how many different ones there are."""
-    # Longest first, so that a mark which begins another does not hide it; \b only where the word has an edge.
+    """The share of the text's words and marks that are the concept's, and the number of different ones found."""
+    # Longest first, so that a mark does not hide a longer one; \b only where the word has an alphanumeric edge.
     words = sorted(concept.words, key=len, reverse=True)
     pattern = "|".join(
         (r"\b" if word[0].isalnum() else "") + re.escape(word) + (r"\b" if word[-1].isalnum() else "") for word in words
@@ -54,5 +54,5 @@ def concept_words(concept: Concept, text: str) -> tuple[float, int]:
 
 
 def refuses(text: str) -> bool:
-    """Whether the text has one of the usual phrases of refusal or disapproval; one in other words is missed."""
+    """Whether the text contains a common phrase of refusal or disapproval; other wordings are missed."""
     return _REFUSAL.search(text.replace("’", "'")) is not None

@@ -1,4 +1,4 @@
-"""The concepts, as data: a prompt to train on, prompts held out, continuations that show the behaviour."""
+"""Concepts as data: a training prompt, held-out prompts, and continuations that show the behaviour."""
 
 import tomllib
 from importlib.resources import files
@@ -10,32 +10,32 @@ from melbo_ray.errors import UserError
 
 
 class Concept(BaseModel):
-    """What a steering vector is meant to bring about.
+    """A behaviour that steering vectors should elicit.
 
-    `concept_score` is the mean log-probability per token of `continuations` after the prompt, steered, minus the
-    same unsteered (nats per token): above 0 means that steering makes the behaviour likelier.
+    Its `concept_score` is the mean log-probability per token of `continuations` after the prompt, steered minus
+    unsteered (nats per token); a positive score means that steering makes the behaviour more likely.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
-    """Short name: the partition `concept=<name>`."""
+    """Short name, which is the partition `concept=<name>`."""
     prompt: str = Field(min_length=1)
-    """The prompt that the chain is trained on."""
+    """Training prompt of the chain."""
     continuations: list[str] = Field(min_length=1)
-    """Openings of answers that show the behaviour; their log-probability is the concept score."""
+    """Openings of answers that show the behaviour, from which the concept score is computed."""
     words: list[str] = Field(min_length=1)
-    """Words and marks (matched whole, case-insensitively) whose presence in a text is evidence of the concept."""
+    """Words and marks (matched whole, case-insensitively) that are evidence of the concept in a text."""
     contrast: list[str] = Field(default=[])
-    """Prompts that ask for the behaviour; against the neutral prompts they give the base `contrast`."""
+    """Prompts that ask for the behaviour; with the neutral prompts they give the base `contrast`."""
     texts: list[str] = Field(default=[])
-    """Passages about the concept, for the presence evaluation."""
+    """Passages about the concept, for the evaluation `presence`."""
     held_out: dict[str, str] = Field(default_factory=lambda: _shared()["held_out"], min_length=1)
-    """Prompts the chain never sees: name to text."""
+    """Held-out prompts, which the chain never sees: name to text."""
     neutral: list[str] = Field(default_factory=lambda: _shared()["neutral"], min_length=1, validate_default=True)
-    """Prompts that ask for nothing of the kind, none of them held out."""
+    """Prompts unrelated to the behaviour, none of them held out."""
     neutral_texts: list[str] = Field(default_factory=lambda: _shared()["neutral_texts"])
-    """Passages that have nothing to do with the concept."""
+    """Passages unrelated to the concept."""
 
     @field_validator("neutral")
     @classmethod
@@ -46,10 +46,10 @@ class Concept(BaseModel):
 
 
 def load_concept(name: str) -> Concept:
-    """The concept that ships as `name`, or the one in the TOML file `name`.
+    """Load the packaged concept `name`, or the concept in the TOML file `name`.
 
     Raises:
-        UserError: no such concept or file, or a field missing, misspelt or ill-typed.
+        UserError: no such concept or file, or a field is missing, unknown or of the wrong type.
     """
     folder = files("melbo_ray.concepts")
     shipped = sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))

@@ -1,7 +1,7 @@
-"""Whether a text is source code, and in which language: by parsing as Python, by its fences, by its lines and tokens.
+"""Detection of source code and its language, by parsing as Python, by code fences, and by lines and tokens.
 
-A heuristic for short, often truncated texts of a language model. pygments' own guess is of no use on those: it calls
-any prose with the word "import" Python.
+This is a heuristic for short, often truncated texts of language models, on which pygments' own guess fails: it takes
+any prose with the word "import" for Python.
 """
 
 import ast
@@ -33,7 +33,7 @@ _MEANING = (Keyword, Name.Builtin, Name.Function, Name.Tag, Comment.Preproc)
 
 
 def code_lines(text: str) -> float:
-    """The share of the text's lines, blank ones aside, that look like code; every line within a fence does."""
+    """The share of the text's non-blank lines that look like code; every line within a fence counts as code."""
     fenced = [line for _, body in _FENCE.findall(text) for line in body.splitlines() if line.strip()]
     rest = [line for line in _FENCE.sub("\n", text).splitlines() if line.strip()]
     code = len(fenced) + sum(bool(_CODE_LINE.match(line)) for line in rest)
@@ -43,16 +43,16 @@ def code_lines(text: str) -> float:
 def language(text: str) -> str | None:
     """The programming language of the text (a pygments name), or None.
 
-    What a fence names, if pygments knows it; `python` if the code parses as Python, its truncated end aside, and does
-    something; else, where half of at least two lines look like code, the language whose lexer finds most meaning and
-    fewest errors.
+    It is the language named by a fence, if pygments knows it; `python` if the code without its truncated end parses as
+    Python and has an effect; otherwise, if half of at least two lines look like code, the language whose lexer finds
+    the most meaningful tokens and the fewest errors.
     """
     fence = _FENCE.search(text)
     if fence:
         named = _known(fence[1])
         if named:
             return named
-    # A fence that nothing has opened closes what stands before it.
+    # The first fence may be a closing one, so the text before it is a candidate too.
     parts = [fence[2], text[: fence.start()]] if fence else [text]
     if any(map(_is_python, parts)):
         return "python"
@@ -73,7 +73,7 @@ def _known(tag: str) -> str | None:
 
 
 def _is_python(code: str) -> bool:
-    """Whether it parses, after dropping at most three lines of its end, into something that acts."""
+    """Whether the code, without at most three last lines, parses as Python and contains more than bare expressions."""
     lines = code.strip("\n").splitlines()
     for end in range(len(lines), max(0, len(lines) - 4), -1):
         try:

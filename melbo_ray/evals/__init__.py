@@ -1,1 +1,1 @@
-"""The evaluations, one module a question."""
+"""The evaluations, one module each, with the self-check."""

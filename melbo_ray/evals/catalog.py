@@ -1,6 +1,6 @@
-"""The evaluations by name: what each writes, what it is asked of, what it takes. Loads without torch.
+"""The catalogue of evaluations: tables, scope and cost of each. It loads without torch.
 
-An evaluation of that name is `run` of the module of that name beside this one.
+The function of an evaluation is `run` in the module of its name in this folder.
 """
 
 import difflib
@@ -12,28 +12,28 @@ from melbo_ray.errors import UserError
 from melbo_ray.runs.work_unit import WHOLE
 
 ALL = "all"
-"""What the option `evals` says for every evaluation."""
+"""The value of the option `evals` that selects every evaluation."""
 CONTROLS = ("base", "unsteered")
-"""The kinds of one vector each, index 0, that every vector is compared with; `unsteered` is the vector 0."""
+"""The reference kinds, of one vector each with index 0; `unsteered` is the zero vector."""
 FEW = 8
-"""Random directions that `control` takes through the costlier evaluations."""
+"""Number of random directions that `control` evaluates with the costlier evaluations."""
 IN_PRESENCE = 200
-"""Those that it takes through `presence` at least: of fewer than 20 none could say p = 0.05."""
+"""Minimum number of random directions that `control` evaluates with `presence`; p = 0.05 needs at least 19."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is known of an evaluation before it runs.
+    """The declaration of an evaluation.
 
     Attributes:
         name: as in the option `evals`.
-        tables: the tables it writes rows of.
-        scope: `vector` (asked of any batch of vectors of any kind, as they appear) or `whole` (asked once, of all the
-            vectors of kind `chain` together, at the end).
-        of_every: of scope `vector`: asked of every vector, whatever the option `sample` says.
-        every_layer: of scope `vector`: it writes texts, so it runs every layer, not those above the source layer alone.
-        passes: of scope `whole`: how many vectors it takes through each evaluation of scope `vector`, of a chain of so
-            many; None where the plan does not count it.
+        tables: the tables that receive its rows.
+        scope: `vector` (run on batches of vectors of any kind as they are found) or `whole` (run once, on the whole
+            chain after it has ended).
+        of_every: for scope `vector`: run on every vector, regardless of the option `sample`.
+        every_layer: for scope `vector`: it generates texts, so it runs all layers, not only those above the source.
+        passes: for scope `whole`: the number of vectors evaluated by each evaluation of scope `vector` as part of it,
+            given the chain's length; None if the plan does not count it.
     """
 
     name: str
@@ -45,13 +45,13 @@ class Evaluation:
 
 
 def _of_control(chain: int) -> dict[str, int]:
-    """Random directions, one for each vector or a few; and the mean-difference direction."""
+    """Random directions, one per vector or a few, and the mean-difference direction."""
     few = dict.fromkeys(("generalization", "greedy", "generations", "dose"), min(chain, FEW) + 1)
     return {"kl": chain + 1, "presence": max(chain, IN_PRESENCE) + 1, **few}
 
 
 def _of_rescaled(chain: int) -> dict[str, int]:
-    """Each vector at one norm, where `kl` has two."""
+    """Every vector at one norm, while `kl` has two."""
     return {"kl": (chain + 1) // 2}
 
 
@@ -73,14 +73,14 @@ EVALUATIONS = {
 }
 PER_VECTOR = [name for name, evaluation in EVALUATIONS.items() if evaluation.scope == "vector"]
 SAMPLED = [name for name in PER_VECTOR if not EVALUATIONS[name].of_every]
-"""Those of single vectors that the option `sample` limits."""
+"""The evaluations of scope `vector` that the option `sample` limits."""
 
 
 def resolve(names: Iterable[str]) -> list[str]:
-    """The evaluations that the option `evals` names, each once.
+    """The evaluations named by the option `evals`, without duplicates.
 
     Raises:
-        UserError: a name that is none of theirs, with the nearest there is.
+        UserError: an unknown name, with the nearest known one.
     """
     found: dict[str, None] = {}
     for name in names:

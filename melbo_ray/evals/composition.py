@@ -1,4 +1,4 @@
-"""What vectors do together: means of the first k and of random k, added, and taken away from under the base."""
+"""The effect of combined vectors: means of the first k or of k random vectors, added, or ablated under the base."""
 
 import statistics
 
@@ -18,14 +18,14 @@ _RANDOM_SUBSETS = 2
 
 
 def run(study: Study, chain: Vectors) -> Rows:
-    """The mean of the first k vectors (`first`) and of k drawn by seed (`random`), k = 2, 3, 5, 10 and so on.
+    """Evaluate the mean of the first k vectors (rule `first`) and of k seeded random vectors (`random`), k = 2, 3, 5, ….
 
-    `scale` is `own` (the mean as it is), `typical` (rescaled to the chain's median norm), or `ablated`: the base
-    steers, and the mean's direction is projected out of the source layer's residual stream. `norm` is what is added;
-    for `ablated` the base's. `index` counts the rows. A text is sampled for each.
+    `scale` is `own` (the mean itself), `typical` (rescaled to the chain's median norm), or `ablated` (the base steers,
+    and the mean's direction is projected out of the stream after the source layer). `norm` is that of the added vector,
+    for `ablated` the base. `index` counts the rows. One text is sampled per row.
 
-    The null has kind `random`: under the same index the mean of the random directions (`control`) that stand for the
-    same members, of their norms; without a text.
+    The null has kind `random`: the row of the same index is the mean of the random directions (`control`) that
+    correspond to the same members, with their norms, and has no text.
     """
     subsets = _subsets(study, chain)
     if not subsets:
@@ -56,7 +56,7 @@ def _rows(study: Study, vectors: Vectors, subsets: list[tuple[str, list[int]]]) 
 
 
 def _texts(study: Study, numbers: range, scale: str, thetas: Float[Tensor, "n d_model"]) -> list[str | None]:
-    """A text under each θ, or under the base without each θ's direction."""
+    """A text under each θ, or under the base with each θ's direction ablated."""
     keys = [{"index": number, "prompt_id": TRAINING, "scale": scale} for number in numbers]
     if scale == "ablated":
         written = write(study, "composition", keys, [study.base] * len(keys), list(at_norm(thetas, 1.0)))
@@ -66,7 +66,7 @@ def _texts(study: Study, numbers: range, scale: str, thetas: Float[Tensor, "n d_
 
 
 def _subsets(study: Study, chain: Vectors) -> list[tuple[str, list[int]]]:
-    """(rule, places in the chain)."""
+    """The subsets as (rule, positions in the chain)."""
     subsets = []
     for k in (size for size in _SIZES if size <= len(chain)):
         subsets.append(("first", list(range(k))))
@@ -78,7 +78,7 @@ def _subsets(study: Study, chain: Vectors) -> list[tuple[str, list[int]]]:
 
 
 def _ablated(study: Study, means: Float[Tensor, "n d_model"]) -> Float[Tensor, "n seq d_model"]:
-    """What to add at each position so that the base steers and the stream has nothing left along each mean."""
+    """The vector to add at each position so that the base steers and the stream has no component along each mean."""
     units = at_norm(means, 1.0)
     steered = study.scored.h_source[0].float().cpu() + study.base
     return study.base - (steered @ units.T).T[..., None] * units[:, None, :]

@@ -1,4 +1,4 @@
-"""What every evaluation shares: the model, the concept, the base, and what is computed once from them."""
+"""The common input of the evaluations: model, concept, base, and values computed once from them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,13 +25,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """What every evaluation of one concept's vectors shares; its parts are computed once, when first asked for.
+    """The context of all evaluations of one concept; its properties are computed on first access and cached.
 
     Attributes:
         model: the whole model.
-        config: the options of the run.
+        config: options of the run.
         concept: the concept under study.
-        run_id: goes into every row.
+        run_id: name of the run, a column of every row.
         base: θ₀, (d_model,) float32.
     """
 
@@ -44,12 +44,12 @@ class Study:
 
     @cached_property
     def radius(self) -> float:
-        """R = ‖θ₀‖ (residual-stream units), as it was given or calibrated."""
+        """R = ‖θ₀‖ (residual-stream units)."""
         return float(self.base.norm())
 
     @cached_property
     def prompt(self) -> Prompts:
-        """The training prompt, for its next-token logits."""
+        """The training prompt, for next-token logits."""
         return Prompts(self.model, [self.tokens(TRAINING)], self.config.source_layer)
 
     @cached_property
@@ -59,17 +59,17 @@ class Study:
 
     @cached_property
     def continuations(self) -> list[Int[Tensor, " seq"]]:
-        """The concept's continuations, as tokens."""
+        """The tokens of the concept's continuations."""
         return [encode(self.model, text) for text in self.concept.continuations]
 
     @cached_property
     def base_log_probs(self) -> Float[Tensor, " vocab"]:
-        """The next token's log-probabilities after the training prompt under θ₀, float64."""
+        """Log-probabilities of the next token after the training prompt under θ₀, float64."""
         return next(self.prompt.logits(self.base[None]))[0].double().log_softmax(-1)
 
     @cached_property
     def unsteered_log_probs(self) -> Float[Tensor, " vocab"]:
-        """The same, unsteered."""
+        """Log-probabilities of the next token after the training prompt, unsteered, float64."""
         return next(self.prompt.logits(torch.zeros_like(self.base)[None]))[0].double().log_softmax(-1)
 
     def tokens(self, prompt_id: str) -> Int[Tensor, " seq"]:
@@ -78,24 +78,24 @@ class Study:
         return self.model.tokenize(prompt, self.config.system_prompt)
 
     def once(self, make: Callable[["Study"], T]) -> T:
-        """make(self), made at the first call and kept: what depends on the study alone."""
+        """Return make(self), computed at the first call and cached; `make` must depend on the study alone."""
         if make not in self._made:
             self._made[make] = make(self)
         return self._made[make]
 
     def row(self, kind: str, index: int, **columns: Any) -> dict[str, Any]:
-        """One row of a table: the keys, then `columns`."""
+        """One row of a table: its keys and `columns`."""
         return {"run_id": self.run_id, "kind": kind, "index": index, **columns}
 
 
 @dataclass(frozen=True)
 class Vectors:
-    """Some vectors of one kind.
+    """Vectors of one kind.
 
     Attributes:
-        kind: `base`, `chain`, `unsteered`, `random`, `contrast`, `shuffled`: what the directions are.
-        index: position of each within its kind.
-        theta: (len(index), d_model) float32.
+        kind: `base`, `chain`, `unsteered`, `random`, `contrast` or `shuffled`.
+        index: index of each vector within its kind.
+        theta: the vectors, (len(index), d_model) float32.
     """
 
     kind: str
@@ -105,18 +105,18 @@ class Vectors:
     def __len__(self) -> int:
         return len(self.index)
 
-    def take(self, places: Sequence[int]) -> "Vectors":
-        """Those at `places`, counted from 0."""
-        return Vectors(self.kind, [self.index[i] for i in places], self.theta[list(places)])
+    def take(self, positions: Sequence[int]) -> "Vectors":
+        """The vectors at `positions`, counted from 0."""
+        return Vectors(self.kind, [self.index[i] for i in positions], self.theta[list(positions)])
 
     @property
     def norms(self) -> list[float]:
-        """‖θ‖ of each."""
+        """‖θ‖ of each vector."""
         return self.theta.norm(dim=-1).tolist()
 
 
 def evenly(total: int, count: int) -> list[int]:
-    """At most `count` places among `total`, evenly spread, the first and the last among them."""
+    """At most `count` evenly spread positions among `total`, including the first and the last."""
     if total <= count:
         return list(range(total))
     return [round(i * (total - 1) / (count - 1)) for i in range(count)]

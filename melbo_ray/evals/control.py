@@ -1,4 +1,4 @@
-"""The nulls: what directions do that were not found but drawn, and what the mean-difference direction does."""
+"""The nulls: evaluations of random directions, and of the mean-difference direction."""
 
 from collections.abc import Sequence
 
@@ -13,12 +13,12 @@ from melbo_ray.seeds import derive_seed
 
 
 def run(study: Study, chain: Vectors) -> Rows:
-    """Rows of kinds `random` and `contrast` in the tables of the other evaluations.
+    """Write rows of kinds `random` and `contrast` into the tables of the other evaluations.
 
-    `random`: for every vector of the chain a random direction of the same norm in the same complement, with the same
-    index, through kl and presence; 8 of them, evenly spread, through generalization, generations and dose as well.
-    Where the chain is shorter than 200, presence has as many all the same (`more_directions`).
-    `contrast`, index 0: the mean-difference direction (`presence.contrast`) at the radius, through all of them.
+    `random`: for every vector of the chain, a random direction with the same norm, complement and index is evaluated
+    with `kl` and `presence`, and 8 evenly spread ones also with the costlier evaluations. For a chain shorter than 200,
+    `presence` gets further directions up to 200 (`more_directions`).
+    `contrast`, index 0: the mean-difference direction (`presence.contrast`) at the radius, with all evaluations.
     """
     drawn = random_directions(study, chain)
     few = drawn.take(evenly(len(drawn), FEW))
@@ -35,7 +35,7 @@ def run(study: Study, chain: Vectors) -> Rows:
 
 
 def more_directions(study: Study, index: Sequence[int]) -> Vectors:
-    """Random directions that stand for no vector of the chain: orthogonal to θ₀, of norm R, drawn by seed."""
+    """Seeded random directions beyond those of the chain's vectors: orthogonal to θ₀, of norm R."""
     base = normalize(study.base.double(), dim=0)
     seeds = [derive_seed(study.config.seed, study.concept.name, i, "random direction") for i in index]
     draws = [torch.randn(len(base), dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seeds]
@@ -49,7 +49,7 @@ def random_directions(study: Study, chain: Vectors) -> Vectors:
 
     Uniform on the sphere of the complement that the solver had; where nothing is left of it, zero.
     """
-    # Each column of Q lies in the span of as many vectors: the first i are a basis of what vector i had to avoid.
+    # The first i rows of the basis span θ₀ and the vectors before vector i, which vector i had to be orthogonal to.
     taken = torch.cat([study.base[None], chain.theta]).double()
     basis = torch.linalg.qr(taken.T).Q.T
     thetas = []

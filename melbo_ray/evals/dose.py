@@ -1,4 +1,4 @@
-"""How much of a direction it takes: KL and concept score against the norm."""
+"""Dose-response: KL and concept score against the norm of a direction."""
 
 import torch
 from jaxtyping import Float
@@ -11,19 +11,19 @@ from melbo_ray.model.steering import target_log_probs
 ALPHAS = tuple(i / 4 for i in range(1, 9))
 _STEPS_TO_RADIUS = 3
 DOSES = len(ALPHAS) + _STEPS_TO_RADIUS
-"""Of one vector, in one pass."""
+"""Number of norms per vector, which are evaluated in one batch."""
 _HALVINGS = 6
 _COLUMNS = ("norm", "kl_from_base", "kl_to_base", "kl_from_unsteered")
 
 
 def run(study: Study, vectors: Vectors) -> Rows:
-    """Each direction on two grids of norms, and two points on them; `scale` says which.
+    """Evaluate each direction on two grids of norms and at two points derived from them, distinguished by `scale`.
 
-    - `alpha`: α times its own norm, α = 0.25 … 2 in steps of 0.25.
-    - `radius`: norms between its own and the radius R, in equal ratios, R the last.
-    - `half`: the smallest norm at which KL(P‖P_base) is half of the unsteered one, by bisection between two doses of
-      the grids, so a dip narrower than the grid is missed; `norm` is null where no dose of them reaches it.
-    - `knee`: the α at which KL(P‖P_unsteered) bends upwards most (largest second difference): the plateau's end.
+    - `alpha`: α times the vector's norm, α = 0.25 … 2 in steps of 0.25.
+    - `radius`: norms from the vector's own to the radius R, in equal ratios, ending at R.
+    - `half`: the smallest norm at which KL(P‖P_base) is half of the unsteered one, by bisection between doses of the
+      grids, so a dip narrower than the grid is missed; `norm` is null if no dose reaches it.
+    - `knee`: the α with the largest second difference of KL(P‖P_unsteered), where its plateau ends.
     """
     rows: list[Row] = []
     vectors = vectors.take([i for i, norm in enumerate(vectors.norms) if norm > 0])
@@ -47,9 +47,9 @@ def measure(study: Study, theta: Float[Tensor, " d_model"], doses: list[tuple[st
 
 
 def measure_all(study: Study, thetas: Float[Tensor, "n *seq d_model"]) -> list[Row]:
-    """The KLs and the concept score of each vector on the training prompt, in one pass.
+    """The KLs and the concept score of each vector on the training prompt, in one batch.
 
-    The concept score is `steer.continuation_score`: steered minus unsteered, nats per token.
+    The concept score is that of `steering.continuation_score`: steered minus unsteered, nats per token.
     """
     targets, unsteered, rows = study.scored.targets[0], study.once(_unsteered_log_prob), []
     for logits in study.scored.logits(thetas):
@@ -76,12 +76,12 @@ def _knee(curve: list[Row]) -> Row:
 
 
 def _halves(study: Study, vectors: Vectors, curves: list[list[Row]]) -> list[Row]:
-    """For each vector the smallest norm with half of the unsteered KL, all bisected together."""
+    """The smallest norm of each vector with half of the unsteered KL; all are bisected in one batch."""
     goal = unsteered_kl(study) / 2
     brackets = [_bracket(curve, goal) for curve in curves]
     places = [i for i, bracket in enumerate(brackets) if bracket]
     low = torch.tensor([bracket[0] for bracket in brackets if bracket])
-    # Rows of the smallest norms known to reach it.
+    # Rows of the smallest norms found so far that reach the goal.
     found = [bracket[1] for bracket in brackets if bracket]
     units = at_norm(vectors.theta[places], 1.0)
     for _ in range(_HALVINGS):
@@ -103,7 +103,7 @@ def unsteered_kl(study: Study) -> float:
 
 
 def _bracket(curve: list[Row], goal: float) -> tuple[float, Row] | None:
-    """The last dose before the first that reaches the goal, and that one's row."""
+    """The norm of the last dose before the goal is reached, and the row of the first dose that reaches it."""
     low = 0.0
     for row in sorted(curve, key=lambda row: row["norm"]):
         if row["kl_from_base"] <= goal:

@@ -1,4 +1,4 @@
-"""Whether a vector does on prompts it has never seen what the base does there."""
+"""Generalisation: whether a vector copies the base's effect on held-out prompts."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from melbo_ray.evals.context import TRAINING, Row, Rows, Study, Vectors
 from melbo_ray.evals.kl import kl
-from melbo_ray.model.sampling import Job, generate
+from melbo_ray.model.sampling import Request, generate
 from melbo_ray.model.steering import Prompts, target_log_probs
 
 LENGTH = 16
@@ -16,15 +16,15 @@ LENGTH = 16
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The prompts, each with the base's own continuation and the concept's first one forced after it.
+    """The prompts, each with two forced continuations: the base's own, and the concept's first.
 
     Attributes:
-        names: prompt ids: the training prompt and the held-out ones, the shortest first.
-        prompts: what the logits come from.
+        names: prompt ids: the training prompt and the held-out ones, shortest first.
+        prompts: the prompts with their continuations.
         lengths: tokens of the base's continuation, by prompt.
         base: log-probabilities along the base's continuation under θ₀, (length, vocab) by prompt.
-        likeliest: the likeliest token of each of its rows, by prompt.
-        unsteered: the unsteered log-probability of each forced token, by prompt.
+        likeliest: most likely token at each position of `base`, by prompt.
+        unsteered: unsteered log-probability of each forced token, by prompt.
     """
 
     names: list[str]
@@ -36,7 +36,7 @@ class HeldOut:
 
 
 def run(study: Study, vectors: Vectors) -> Rows:
-    """Each vector at its own norm on every prompt, teacher-forced along the base's greedy continuation of it.
+    """Evaluate each vector at its own norm on every prompt, teacher-forced along the base's greedy continuation.
 
     `kl_from_base` is at the prompt's last token, `kl_per_token` and `top1_agreement` are means along the continuation.
     `log_likelihood_ratio` (of the base's continuation) and `concept_score` (of the concept's first continuation) are
@@ -54,7 +54,7 @@ def run(study: Study, vectors: Vectors) -> Rows:
 
 def _compare(held_out: HeldOut, prompt: int, logits: Float[Tensor, "kept vocab"]) -> Row:
     length, targets = held_out.lengths[prompt], held_out.prompts.targets[prompt]
-    # Once over a vocabulary of any size.
+    # Computed once, because the vocabulary may be large.
     log_p = logits.log_softmax(-1)
     divergence = kl(log_p[:length], held_out.base[prompt])
     agrees = log_p[:length].argmax(-1) == held_out.likeliest[prompt]
@@ -69,7 +69,7 @@ def _compare(held_out: HeldOut, prompt: int, logits: Float[Tensor, "kept vocab"]
 
 
 def _held_out(study: Study) -> HeldOut:
-    # By length, so that little is padded.
+    # Sorted by length to reduce padding.
     names = sorted([TRAINING, *study.concept.held_out], key=lambda name: len(study.tokens(name)))
     tokens = [study.tokens(name) for name in names]
     written = _continuations(study, tokens)
@@ -85,7 +85,7 @@ def _held_out(study: Study) -> HeldOut:
 
 
 def _continuations(study: Study, prompts: list[Int[Tensor, " seq"]]) -> list[Int[Tensor, " length"]]:
-    """What the base writes, greedily; its end token where it writes nothing."""
-    jobs = [Job(tokens, study.base, temperature=0) for tokens in prompts]
-    texts = generate(study.model, jobs, study.config.source_layer, max_new_tokens=LENGTH)
+    """The base's greedy continuation of each prompt; an end token if it is empty."""
+    requests = [Request(tokens, study.base, temperature=0) for tokens in prompts]
+    texts = generate(study.model, requests, study.config.source_layer, max_new_tokens=LENGTH)
     return [torch.tensor(text.tokens or study.model.end_tokens[:1]) for text in texts]

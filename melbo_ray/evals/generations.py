@@ -1,4 +1,4 @@
-"""What the model writes under each vector, greedily and by sampling, with how much of the concept is in it."""
+"""Texts under each vector, greedy and sampled, with their concept scores."""
 
 from collections.abc import Sequence
 
@@ -8,16 +8,16 @@ from torch import Tensor
 from melbo_ray.concepts.detectors import score_text
 from melbo_ray.evals.context import TRAINING, Row, Rows, Study, Vectors
 from melbo_ray.evals.kl import at_norm
-from melbo_ray.model.sampling import Continuation, Job, generate
+from melbo_ray.model.sampling import Continuation, Request, generate
 from melbo_ray.seeds import derive_seed
 
 
 def run(study: Study, vectors: Vectors) -> Rows:
-    """Continuations of the training prompt and of the first held-out prompts, each vector at its own norm.
+    """Generate continuations of the training prompt and of the first held-out prompts, each vector at its own norm.
 
-    On the training prompt at the radius too. Sample 0 is greedy (temperature 0), samples 1 … `samples` are drawn; the
-    one text of `greedy` is left to it. A row's seed derives from its own keys, so that it can be written again
-    alone.
+    On the training prompt each vector is also used at the radius. Sample 0 is greedy (temperature 0), samples 1 …
+    `samples` are drawn; the evaluation `greedy` writes the greedy text at the own norm. The seed of a row derives from
+    its keys, so that every text can be reproduced alone.
     """
     held_out = list(study.concept.held_out)[: study.config.held_out_generations]
     wanted = [("own", prompt_id, vectors.theta) for prompt_id in (TRAINING, *held_out)]
@@ -34,7 +34,7 @@ def run(study: Study, vectors: Vectors) -> Rows:
 
 
 def rows_of_texts(study: Study, kind: str, keys: Sequence[Row], thetas: Sequence[Float[Tensor, " d_model"]]) -> Rows:
-    """A row of `generations` for each text that `write` writes."""
+    """Rows of `generations` with the texts of `write`."""
     texts = write(study, kind, keys, thetas)
     return {"generations": [study.row(kind, **key, **text) for key, text in zip(keys, texts, strict=True)]}
 
@@ -46,19 +46,21 @@ def write(
     thetas: Sequence[Float[Tensor, " d_model"]],
     ablated: Sequence[Float[Tensor, " d_model"] | None] | None = None,
 ) -> list[Row]:
-    """A continuation of the prompt keys[i]["prompt_id"] under thetas[i], seeded by what keys[i] says.
+    """Generate a continuation of the prompt keys[i]["prompt_id"] under thetas[i], with a seed derived from keys[i].
 
-    Where keys[i] has a `sample` of 0 it is greedy, otherwise drawn. `ablated`: as a `Job` has it.
+    It is greedy if keys[i]["sample"] is 0, otherwise sampled. `ablated` is as in `Request`.
     """
     config, concept = study.config, study.concept
-    jobs = []
+    requests = []
     for key, theta, unit in zip(keys, thetas, ablated or [None] * len(keys), strict=True):
         purpose = "/".join(["generations", kind, *(str(value) for name, value in key.items() if name != "index")])
         seed = derive_seed(config.seed, concept.name, key["index"], purpose)
         temperature = 0.0 if key.get("sample") == 0 else config.temperature
-        jobs.append(Job(study.tokens(key["prompt_id"]), theta, seed, unit, temperature))
-    texts = generate(study.model, jobs, config.source_layer, max_new_tokens=config.max_new_tokens, top_p=config.top_p)
-    return [_row(study, job.temperature, text) for job, text in zip(jobs, texts, strict=True)]
+        requests.append(Request(study.tokens(key["prompt_id"]), theta, seed, unit, temperature))
+    texts = generate(
+        study.model, requests, config.source_layer, max_new_tokens=config.max_new_tokens, top_p=config.top_p
+    )
+    return [_row(study, request.temperature, text) for request, text in zip(requests, texts, strict=True)]
 
 
 def _row(study: Study, temperature: float, continuation: Continuation) -> Row:

@@ -1,4 +1,4 @@
-"""Where the vectors point: against the base, the mean-difference direction, the unembedding; the chain in figures."""
+"""Geometry of the vectors: cosines with the base, the mean difference and the unembedding; summary statistics."""
 
 import math
 import statistics
@@ -19,9 +19,9 @@ _CONTRAST_DOSES = 16
 
 
 def run(study: Study, chain: Vectors) -> Rows:
-    """`geometry`, a row for each vector, and `summary`, the figures of the chain as a whole.
+    """Write a row of `geometry` per vector, and statistics of the whole chain into `summary`.
 
-    `bessel_bound` is 1/√index: no direction has a larger rms cosine with the first `index` vectors of an orthogonal
+    `bessel_bound` is 1/√index, the maximum rms cosine of any direction with the first `index` vectors of an orthogonal
     chain (Bessel's inequality, Σ cos² ≤ 1).
     """
     direction, nearest = study.once(contrast), _unembedding(study, chain.theta)
@@ -41,7 +41,7 @@ def run(study: Study, chain: Vectors) -> Rows:
 
 
 def _unembedding(study: Study, thetas: Float[Tensor, "n d_model"]) -> list[Row]:
-    """The unembedding row with the largest |cos|, for each vector."""
+    """For each vector, the unembedding row with the largest |cos|."""
     weight = study.model.network.get_output_embeddings().weight
     units, rows = normalize(weight.float(), dim=-1), []
     for part in thetas.split(64):
@@ -56,7 +56,7 @@ def _unembedding(study: Study, thetas: Float[Tensor, "n d_model"]) -> list[Row]:
 
 
 def _of_kl(study: Study, chain: Vectors) -> dict[str, float | None]:
-    """How many vectors are below each share of the unsteered KL(P‖P_base), and where the curve breaks."""
+    """The number of vectors below each share of the unsteered KL(P‖P_base), and the change point of the curve."""
     kls = [row["kl_from_base"] for row in next_token(study, chain.theta)]
     whole = unsteered_kl(study)
     figures: dict[str, float | None] = {"unsteered_kl": whole, "median_kl": statistics.median(kls)}
@@ -70,7 +70,7 @@ def _of_kl(study: Study, chain: Vectors) -> dict[str, float | None]:
 
 
 def change_point(values: list[float]) -> int | None:
-    """Where a curve is best cut in two constant pieces (least squares): the second one's start; None below 4 values."""
+    """The start of the second piece in the least-squares fit of two constant pieces; None for fewer than 4 values."""
     if len(values) < 4:
         return None
     series = torch.tensor(values, dtype=torch.float64)
@@ -82,12 +82,12 @@ def change_point(values: list[float]) -> int | None:
 
 
 def _of_contrast(study: Study, chain: Vectors, cosines: Tensor, direction: Tensor) -> dict[str, float | None]:
-    """Bessel's bound beside the smallest dose of the mean-difference direction that does half of what the base does.
+    """Bessel's bound, and the smallest dose of the mean-difference direction with half of the base's effect.
 
-    `bessel_rms_component`: max ‖θ‖ / √n, which no direction's rms component along the vectors exceeds (√(Σ (θ·d)²/n) ≤
-    max ‖θ‖ · √(Σ cos²/n)).
-    `contrast_norm_for_half_score`: the smallest of 16 norms up to 2R at which its concept score is half the base's;
-    `contrast_norm_for_half_kl`: at which KL(P‖P_base) is half of the unsteered one. Null where none is.
+    `bessel_rms_component` is max ‖θ‖ / √n, an upper bound of any direction's rms component along the vectors
+    (√(Σ (θ·d)²/n) ≤ max ‖θ‖ · √(Σ cos²/n)). `contrast_norm_for_half_score` is the smallest of 16 norms up to 2R at
+    which the direction's concept score is half of the base's, `contrast_norm_for_half_kl` that at which KL(P‖P_base) is
+    half of the unsteered one; both are null if no norm suffices.
     """
     radius = study.radius
     doses = [("contrast", 2 * radius * step / _CONTRAST_DOSES) for step in range(1, _CONTRAST_DOSES + 1)]

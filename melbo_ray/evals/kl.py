@@ -1,4 +1,4 @@
-"""How far the next token's distribution is from the base's and from the unsteered one, in both directions."""
+"""KL divergences of the next-token distribution from those of the base and of the unsteered model."""
 
 import torch
 from jaxtyping import Float
@@ -10,7 +10,7 @@ TOP = 10
 
 
 def run(study: Study, vectors: Vectors) -> Rows:
-    """Each vector at the last token of the training prompt, at its own norm and rescaled to the radius."""
+    """Evaluate each vector at the last token of the training prompt, at its own norm and rescaled to the radius."""
     scales = {"own": vectors.theta, "radius": at_norm(vectors.theta, study.radius)}
     rows = []
     for scale, thetas in scales.items():
@@ -24,7 +24,7 @@ def run(study: Study, vectors: Vectors) -> Rows:
 
 
 def next_token(study: Study, thetas: Float[Tensor, "n d_model"]) -> list[Row]:
-    """For each vector the columns of `kl` that come from its next-token distribution on the training prompt."""
+    """For each vector, the columns of `kl` computed from its next-token distribution on the training prompt."""
     best = int(study.base_log_probs.argmax())
     columns = []
     for logits in study.prompt.logits(thetas):
@@ -42,7 +42,7 @@ def next_token(study: Study, thetas: Float[Tensor, "n d_model"]) -> list[Row]:
 
 
 def divergences(study: Study, log_p: Float[Tensor, " vocab"]) -> dict[str, float]:
-    """KL(P‖P_base), KL(P_base‖P) and KL(P‖P_unsteered) in nats, in float64."""
+    """KL(P‖P_base), KL(P_base‖P) and KL(P‖P_unsteered), nats, computed in float64."""
     base, unsteered = study.base_log_probs, study.unsteered_log_probs
     return {
         "kl_from_base": float(kl(log_p, base)),
@@ -57,5 +57,5 @@ def kl(log_p: Float[Tensor, "*batch vocab"], log_q: Float[Tensor, "*batch vocab"
 
 
 def at_norm(thetas: Float[Tensor, "n d_model"], norm: float) -> Float[Tensor, "n d_model"]:
-    """Every vector at the given norm; the zero vector stays zero."""
+    """Rescale every vector to the given norm; the zero vector stays zero."""
     return torch.nn.functional.normalize(thetas, dim=-1) * norm

@@ -1,7 +1,7 @@
-"""Whether the directions are present where the unsteered model writes and reads the concept.
+"""Presence of the directions in the unsteered model's activations on texts of the concept.
 
-The post's own test of its hypothesis of adversarial vectors: a direction that stands for the concept in the model's own
-thinking should stand out in the source layer on concept texts; one that merely drives later layers should not.
+This is the post's test of its hypothesis of adversarial vectors: a direction that represents the concept in the model
+should have a larger projection at the source layer on concept texts; one that only drives later layers should not.
 """
 
 import itertools
@@ -12,43 +12,42 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melbo_ray.evals.context import Row, Rows, Study, Vectors
-from melbo_ray.model.sampling import Job, generate
+from melbo_ray.model.sampling import Request, generate
 from melbo_ray.model.steering import Prompts
 from melbo_ray.search import base_vectors
 from melbo_ray.seeds import derive_seed
 
 _WRITTEN_PROMPTS, _WRITTEN_LENGTH = 8, 32
-# Sinks have norms several times the others' (SmolLM2 at layer 8: 632 against about 120).
+# The norms of sinks are several times those of other tokens (SmolLM2 at layer 8: 632 against about 120).
 _SINK_FACTOR = 3.0
 
 
 @dataclass(frozen=True)
 class TextSet:
-    """The source layer's residual stream over some texts, unsteered.
+    """The unsteered residual stream after the source layer on a set of texts.
 
     Attributes:
-        h: (tokens, d_model) float32.
-        sink: which tokens carry massive activations: norm above 3 times the set's median.
+        h: the activations, (tokens, d_model) float32.
+        sink: mask of attention sinks, whose norm is above 3 times the set's median.
     """
 
     h: Float[Tensor, "tokens d_model"]
     sink: Tensor
 
     def activations(self, sinks: str) -> Float[Tensor, "tokens d_model"]:
-        """All of them (`kept`), or those that are not sinks (`dropped`)."""
+        """All activations (`kept`), or those without sinks (`dropped`)."""
         return self.h if sinks == "kept" else self.h[~self.sink]
 
 
 def run(study: Study, vectors: Vectors) -> Rows:
-    """The projection on each direction over concept texts against neutral texts; sinks kept, and dropped.
+    """Compare the projections on each direction between concept and neutral texts, with sinks kept and dropped.
 
-    `texts` is what was read (`concept`, `neutral`: the passages that ship) or what the unsteered model itself writes on
-    the same held-out prompts (`written_concept`: how it goes on after one of the concept's continuations was forced;
-    `written_neutral`: its own answer); prompts and forced tokens are not counted. Random directions miss chance, too,
-    by as much as the sets differ along them: `query.EXAMPLES["presence_p_values"]` ranks a vector among those that
-    `control` draws. Projections are on the unit direction (residual-stream units), `mean_cos` is of single tokens.
-    `effect_size` (Cohen's d, pooled) and `auroc` set a concept set against its neutral counterpart, and are null on
-    neutral rows.
+    `texts` names the set: the packaged passages (`concept`, `neutral`), or texts of the unsteered model on the same
+    held-out prompts (`written_concept`, after a forced continuation of the concept; `written_neutral`, its own answer),
+    without prompts and forced tokens. Projections are on the unit direction (residual-stream units); `mean_cos` is the
+    mean over tokens. `effect_size` (Cohen's d, pooled) and `auroc` compare a concept set with its neutral counterpart
+    and are null on neutral rows. Random directions deviate from chance too, as the sets differ along them:
+    `queries.EXAMPLES["presence_p_values"]` ranks a vector among the random directions of `control`.
     """
     vectors = vectors.take([i for i, norm in enumerate(vectors.norms) if norm > 0])
     if not len(vectors):
@@ -97,16 +96,17 @@ def effect_size(a: Float[Tensor, "m n"], b: Float[Tensor, "k n"]) -> Float[Tenso
 
 
 def auroc(a: Float[Tensor, "m n"], b: Float[Tensor, "k n"]) -> Float[Tensor, " n"]:
-    """The chance that a value of `a` lies above one of `b`, ties counting half, for each column."""
+    """The probability that a value of `a` exceeds a value of `b`, with ties counted half, for each column."""
     a, ordered = a.T.contiguous(), b.T.contiguous().sort(dim=-1).values
     below = torch.searchsorted(ordered, a) + torch.searchsorted(ordered, a, right=True)
     return below.float().mean(-1) / (2 * len(b))
 
 
 def contrast(study: Study) -> Float[Tensor, " d_model"]:
-    """The mean-difference direction: `base_vectors.contrast`, of prompts: the texts it is judged on are new.
+    """The mean-difference direction: `base_vectors.contrast` of prompts, which are disjoint from the evaluated texts.
 
-    Of a concept without contrast prompts: mean activation on its texts minus that on neutral ones, sinks dropped.
+    For a concept without contrast prompts it is the mean activation on its texts minus that on the neutral texts,
+    without sinks.
     """
     if study.concept.contrast:
         return base_vectors.contrast(study.model, study.concept, study.config.source_layer, study.config.system_prompt)
@@ -115,7 +115,7 @@ def contrast(study: Study) -> Float[Tensor, " d_model"]:
 
 
 def text_sets(study: Study) -> dict[str, tuple[TextSet, TextSet]]:
-    """(concept, neutral), by what precedes their names in `texts`: nothing for those read, `written_`."""
+    """The pairs (concept, neutral) of text sets by their prefix in the column `texts`: empty, or `written_`."""
     sets = {}
     if study.concept.texts and study.concept.neutral_texts:
         sets[""] = _read(study, study.concept.texts), _read(study, study.concept.neutral_texts)
@@ -129,7 +129,7 @@ def _read(study: Study, texts: list[str]) -> TextSet:
 
 
 def _written(study: Study) -> tuple[TextSet, TextSet]:
-    """What the unsteered model writes on the same prompts: after a forced opening of the concept, and by itself."""
+    """The unsteered model's texts on the same prompts: after a forced continuation of the concept, and on its own."""
     prompts = [study.tokens(name) for name in list(study.concept.held_out)[:_WRITTEN_PROMPTS]]
     forced = itertools.cycle(study.continuations)
     opened = [torch.cat([prompt, next(forced)]) for prompt in prompts]
@@ -139,15 +139,15 @@ def _written(study: Study) -> tuple[TextSet, TextSet]:
 def _write(study: Study, starts: list[Tensor], purpose: str) -> TextSet:
     zero, config = torch.zeros_like(study.base), study.config
     seeds = [derive_seed(config.seed, study.concept.name, i, f"presence/{purpose}") for i in range(len(starts))]
-    jobs = [Job(start, zero, seed) for start, seed in zip(starts, seeds, strict=True)]
-    texts = generate(study.model, jobs, config.source_layer, max_new_tokens=_WRITTEN_LENGTH)
-    # Where it writes nothing, its end token is what it wrote.
+    requests = [Request(start, zero, seed) for start, seed in zip(starts, seeds, strict=True)]
+    texts = generate(study.model, requests, config.source_layer, max_new_tokens=_WRITTEN_LENGTH)
+    # An empty text is represented by its end token.
     written = [torch.tensor(text.tokens or study.model.end_tokens[:1]) for text in texts]
     return _text_set(study, [(torch.cat(parts), len(parts[0])) for parts in zip(starts, written, strict=True)])
 
 
 def _text_set(study: Study, texts: list[tuple[Tensor, int]]) -> TextSet:
-    """Activations of each text from the given position on."""
+    """The activations of each text from the given position on."""
     stream = Prompts(study.model, [tokens for tokens, _ in texts], study.config.source_layer).h_source
     h = torch.cat([row[start : len(tokens)] for row, (tokens, start) in zip(stream, texts, strict=True)]).float().cpu()
     norms = h.norm(dim=-1)

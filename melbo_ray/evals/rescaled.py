@@ -1,4 +1,4 @@
-"""Falling norm and falling fidelity are confounded late in a chain: every vector at the chain's own median norm."""
+"""KL of every vector at the chain's median norm, which separates falling norm from falling fidelity late in a chain."""
 
 import statistics
 
@@ -7,7 +7,7 @@ from melbo_ray.evals.kl import at_norm, next_token
 
 
 def run(study: Study, chain: Vectors) -> Rows:
-    """Rows of `kl` at scale `median`."""
+    """Write rows of `kl` at scale `median`."""
     norm = statistics.median(chain.norms)
     thetas = at_norm(chain.theta, norm)
     keys = {"prompt_id": TRAINING, "scale": "median", "norm": norm}

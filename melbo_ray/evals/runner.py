@@ -1,4 +1,4 @@
-"""The evaluations: one module a question, each a pure function from a study and some vectors to rows of tables."""
+"""Running evaluations, which are pure functions from a study and vectors to rows of tables; recording failures."""
 
 import importlib
 import math
@@ -16,19 +16,24 @@ from melbo_ray.runs.work_unit import WHOLE
 FUNCTIONS: dict[str, Callable[[Study, Vectors], Rows]] = {
     name: importlib.import_module(f"melbo_ray.evals.{name}").run for name in EVALUATIONS
 }
-"""Every evaluation by its name: `run` of the module that has it."""
+"""The function `run` of every evaluation, by name."""
 
 
 def evaluate(name: str, study: Study, vectors: Vectors, failed: Mapping[int, int] | None = None) -> dict[str, pa.Table]:
-    """One evaluation of some vectors, as tables: those it writes, and `failures`; each may be empty.
+    """Run one evaluation on vectors; returns its tables and `failures`, any of which may be empty.
 
-    What fails on one vector (a vector that is not finite, logits that are not, any error) becomes its row of
-    `failures`, and the rest goes on. One of a whole chain that fails is filed under index 0
-    of its kind. `failed`: how often it has before, by index, which `attempts` counts too.
+    An error on one vector (a vector or logits that are not finite, or any exception) becomes a row of `failures`, and
+    the other vectors are still evaluated. A failure on the whole chain has index 0.
+
+    Args:
+        name: name of the evaluation.
+        study: the context.
+        vectors: the vectors.
+        failed: number of earlier failures by index, to which `attempts` adds one.
 
     Raises:
-        torch.AcceleratorError: the GPU is of no use to this process any more; another one shall try.
-        torch.OutOfMemoryError: it has no room for a single vector now; as much.
+        torch.AcceleratorError: the GPU is unusable for this process; another worker should retry.
+        torch.OutOfMemoryError: the GPU has no memory for a single vector; another worker should retry.
     """
     evaluation = EVALUATIONS[name]
     finite = torch.isfinite(vectors.theta).all(-1).tolist()
@@ -45,7 +50,7 @@ def evaluate(name: str, study: Study, vectors: Vectors, failed: Mapping[int, int
 
 
 def _attempt(evaluation: Evaluation, study: Study, vectors: Vectors, failures: dict[int, str]) -> Rows:
-    """Rows of those vectors for which it works; the others go into `failures`."""
+    """The rows of the vectors that succeed; errors of the others are added to `failures`."""
     if not len(vectors):
         return {}
     several = evaluation.scope == "vector" and len(vectors) > 1
@@ -60,7 +65,7 @@ def _attempt(evaluation: Evaluation, study: Study, vectors: Vectors, failures: d
         if isinstance(error, torch.OutOfMemoryError) and not several:
             raise
         message = f"{type(error).__name__}: {first_line(error)}"
-    if several:  # out of the handler: its error keeps the tensors of the whole batch
+    if several:  # outside the handler, whose exception keeps the tensors of the whole batch alive
         parts = [_attempt(evaluation, study, vectors.take([i]), failures) for i in range(len(vectors))]
         return {table: [row for part in parts for row in part.get(table, [])] for table in evaluation.tables}
     failures[0 if evaluation.scope == WHOLE else vectors.index[0]] = message

@@ -1,6 +1,6 @@
-"""The self-check: on the run's own model and prompts, whether what we compute is what plain transformers computes.
+"""The self-check: it compares this implementation with plain transformers on the run's own model and prompts.
 
-Every worker runs it at its start (`work.Worker.ready`); the plain side is `plain`.
+Every worker runs it when it starts (`Worker.ready`); the reference side is `model.plain`.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError, first_line
 from melbo_ray.model import plain
-from melbo_ray.model.kv_cache import Job
+from melbo_ray.model.kv_cache import Request
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.plain import END, Tokens
 from melbo_ray.model.residual_slice import Slice
@@ -28,25 +28,25 @@ from melbo_ray.runs.manifest import Rendered
 from melbo_ray.search.lockstep import value_and_grad
 from melbo_ray.seeds import derive_seed
 
-# Tokens of a greedy text, and texts at most: each token is a pass of the model.
+# Tokens per greedy text, and maximum number of texts: each token is a pass of the model.
 _LENGTH, _TEXTS = 8, 4
-# How those say it who take a plainer way.
+# Part of the warnings about a fallback to a plainer way.
 _FELL_BACK = "which costs time only"
 
 Errors = tuple[float, int]
-"""The largest error, and how much was compared."""
+"""The largest error, and the number of comparisons."""
 
 
 def selfcheck(
     model: LanguageModel, concepts: Sequence[Concept], config: Config, whole: bool = True
 ) -> dict[str, Check]:
-    """Every check by name: of the `slice`, and of a `whole` model of `logits`, `scores` and `texts`.
+    """Run the checks by name: `slice`, and for a `whole` model also `logits`, `scores` and `texts`.
 
-    Every training prompt is in it, under two random vectors: of norm R, or where that is still to be calibrated of a
-    tenth of the stream's.
+    They cover every training prompt under two random vectors, of norm R, or of a tenth of the stream's norm if R is
+    still to be calibrated.
 
     Raises:
-        UserError: what we compute is something else than what the model does, or cannot be computed.
+        UserError: this implementation disagrees with plain transformers, or fails on this model.
     """
     tolerance = torch.finfo(model.dtype).eps ** 0.5
     training = {concept.name: model.tokenize(concept.prompt, config.system_prompt) for concept in concepts}
@@ -70,10 +70,10 @@ def selfcheck(
 
 
 def take_prompts(model: LanguageModel, rendered: Rendered, concepts: Mapping[str, Concept], system_prompt: str) -> None:
-    """Let the model read every prompt as the run's manifest has it: a template may write today's date.
+    """Fix the rendered text of every prompt to that in the run's manifest, because a template may insert the date.
 
     Raises:
-        UserError: the tokenizer makes other tokens of it.
+        UserError: the tokenizer gives other tokens for it.
     """
     for concept, prompts in rendered.items():
         for name, stored in prompts.items():
@@ -93,7 +93,7 @@ def _checked(name: str, tolerance: float, compare: Callable[[], Errors]) -> Chec
             error, compared = compare()
         except (UserError, torch.OutOfMemoryError, torch.AcceleratorError):
             raise
-        # What a model says to arguments that it does not know is its own.
+        # Models raise errors of any type for arguments that they do not accept.
         except Exception as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise UserError(f"self-check: {name} cannot be computed on this model ({reason})") from error
@@ -126,7 +126,7 @@ def _thetas(model: LanguageModel, tokens: Tokens, config: Config) -> Float[Tenso
 
 
 def _relative(ours: Tensor, theirs: Tensor, size: Tensor | None = None) -> float:
-    """The largest relative error of any row; `size`: what it is relative to instead of the plain rows."""
+    """The largest relative error of any row; relative to the norm of `size`, by default to that of `theirs`."""
     ours, theirs = ours.detach().float().cpu(), theirs.detach().float().cpu()
     if not theirs.isfinite().all():
         raise UserError("self-check: the model's own activations are not finite: try `dtype` float32")
@@ -135,48 +135,49 @@ def _relative(ours: Tensor, theirs: Tensor, size: Tensor | None = None) -> float
 
 
 def _worst(errors: list[float]) -> Errors:
-    # Python's max would lose one that is not a number.
+    # Python's max may ignore NaN.
     return float(torch.tensor(errors).max()), len(errors)
 
 
 def _slice(model: LanguageModel, prompts: list[Tokens], config: Config, thetas: Float[Tensor, "2 d_model"]) -> Errors:
-    """Errors of h_target at any position of any prompt, and of the recorded step's loss and gradient."""
-    # As the chains run: on a GPU in one batch.
+    """Errors of h_target at all positions of all prompts, and of the recorded step's loss and gradient."""
+    # As in a run of chains: in one batch on a GPU, one at a time on the CPU.
     groups = [prompts] if model.device.type == "cuda" else [[tokens] for tokens in prompts]
     errors = []
     for group in groups:
-        part = Slice(model, group, config.source_layer, config.target_layer)
+        slice_ = Slice(model, group, config.source_layer, config.target_layer)
         shortest = min(map(len, group))
         own = config.model_copy(update={"z_from": min(config.z_from, shortest - 1)})
-        expected = [plain.steps(model, tokens, (part.source, part.target), own, thetas) for tokens in group]
+        expected = [plain.steps(model, tokens, (slice_.source, slice_.target), own, thetas) for tokens in group]
         for row, (tokens, steps) in enumerate(zip(group, expected, strict=True)):
             with torch.no_grad():
-                h = part.h_target(thetas.to(model.device), torch.full((2,), row, device=model.device))
+                h = slice_.h_target(thetas.to(model.device), torch.full((2,), row, device=model.device))
             errors += [_relative(h[i, : len(tokens)], step[0]) for i, step in enumerate(steps)]
-        errors += _step_errors(part, expected, own, thetas)
+        errors += _step_errors(slice_, expected, own, thetas)
     return _worst(errors)
 
 
-def _step_errors(part: Slice, expected: list[list[Any]], config: Config, thetas: Tensor) -> list[float]:
-    """Errors of loss and gradient of the recorded step, on batches of the shape that the chain's have."""
+def _step_errors(slice_: Slice, expected: list[list[Any]], config: Config, thetas: Tensor) -> list[float]:
+    """Errors of loss and gradient of the recorded step, on batches shaped like those of a chain."""
     rows = torch.arange(len(expected)).repeat_interleave(config.block)
     errors = []
     for turn in range(2):
         which = [(place + turn) % 2 for place in range(len(rows))]
         steps = [expected[row][i] for row, i in zip(rows.tolist(), which, strict=True)]
         z_base = torch.stack([expected[row][1 - i][1] for row, i in zip(rows.tolist(), which, strict=True)])
-        losses, found = value_and_grad(part, thetas[which], z_base, rows, config)
+        losses, found = value_and_grad(slice_, thetas[which], z_base, rows, config)
         for (_, z, loss, gradient), ours, slope in zip(steps, losses, found, strict=True):
-            # z is known to eps ‖z‖ only, however little of that the loss is.
-            known = float(loss / (loss + torch.finfo(part.model.dtype).eps ** 0.5 * z.norm()))
+            # z has an absolute error of eps ‖z‖, however small the loss.
+            known = float(loss / (loss + torch.finfo(slice_.model.dtype).eps ** 0.5 * z.norm()))
             errors += [known * _relative(ours[None], loss[None]), known * _relative(slope, gradient)]
     return errors
 
 
 def _logits(model: LanguageModel, prompts: list[Tokens], config: Config, thetas: Float[Tensor, "2 d_model"]) -> Errors:
-    """Errors of the next token's logits against one at a time.
+    """Errors of next-token logits against single passes.
 
-    In one batch, the first prompt under both θ; and every prompt under one θ, which shares what they begin with.
+    They are those of one batch with the first prompt under both θ and all prompts under one θ, and those of all prompts
+    under one θ with a shared prefix.
     """
     rows = torch.tensor([0, *range(len(prompts))])
     batch = thetas[[1] + [0] * len(prompts)]
@@ -206,29 +207,31 @@ def _scores(
             tokens = torch.cat([prompt, branch[:-1]])
             alone = plain.logits(model, tokens, config.source_layer, batch, len(branch)).log_softmax(-1).cpu()
             told = alone[:, range(len(branch)), branch]
-            # A token that is all but certain may be wrong by a share of a nat, not of nearly nothing.
+            # For nearly certain tokens the error is absolute, in nats, not relative to a log-probability near 0.
             errors += [_relative(ours[row][which], told[row], told[row].abs().clamp_min(1)) for row in range(2)]
     return _worst(errors)
 
 
 def _texts(model: LanguageModel, prompts: list[Tokens], config: Config, thetas: Float[Tensor, "2 d_model"]) -> Errors:
-    """How many tokens of greedy texts differ, and how many were compared: to the first of them that is a tie."""
-    jobs = [Job(tokens, thetas[i % 2], temperature=0) for i, tokens in enumerate(prompts)]
+    """The number of differing tokens in greedy texts, and of compared tokens, up to the first tie in each."""
+    requests = [Request(tokens, thetas[i % 2], temperature=0) for i, tokens in enumerate(prompts)]
     differing = compared = 0
-    for job, text in zip(jobs, generate(model, jobs, config.source_layer, max_new_tokens=_LENGTH), strict=True):
+    for request, text in zip(
+        requests, generate(model, requests, config.source_layer, max_new_tokens=_LENGTH), strict=True
+    ):
         ours = [*text.tokens, *([END] if text.finish_reason == "stop" else [])]
-        length = min(_LENGTH, model.max_length - len(job.tokens))
-        asked = (model, job.tokens, config.source_layer, job.theta, length)
+        length = min(_LENGTH, model.max_length - len(request.tokens))
+        asked = (model, request.tokens, config.source_layer, request.theta, length)
         wrong, read = _differing(ours, *plain.text(*asked), model)
         if wrong:
-            # Where transformers writes with its cache what it does not write without, the text read anew is right.
+            # If transformers' text with its cache differs from that without, the one without is the reference.
             wrong, read = _differing(ours, *plain.reread(*asked), model)
         differing, compared = differing + wrong, compared + read
     return float(differing), compared
 
 
 def _differing(ours: list[int], theirs: list[int], logits: list[Tensor], model: LanguageModel) -> Errors:
-    """How many tokens differ, of how many; from two that are equally likely up to rounding nothing is compared."""
+    """The numbers of differing and of compared tokens; the comparison ends at a tie up to rounding."""
     ends = model.end_tokens
     for place, (one, other) in enumerate(zip(ours, theirs, strict=False)):
         if one != other:

@@ -1,4 +1,4 @@
-"""The null of the target: vectors solved for what random directions do, through kl and generalization."""
+"""The null of the target: vectors optimised for the effects of random directions, evaluated like the chain."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -18,18 +18,18 @@ from melbo_ray.search.vectors import SteeringVector, row
 from melbo_ray.seeds import derive_seed
 
 _COUNT = 8
-# Norms of a target's direction up to 64 R are tried, and halved this often between two.
+# The norm of a target's direction is doubled up to 64 R, then bisected.
 _DOUBLINGS, _HALVINGS = 6, 12
 
 
 @dataclass(frozen=True)
 class Target:
-    """What vectors of the null are solved for.
+    """A target of the null.
 
     Attributes:
-        theta: (d_model,) float32, a random direction whose z is the target.
-        displacement: ‖z(θ) − z(0)‖ / ‖z(θ₀) − z(0)‖: 1, or less where no norm up to 64 R reaches that.
-        cos_base: cosine of z(θ) − z(0) and z(θ₀) − z(0): how much of the base's target it shares.
+        theta: a random vector whose z is the target, (d_model,) float32.
+        displacement: ‖z(θ) − z(0)‖ / ‖z(θ₀) − z(0)‖; 1, or less if no norm up to 64 R reaches that.
+        cos_base: cosine of z(θ) − z(0) and z(θ₀) − z(0), the similarity to the base's target.
     """
 
     theta: Float[Tensor, " d_model"]
@@ -38,19 +38,19 @@ class Target:
 
 
 def run(study: Study, chain: Vectors) -> Rows:
-    """Rows of kind `shuffled`, index 1 … 8 (fewer where the chain is shorter or nothing is left), and their targets.
+    """Find and evaluate vectors of kind `shuffled`, index 1 … 8 (fewer if the chain or the complement is smaller).
 
-    Vectors like the chain's own (solver, budget, tolerance, `max_norm`; orthogonal to θ₀ and to each other, their
-    target's one known solution out of bounds), but each with a target of its own that is as far from z(0) and as surely
-    in the model's reach: what a random direction does. Where they are fitted as closely, what separates the chain's KL
-    and effect from theirs is owed to what the base does, and not to the solver, to norms, or to the distance asked for.
+    They are found like the chain's vectors (solver, budget, tolerance, `max_norm`; orthogonal to θ₀, to each other and
+    to the known solution of their target), but for another target: the effect of a random direction, equally far from
+    z(0) and equally reachable for the model. If they fit their targets as closely, a difference of the chain's KL and
+    effect from theirs is due to the base's effect, and not to the solver, the norms, or the distance of the target.
 
-    `vectors` has their certificates, losses relative to their own targets; `summary` each target's `target_norm`,
-    `target_displacement` and `target_cos_base`.
+    `vectors` holds their certificates, with losses relative to their own targets; `summary` holds each target's
+    `target_norm`, `target_displacement` and `target_cos_base`.
     """
-    part = Slice(study.model, [study.tokens(TRAINING)], study.config.source_layer, study.config.target_layer)
+    slice_ = Slice(study.model, [study.tokens(TRAINING)], study.config.source_layer, study.config.target_layer)
     found, summary = [], []
-    for target, vector in shuffled_chain(study, part, min(_COUNT, len(chain))):
+    for target, vector in shuffled_chain(study, slice_, min(_COUNT, len(chain))):
         norm = float(target.theta.norm())
         figures = {"norm": norm, "displacement": target.displacement, "cos_base": target.cos_base}
         summary += [study.row("shuffled", vector.index, figure=f"target_{k}", value=v) for k, v in figures.items()]
@@ -60,18 +60,18 @@ def run(study: Study, chain: Vectors) -> Rows:
     return stored | kl.run(study, vectors) | generalization.run(study, vectors)
 
 
-def shuffled_chain(study: Study, part: Slice, count: int) -> Iterator[tuple[Target, SteeringVector]]:
-    """Vectors with their targets: a target for each vector, or for each block where the chain has blocks."""
+def shuffled_chain(study: Study, slice_: Slice, count: int) -> Iterator[tuple[Target, SteeringVector]]:
+    """Yields the vectors with their targets; there is one target per vector, or per block of the option `block`."""
     config, found = study.config, []
     taken = Subspace(len(study.base), min(len(study.base), 1 + count))
     taken.add(study.base)
-    # The direction of a target is a dimension less, too.
+    # The direction of a target takes one dimension of the complement, too.
     while (wanted := min(config.block, count - len(found), len(study.base) - 1 - taken.size)) > 0:
         name = f"{study.concept.name}/shuffled/{len(found) + 1}"
-        target = random_target(study, part, taken, derive_seed(config.seed, name, 0, "target"))
+        target = random_target(study, slice_, taken, derive_seed(config.seed, name, 0, "target"))
         bases = torch.stack([target.theta, study.base, *(vector.theta for vector in found)])
         options = config.model_copy(update={"num_vectors": wanted})
-        for vector in chain.chain(part, bases, options, name):
+        for vector in chain.chain(slice_, bases, options, name):
             found.append(dataclasses.replace(vector, index=len(found) + 1))
             yield target, found[-1]
             if vector.norm <= config.min_norm:
@@ -80,16 +80,16 @@ def shuffled_chain(study: Study, part: Slice, count: int) -> Iterator[tuple[Targ
 
 
 @torch.no_grad()
-def random_target(study: Study, part: Slice, taken: Subspace, seed: int) -> Target:
-    """A random direction in the complement of `taken`, at the smallest norm at which it moves z as far as θ₀ does.
+def random_target(study: Study, slice_: Slice, taken: Subspace, seed: int) -> Target:
+    """A random direction in the complement of `taken`, at the smallest norm that displaces z as far as θ₀ does.
 
-    By bisection between doublings of R; where none of them moves it as far, 64 R.
+    The norm is bisected between doublings of R; if none of them suffices, it is 64 R.
     """
     draw = torch.randn(len(study.base), generator=torch.Generator().manual_seed(seed))
     unit = normalize(taken.remove_exact(draw), dim=0).float()
 
     def z(theta: Tensor) -> Tensor:
-        return part.z(theta[None].to(study.model.device), z_from=study.config.z_from)[0].double().cpu()
+        return slice_.z(theta[None].to(study.model.device), z_from=study.config.z_from)[0].double().cpu()
 
     unsteered = z(torch.zeros_like(unit))
     aim = z(study.base) - unsteered
@@ -108,5 +108,5 @@ def random_target(study: Study, part: Slice, taken: Subspace, seed: int) -> Targ
 
 
 def _row(study: Study, vector: SteeringVector) -> Row:
-    # The rows of an evaluation are the same whoever wrote them: no times.
+    # The rows of an evaluation must not depend on the worker, so they contain no times.
     return row(study.run_id, "shuffled", vector) | {"seconds": None}

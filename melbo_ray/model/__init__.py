@@ -1,1 +1,1 @@
-"""torch and transformers: a language model, steered. Knows no study."""
+"""Language models and steering, on torch and transformers; independent of studies and runs."""

@@ -1,6 +1,6 @@
-"""What differs between model families: where the layers are, what they take and put out, masks, shorter models.
+"""The differences between model families: location of the layers, their arguments and outputs, masks, truncation.
 
-Everything else in this folder is the same for every family. `docs/architectures.md` says what each of them takes.
+All other modules of this folder are independent of the family. `docs/architectures.md` lists the supported families.
 """
 
 from collections import UserDict
@@ -16,18 +16,18 @@ from transformers import PreTrainedModel
 from melbo_ray.errors import UserError
 
 KNOWN_MASKS = {"full_attention", "sliding_attention"}
-"""Types of layers whose masks `masks` makes."""
+"""Layer types that `masks` supports."""
 _PLAIN = (bool, int, float, str, type(None))
 
 
 def decoder_layers(network: PreTrainedModel, path: str | None = None) -> nn.ModuleList:
-    """The module list at the dotted `path`; without it the only one as long as the configuration's number of layers.
+    """The module list at the dotted `path`; by default the only one whose length is the configured number of layers.
 
     Raises:
-        UserError: there is none at `path`; or without it there are none, or several.
+        UserError: no module list at `path`; or, without `path`, not exactly one of that length.
     """
     lists = {name: module for name, module in network.named_modules() if isinstance(module, nn.ModuleList)}
-    # Lists within a layer (experts) are not asked for.
+    # Lists within a layer, such as experts, are not suggested.
     outer = {name: f"{name} ({len(m)})" for name, m in lists.items() if not any(map(str.isdigit, name.split(".")))}
     known = f"expected the dotted path of one of its module lists, {', '.join(outer.values()) or 'and it has none'}"
     family = type(network).__name__
@@ -46,24 +46,24 @@ def decoder_layers(network: PreTrainedModel, path: str | None = None) -> nn.Modu
 
 
 def max_length(network: PreTrainedModel) -> int:
-    """Most tokens that the model takes."""
+    """Maximum number of tokens that the model accepts."""
     limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
-    # XLNet says -1 where there is none.
+    # XLNet has -1 for no limit.
     return limit if limit and limit > 0 else 1 << 30
 
 
 def key_width(network: PreTrainedModel) -> int:
-    """Values of a token's keys in a layer: key-value heads × head dimension."""
+    """Number of key values per token and layer: key-value heads × head dimension."""
     text = network.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     return heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def stream(output: Any, batch: int | None = None, d_model: int | None = None) -> Float[Tensor, "batch seq d_model"]:
-    """The hidden states that a layer puts out or takes in, bare or first in a tuple.
+    """The hidden states in a layer's output, bare or first in a tuple.
 
     Raises:
-        UserError: they are something else than one residual stream, or one of other sizes.
+        UserError: the output is not a single residual stream, or has another batch size or width.
     """
     h = output[0] if type(output) is tuple else output
     one = isinstance(h, Tensor) and h.ndim == 3
@@ -76,18 +76,18 @@ def stream(output: Any, batch: int | None = None, d_model: int | None = None) ->
 
 
 def with_stream(output: Any, h: Tensor) -> Any:
-    """A layer's output with `h` in place of its hidden states."""
+    """A layer's output with its hidden states replaced by `h`."""
     return (h, *output[1:]) if isinstance(output, tuple) else h
 
 
 def taken(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, tuple[tuple, dict[str, Any]]]:
-    """The hidden states that a layer is called with, and its other arguments, positional and by keyword."""
+    """The hidden states among a layer's arguments, and its other positional and keyword arguments."""
     others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
     return stream(args[0] if args else kwargs["hidden_states"]), (args[1:], others)
 
 
 def layer_types(network: PreTrainedModel) -> list[str]:
-    """The types of layers that a model with several kinds of attention has."""
+    """The layer types of a model with several kinds of attention."""
     config = network.config.get_text_config()
     chunked = ["chunked_attention"] if getattr(config, "attention_chunk_size", None) else []
     return sorted({*(getattr(config, "layer_types", None) or []), *chunked})
@@ -99,16 +99,16 @@ def masks(
     here: Int[Tensor, "rows query"],
     there: Int[Tensor, "#rows key"],
 ) -> Float[Tensor, "rows 1 query key"] | dict[str, Tensor]:
-    """What each position sees, in the form that the model takes: one mask, or one for each type of layer.
+    """The attention mask in the form that the model takes: one mask, or one per layer type.
 
     Args:
         network: the model.
-        seen: what it may look at, were there no window.
-        here: positions that look, in their texts.
-        there: positions looked at.
+        seen: the keys that each query may attend to, apart from a sliding window.
+        here: positions of the queries in their texts.
+        there: positions of the keys in their texts.
 
     Raises:
-        RuntimeError: a type of layer other than `KNOWN_MASKS`.
+        RuntimeError: a layer type that is not in `KNOWN_MASKS`.
     """
     types = layer_types(network)
     if unknown := set(types) - KNOWN_MASKS:
@@ -121,34 +121,34 @@ def masks(
     everything = near = mask(seen)
     if window := getattr(network.config.get_text_config(), "sliding_window", None):
         near = mask(seen & (there[:, None] > here[..., None] - window))
-    # As transformers' own `create_masks_for_generate` tells them apart.
+    # The same choice as in transformers' `create_masks_for_generate`.
     return {name: near if name == "sliding_attention" else everything for name in types} if types else near
 
 
 @dataclass(frozen=True)
 class ByPrompt:
-    """A tensor of which each prompt has its own, such as the embeddings that a layer adds to each token.
+    """A tensor argument that differs between prompts, such as per-layer token embeddings.
 
     Attributes:
-        values: (prompts, …).
+        values: one row per prompt, (prompts, …).
     """
 
     values: Shaped[Tensor, "prompts ..."]
 
 
 def together(prompts: Sequence[Any], made: dict[int, Any]) -> Any:
-    """The arguments that a layer is called with for each prompt as one: tensors that differ become `ByPrompt`.
+    """Merge a layer's arguments for several prompts; tensors that differ between prompts become `ByPrompt`.
 
     Args:
-        prompts: for each prompt its argument, or what holds several.
-        made: what came of objects that several calls share; they share it, too.
+        prompts: the argument, or a container of arguments, for each prompt.
+        made: merged objects by identity, so that objects shared between calls stay shared.
 
     Raises:
-        UserError: they differ in something that has no row for each prompt.
+        UserError: the arguments differ in something other than a tensor with one row per prompt.
     """
     first = prompts[0]
     if isinstance(first, UserDict):
-        # Where layers leave keys and values for later ones: of the whole batch, whatever the prompts.
+        # Layers pass keys and values to later layers in this dictionary; its tensors always have a row per prompt.
         if id(first) not in made:
             kept = {key: [torch.cat(parts) for parts in zip(*(p[key] for p in prompts), strict=True)] for key in first}
             made[id(first)] = type(first)({key: tuple(map(ByPrompt, parts)) for key, parts in kept.items()})
@@ -167,7 +167,7 @@ def together(prompts: Sequence[Any], made: dict[int, Any]) -> Any:
 
 
 def chosen(arguments: Any, rows: Callable[[Tensor], Tensor], made: dict[int, Any]) -> Any:
-    """The arguments of a batch: `rows` of what is `ByPrompt`. `made`: as in `together`, of one pass."""
+    """The arguments for a batch: `rows` selects from every `ByPrompt`. `made` is as in `together`, for one pass."""
     if isinstance(arguments, ByPrompt):
         return rows(arguments.values)
     if isinstance(arguments, UserDict):
@@ -182,9 +182,9 @@ def chosen(arguments: Any, rows: Callable[[Tensor], Tensor], made: dict[int, Any
 
 
 def truncate(shape: Any, layers: int, of: int) -> Any:
-    """A transformers configuration with the first `layers` `of` its decoder layers, changed in place.
+    """Truncate a transformers configuration, in place, to the first `layers` `of` its decoder layers.
 
-    Lists of one entry a layer are cut too. LongCat counts every layer twice in `num_hidden_layers`.
+    Lists with one entry per layer are truncated too. LongCat counts every layer twice in `num_hidden_layers`.
     """
     text = shape.get_text_config()
     before = text.num_hidden_layers
@@ -196,15 +196,18 @@ def truncate(shape: Any, layers: int, of: int) -> Any:
 
 
 def begins_with(whole: tuple[nn.Module, nn.ModuleList], part: tuple[nn.Module, nn.ModuleList]) -> bool:
-    """Whether a network has the first layers of another, as far as modules show; each with its decoder layers."""
+    """Whether `part` consists of the first layers of `whole`, judged by weights and attributes of the modules.
+
+    Both are given as network and decoder layers.
+    """
     shapes = [{name: value.shape for name, value in network.state_dict().items()} for network, _ in (whole, part)]
-    # A layer may have weights or choices in one of them alone, such as keys of its own or a scale.
+    # A layer's own keys or a scale may exist in one of the two networks only.
     layers = (map(_facts, layers) for _, layers in (whole, part))
     return shapes[1].items() <= shapes[0].items() and all(a == b for a, b in zip(*layers, strict=False))
 
 
 def _facts(layer: nn.Module) -> dict[str, Any]:
-    """Names and shapes of a layer's weights, and the plain values that its modules keep."""
+    """Names and shapes of a layer's weights, and the plain attributes of its modules."""
     plain = {
         f"{name}.{key}": value
         for name, module in layer.named_modules()

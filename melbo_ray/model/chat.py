@@ -1,4 +1,4 @@
-"""A prompt in a model's chat template: with the template's own system turn, with none, or with a given one."""
+"""Rendering a prompt in a model's chat template, with the default, no, or a given system turn."""
 
 import itertools
 from typing import Any
@@ -13,13 +13,13 @@ Turns = list[dict[str, str]]
 
 
 def chat(tokenizer: Any, name: str, prompt: str, system_prompt: str) -> str:
-    """The user's `prompt` as a text that ends where the model's turn begins.
+    """The chat text of a user `prompt`, up to the beginning of the model's turn.
 
-    `system_prompt` is `default` (what the template itself puts there), `none` (no system turn at all, even where the
-    template would add one), or the text of one. A tokenizer without a chat template gives the prompt bare.
+    `system_prompt` is `default` (the template's own), `none` (no system turn, even if the template would add one), or
+    the text of the system turn. Without a chat template the text is the bare prompt.
 
     Raises:
-        UserError: the template (or its absence) has no place for the system turn, or its own one cannot be left out.
+        UserError: the template is missing or drops the system turn, or its own system turn cannot be removed.
     """
     own = system_prompt in ("default", "none")
     if tokenizer.chat_template is None:
@@ -43,7 +43,7 @@ class _Template:
         self.start, self.end = tokenizer.bos_token or "", tokenizer.eos_token or ""
 
     def render(self, turns: Turns, answer_next: bool = True) -> str:
-        """The turns, and where the model's begins."""
+        """The text of the turns, followed by the opening of the model's turn if `answer_next`."""
         try:
             return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer_next))
         except (TemplateError, TypeError, ValueError) as error:
@@ -54,11 +54,11 @@ class _Template:
             ) from None
 
     def without_system(self, prompt: str) -> str:
-        """The user's turn alone.
+        """The text of the user's turn without any system turn.
 
-        A template adds a system turn of its own before the first turn only. What stands before a first turn and before
-        a later one ends alike: with how a user's turn opens. If nothing but the start token comes before that, there
-        is no system turn; if something does, the later turn is taken, from where the turn before it ends.
+        A template adds its own system turn before the first turn only. The texts before a first and before a later user
+        turn share their end, the opening of a user turn. If only the start token precedes that opening, there is no
+        system turn; otherwise the later turn is taken, from the end of the turn before it.
         """
         alone, exchange = (
             self.render([_turn("user", prompt)]),
@@ -77,14 +77,14 @@ class _Template:
                 f"the chat template of {self.name!r} adds a system turn of its own, and where it ends cannot be told: "
                 "use `system_prompt` default, or give a text"
             )
-        # ChatML opens every turn with what SmolLM2 calls its start token, so only a missing one is put back.
+        # SmolLM2's start token is ChatML's opening of every turn, so the start token is added only if it is missing.
         text = text[cut:]
         return self.start + text if alone.startswith(self.start) and not text.startswith(self.start) else text
 
     def _closing(self, exchange: Turns, after: str) -> str:
-        """How an assistant's turn ends: the last one's end, without an end token that only the last one has.
+        """The closing of an assistant turn: that of the last turn, without an end token that only the last turn has.
 
-        Empty where what stands `after` an earlier one does not begin so.
+        The result is empty if the text `after` an earlier assistant turn does not begin with it.
         """
         last = self.render(exchange, answer_next=False).rpartition(_ANSWER)[2]
         return next((end for end in (last, last.removesuffix(self.end)) if end and after.startswith(end)), "")

@@ -1,6 +1,6 @@
-"""Faster ways to run one step many times: recorded, its products packed, compiled, or as a CUDA graph.
+"""Faster engines for a step that runs many times: recorded, with packed products, compiled, or as a CUDA graph.
 
-They are chosen by themselves, and where one cannot be had a warning says so and the next plainer one is taken.
+The engine is chosen automatically; if one fails, a warning says so and the next plainer one is used.
 """
 
 import contextlib
@@ -20,23 +20,23 @@ from melbo_ray.errors import first_line
 from melbo_ray.model.packed_linear import MOST_PACKED, opaque, pack
 
 _WARM_UP = 3
-# Of the largest value: far above what another order of sums changes, in bfloat16 too.
+# Relative to the largest value: far above the rounding of reordered sums, in bfloat16 too.
 _TOLERANCE = 0.05
 _Step = Callable[..., tuple[Tensor, ...]]
 
 
 class Recorded:
-    """A function of tensors, recorded at the first call with each choice of shapes and options, then played back.
+    """A function of tensors that is recorded at the first call for each set of shapes and options, then replayed.
 
     A recording is the list of the function's operations, without modules and autograd. On the CPU its products are
-    merged and packed, on CUDA it is captured as a graph: one launch instead of several hundred. Compiled, what lies
-    between the products is fused; that takes half a minute for each choice, so it is for steps that are run thousands
-    of times. Where a way fails, the one before it is kept. Results agree but for the last bits.
+    merged and packed; on CUDA it is captured as a graph, one launch instead of several hundred. Compilation fuses the
+    operations between products; it takes half a minute per set of shapes, which pays off for thousands of calls. If an
+    engine fails, the previous one is kept. All engines agree up to rounding.
 
     Args:
-        function: it must not look at values, nor wait for the device.
+        function: must neither branch on values nor synchronise with the device.
         compiled: whether to compile.
-        packed: whether copies of the weights may be made; None: no more than 4 GiB of them.
+        packed: whether to make packed copies of the weights; None allows up to 4 GiB of them.
     """
 
     def __init__(self, function: _Step, compiled: bool = False, packed: bool | None = None) -> None:
@@ -45,7 +45,7 @@ class Recorded:
         weakref.finalize(self, _release, self._recordings)
 
     def __call__(self, *inputs: Tensor, **options: Any) -> tuple[Tensor, ...]:
-        """function(*inputs, **options); `inputs` on one device, `options` hashable."""
+        """Return function(*inputs, **options); all `inputs` are on one device, and `options` are hashable."""
         key = (*(value.shape for value in inputs), *sorted(options.items()))
         if key not in self._recordings:
             self._recordings[key] = self._record(inputs, options)
@@ -66,26 +66,26 @@ class Recorded:
 
 
 def _release(recordings: dict[Any, _Step]) -> None:
-    """Let packed weights go at once: a recording is a cycle, which would hold them until some later collection."""
+    """Free packed weights at once: a recording is a reference cycle, which would keep them until garbage collection."""
     for recording in recordings.values():
         if isinstance(recording, GraphModule):
             recording._buffers.clear()
 
 
 def agree(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two tensors of one shape are the same up to rounding; where one is not finite they are not."""
+    """Whether two tensors of one shape are equal up to rounding; False if either is not finite."""
     return float((ours - theirs).abs().max()) <= _TOLERANCE * float(theirs.abs().max())
 
 
 def _better(name: str, make: Callable[[Any], _Step], plain: _Step, inputs: tuple[Tensor, ...]) -> _Step:
-    """What `make` makes of the plain step, if it can be made and agrees with it; otherwise that step, and a warning."""
-    # On other values than it is made from: what a function decides by looking at them would be made part of it.
+    """The step made by `make` if it agrees with the plain step; otherwise, with a warning, the plain step."""
+    # Compared on values other than the recorded ones, because a recording freezes any branch on values.
     others = tuple(-value.flip(-1) if value.is_floating_point() else value for value in inputs)
     try:
         step = make(plain)
         if not all(map(agree, step(*others), plain(*others))):
             raise RuntimeError("it would do something else on other values")
-    # What a compiler that is missing or fails raises is its own.
+    # A missing or failing compiler raises errors of any type.
     except Exception as error:
         reason = first_line(error)
         warnings.warn(f"steps are not {name}, which costs time only: {reason}", stacklevel=2)
@@ -94,13 +94,13 @@ def _better(name: str, make: Callable[[Any], _Step], plain: _Step, inputs: tuple
 
 
 def _compiled(recording: GraphModule) -> _Step:
-    # No processes beside this one: an actor may be killed at any time.
+    # No worker processes for compilation: an actor may be killed at any time, and they would stay.
     return torch.compile(opaque(recording), fullgraph=True, dynamic=False, options={"compile_threads": 1})
 
 
 @contextlib.contextmanager
 def _no_waiting() -> Generator[None]:
-    """While it lasts, whatever waits for the GPU raises RuntimeError: it cannot be recorded, and trying would hurt."""
+    """Within the context, synchronising with the GPU raises RuntimeError: it would break the capture of a graph."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -110,23 +110,23 @@ def _no_waiting() -> Generator[None]:
 
 
 def _cuda_graph(function: _Step, inputs: tuple[Tensor, ...]) -> _Step:
-    places = tuple(value.detach().clone() for value in inputs)
+    buffers = tuple(value.detach().clone() for value in inputs)
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
-    # A recording that fails leaves its stream behind as the current one; this block does not.
+    # A capture that fails leaves its stream as the current one; this context restores it.
     with torch.cuda.stream(side):
-        # What is done once only, such as choosing kernels, must be over before the recording (PyTorch's manual).
+        # One-time work, such as choosing kernels, must happen before the capture (PyTorch's manual).
         for _ in range(_WARM_UP):
-            function(*places)
+            function(*buffers)
         with _no_waiting():
-            function(*places)
+            function(*buffers)
         with torch.cuda.graph(graph, stream=side):
-            outputs = function(*places)
+            outputs = function(*buffers)
     torch.cuda.current_stream().wait_stream(side)
 
     def play(*values: Tensor) -> tuple[Tensor, ...]:
-        for place, value in zip(places, values, strict=True):
-            place.copy_(value)
+        for buffer, value in zip(buffers, values, strict=True):
+            buffer.copy_(value)
         graph.replay()
         return tuple(output.clone() for output in outputs)
 

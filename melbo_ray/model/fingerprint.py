@@ -1,4 +1,4 @@
-"""Which model it is: a hash of a configuration and of weights."""
+"""The identity of a model: a hash of its configuration and weights."""
 
 import hashlib
 import json
@@ -12,10 +12,10 @@ _SAMPLED_PER_TENSOR = 4096
 
 
 def fingerprint(config: Any, weights: Mapping[str, Tensor]) -> str:
-    """A hash of a transformers configuration and of weights: their names, shapes, dtypes and evenly sampled values.
+    """A hash of a transformers configuration and of the weights' names, shapes, dtypes and evenly sampled values.
 
-    At most 4,096 values of each tensor enter, so that 70B parameters take seconds; it tells models apart, and is no
-    proof against tampering. The device does not enter.
+    About 4,096 values of each tensor are hashed, so that a model of 70B parameters takes seconds. The hash tells models
+    apart, does not depend on the device, and does not protect against tampering.
     """
     facts = config.to_dict()
     for moving in ("_name_or_path", "transformers_version"):

@@ -1,4 +1,4 @@
-"""What is done to a model's layers while it runs: steer them, skip them, stop at them, read a few of its logits."""
+"""Context managers that change a model's forward pass: steer, skip layers, stop early, compute selected logits only."""
 
 import contextlib
 from collections.abc import Callable, Generator
@@ -18,10 +18,10 @@ def steering(
     theta: Float[Tensor, "batch *seq d_model"],
     ablated: Float[Tensor, "batch d_model"] | None = None,
 ) -> Generator[None]:
-    """While it lasts, theta[i] is added to the output of block `source` at every position of the batch's row i.
+    """Within the context, add theta[i] to the output of layer `source` at every position of row i.
 
-    A θ of shape (seq, d_model) differs by position. What the sum then has along ablated[i] (of norm 1, or 0 for
-    nothing) is taken out.
+    A θ of shape (seq, d_model) differs by position. If `ablated` is given, the sum's component along ablated[i] is
+    projected out; ablated[i] is a unit vector, or 0 for no ablation.
     """
     added = theta[:, None] if theta.ndim == 2 else theta
 
@@ -41,12 +41,12 @@ def steering(
 
 
 class _Reached(Exception):  # noqa: N818 - a signal, not an error
-    """Raised by the hook of `reaching`: what comes after is not wanted."""
+    """Raised by the hook of `reaching` to end the forward pass."""
 
 
 @contextlib.contextmanager
 def reaching(module: nn.Module) -> Generator[list[Any]]:
-    """While it lasts, a pass of the model ends once `module` has run; what it put out is then in the list."""
+    """Within the context, a forward pass ends after `module`, whose output is appended to the yielded list."""
     found: list[Any] = []
 
     def stop(_module: nn.Module, _args: tuple, output: Any) -> None:
@@ -66,7 +66,7 @@ def reaching(module: nn.Module) -> Generator[list[Any]]:
 def skipping(
     model: LanguageModel, source: int, h: Float[Tensor, "batch seq d_model"], in_tuple: bool
 ) -> Generator[None]:
-    """While it lasts, the blocks up to the source layer cost nothing and put out `h`, in a tuple or bare."""
+    """Within the context, the layers up to the source layer return `h`, in a tuple or bare, without computing."""
 
     def put_out(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
         return (h,) if in_tuple else h
@@ -79,7 +79,7 @@ def skipping(
 
 @contextlib.contextmanager
 def _replaced_forward(layer: nn.Module, forward: Callable) -> Generator[None]:
-    # An instance attribute shadows the class's method; libraries that dispatch a model put theirs there too.
+    # An instance attribute shadows the class's method; accelerate's dispatch sets one too, which is restored.
     before = vars(layer).get("forward")
     layer.forward = forward
     try:
@@ -91,8 +91,8 @@ def _replaced_forward(layer: nn.Module, forward: Callable) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def reading(model: LanguageModel, where: tuple[Tensor, Tensor]) -> Generator[None]:
-    """While it lasts, the model's head sees only the (row, position) pairs of `where`, in a batch of one row."""
+def logits_at(model: LanguageModel, where: tuple[Tensor, Tensor]) -> Generator[None]:
+    """Within the context, the head computes logits only at the (row, position) pairs `where`, as a batch of one row."""
 
     def select(_head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         hidden = args[0]

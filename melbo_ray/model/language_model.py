@@ -1,4 +1,4 @@
-"""A language model: load it, turn a prompt into its tokens, find its decoder layers, fingerprint it."""
+"""Language models: loading, tokenising prompts, decoder layers, fingerprints."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,13 +23,13 @@ class LanguageModel:
     """A frozen causal language model of transformers with its tokenizer.
 
     Attributes:
-        network: the transformers model, in eval mode, no parameter requiring a gradient.
-        tokenizer: its tokenizer.
-        layers: its decoder layers, the first at index 0.
-        name: as given to `load`.
-        revision: the hub revision asked for, if any.
-        packed: whether products on the CPU may have packed copies of it; None: of 4 GiB at most.
-        kept: what those who use the model made once for all its uses (the batch of `generate`).
+        network: the transformers model, in eval mode, with no parameter requiring a gradient.
+        tokenizer: the model's tokenizer.
+        layers: the decoder layers, from index 0.
+        name: the name given to `load`.
+        revision: the requested hub revision, if any.
+        packed: whether to make packed copies of the weights for products on the CPU; None allows up to 4 GiB of them.
+        kept: a cache of objects that depend on the model alone, such as the batch of `generate`.
     """
 
     network: PreTrainedModel
@@ -52,16 +52,21 @@ class LanguageModel:
         trust_remote_code: bool = False,
         layers: str | None = None,
     ) -> "LanguageModel":
-        """Load a hub id, a local directory, a GGUF file, or `smollm2` (SmolLM2-135M-Instruct from the package index).
+        """Load a model from safetensors or GGUF weights, neither of which can execute code.
 
-        Weights come from safetensors or GGUF only, neither of which can execute code. With `device_map` accelerate
-        places the layers, instead of `device`: `balanced` spreads them over all the GPUs that this process sees.
-        `layers` is the dotted path of the decoder layers inside the network, where they are not found without it.
+        Args:
+            name: hub id, local directory, GGUF file, or `smollm2` (SmolLM2-135M-Instruct from the package index).
+            revision: hub revision: branch, tag or commit.
+            dtype: dtype of the weights, or `auto` for that of the file.
+            device: `auto`, `cpu` or `cuda`.
+            device_map: replaces `device`: accelerate distributes the layers; `balanced` spreads them over all GPUs.
+            trust_remote_code: whether a hub model may run its own Python code.
+            layers: dotted path of the decoder layers within the network, if they are not found automatically.
 
         Raises:
-            UserError: no such model or layers, CUDA asked for and absent, or GPUs that do not hold the model.
+            UserError: no such model or layers, CUDA is unavailable, or the GPUs cannot hold the model.
         """
-        place = pick_device("cuda" if device_map == BALANCED else device)
+        target = pick_device("cuda" if device_map == BALANCED else device)
         path, options = locate(name)
         options |= {"revision": revision or "main", "trust_remote_code": trust_remote_code}
         weights: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
@@ -77,7 +82,7 @@ class LanguageModel:
         except (OSError, ValueError, ImportError) as error:
             raise UserError(f"cannot load the model {name!r}: {first_line(error)}") from error
         if device_map is None:
-            network = network.to(place)
+            network = network.to(target)
         elif device_map == BALANCED and {"cpu", "disk"} & {
             str(place) for place in vars(network)["hf_device_map"].values()
         }:
@@ -96,7 +101,11 @@ class LanguageModel:
         revision: str | None = None,
         layers: str | None = None,
     ) -> "LanguageModel":
-        """Freeze a transformers model that is already in memory; UserError where its layers cannot be told apart."""
+        """Freeze and wrap a transformers model that is already in memory; arguments as in `load`.
+
+        Raises:
+            UserError: the decoder layers cannot be found.
+        """
         network.eval().requires_grad_(False)
         name = name or str(network.config.name_or_path)
         return cls(network, tokenizer, decoder_layers(network, layers), name, revision)
@@ -108,17 +117,17 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the network's parameters are."""
+        """Device of the network's parameters."""
         return self.network.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the network's parameters."""
+        """Dtype of the network's parameters."""
         return self.network.dtype
 
     @property
     def max_length(self) -> int:
-        """Most tokens the model takes, prompt and continuation together."""
+        """Maximum number of tokens of prompt and continuation together."""
         return max_length(self.network)
 
     @property
@@ -129,13 +138,13 @@ class LanguageModel:
         return sorted({*ids, *([] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id])})
 
     def tokenize(self, prompt: str, system_prompt: str = "default", answer: str = "") -> Int[Tensor, " seq"]:
-        """The token ids of a user's `prompt` in the chat template, up to where the model's turn begins, then `answer`.
+        """The token ids of a user `prompt` in the chat template, up to the model's turn, followed by those of `answer`.
 
-        `system_prompt` is `default` (what the template itself puts there), `none` (no system turn at all, even where
-        the template would add one), or the text of one. A model without a chat template gets the prompt bare.
+        `system_prompt` is `default` (the template's own), `none` (no system turn, even if the template would add one),
+        or the text of the system turn. A model without a chat template gets the bare prompt. The ids are int64.
 
         Raises:
-            UserError: the prompt is empty, or longer than the model's context, or what `chat` raises.
+            UserError: the prompt is empty or exceeds the model's context, or the chat template does not fit (`chat`).
         """
         if not prompt.strip():
             raise UserError("the prompt is empty: give the text that the model shall answer")
@@ -149,10 +158,10 @@ class LanguageModel:
         return ids
 
     def rendered(self, prompt: str, system_prompt: str = "default") -> str:
-        """The text of the chat up to where the model's turn begins; a run's prompts stay as it was begun with."""
+        """The chat text up to the beginning of the model's turn; a run's prompts stay as first rendered."""
         kept = self.kept.get("rendered", {}).get((prompt, system_prompt))
         return chat(self.tokenizer, self.name, prompt, system_prompt) if kept is None else kept
 
     def fingerprint(self) -> str:
-        """The `fingerprint` of its configuration and weights."""
+        """A hash of the configuration and weights (`fingerprint.fingerprint`)."""
         return fingerprint(self.network.config, self.network.state_dict())

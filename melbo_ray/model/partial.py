@@ -1,4 +1,4 @@
-"""Less than the whole of a model: its shape without weights, or its layers up to the target alone."""
+"""Partial models: the modules without weights, or the layers up to the target only."""
 
 import copy
 import warnings
@@ -17,7 +17,7 @@ from melbo_ray.model.loading import load_config, locate, pick_device
 
 
 def sketch(config: ModelOptions) -> LanguageModel:
-    """The model without its weights: tokenizer, and modules on the meta device.
+    """The model without weights: its tokenizer, and its modules on the meta device.
 
     Raises:
         UserError: no such model, or its decoder layers cannot be found.
@@ -26,11 +26,11 @@ def sketch(config: ModelOptions) -> LanguageModel:
 
 
 def lower(config: ModelOptions) -> LanguageModel:
-    """The model's embedding and its decoder layers 0 … target: all that a chain needs, nothing above is read.
+    """Load the embedding and the decoder layers 0 … target, which is all that a chain needs.
 
-    The layers and what flows through them are those of the whole model; its logits are not. The whole model serves
-    where less cannot: of a GGUF file, which transformers reads as a whole, and of a model whose layers are others in a
-    shorter one (MiniCPM3 scales them by their number, the last of Gemma 4 share keys); of that a warning tells.
+    The layers and their residual stream are those of the whole model; the logits are not. The whole model is loaded
+    from a GGUF file, which transformers cannot read in part, and, with a warning, if a shorter model has different
+    layers (MiniCPM3 scales them by their number; the last layers of Gemma 4 share keys).
 
     Raises:
         UserError: as `LanguageModel.load`.
@@ -53,7 +53,7 @@ def lower(config: ModelOptions) -> LanguageModel:
 
 
 def reads_whole(config: ModelOptions) -> bool:
-    """Whether a chain's model is the whole one, where less cannot serve (`lower`).
+    """Whether `lower` has to load the whole model.
 
     Raises:
         UserError: no such model.
@@ -62,7 +62,7 @@ def reads_whole(config: ModelOptions) -> bool:
 
 
 def _shorter(config: ModelOptions) -> Any:
-    """The configuration of the model's first layers, up to the target; None where less than the whole cannot serve."""
+    """The configuration of the model truncated after the target layer; None if the whole model is needed."""
     if "gguf_file" in locate(config.model)[1]:
         return None
     shape, count = load_config(config.model, config.revision, config.trust_remote_code), config.target_layer + 1
@@ -70,7 +70,7 @@ def _shorter(config: ModelOptions) -> Any:
         whole = _with_layers(_empty(shape, config), config)
         shape = truncate(copy.deepcopy(shape), count, of=len(whole[1]))
         part = _with_layers(_empty(shape, config), config)
-    # A family that cannot be so short says so in its own way.
+    # Families that cannot be truncated raise errors of any type.
     except Exception:
         return None
     short = len(part[1]) == min(count, len(whole[1]))
@@ -95,7 +95,7 @@ def _with_layers(network: PreTrainedModel, config: ModelOptions) -> tuple[nn.Mod
 
 
 def _empty(shape: Any, config: ModelOptions) -> PreTrainedModel:
-    """A network of this shape on the meta device."""
+    """A network of this configuration on the meta device."""
     dtype = shape.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
@@ -104,12 +104,12 @@ def _empty(shape: Any, config: ModelOptions) -> PreTrainedModel:
 
 
 def lower_fingerprint(model: LanguageModel, layers: int) -> str:
-    """The fingerprint of a model's first `layers` decoder layers and of all that is no layer.
+    """The fingerprint of a model without the decoder layers from number `layers` on.
 
-    The same of the whole model and of what `lower` has of it, so that workers with either can be compared.
+    It is the same for the whole model and for the part that `lower` loads, so workers with either can be compared.
     """
-    (place,) = (name for name, module in model.network.named_modules() if module is model.layers)
-    above = tuple(f"{place}.{number}." for number in range(layers, len(model.layers)))
+    (path,) = (name for name, module in model.network.named_modules() if module is model.layers)
+    above = tuple(f"{path}.{number}." for number in range(layers, len(model.layers)))
     weights = {name: value for name, value in model.network.state_dict().items() if not name.startswith(above)}
     return fingerprint(truncate(copy.deepcopy(model.network.config), layers, of=len(model.layers)), weights)
 

@@ -1,6 +1,6 @@
-"""What plain transformers computes: its forward pass and `generate` under forward hooks, of one text at a time.
+"""The reference side of the self-check: plain transformers with forward hooks, one text at a time.
 
-The other side of the self-check: it shares no code with what is checked.
+It shares no code with the implementation that is checked.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ from melbo_ray.config import ChainOptions
 from melbo_ray.model.language_model import LanguageModel
 
 END = -1
-"""Stands for any token that ends a text."""
+"""Placeholder for any token that ends a text."""
 
 Tokens = Int[Tensor, " seq"]
 
 
 class _Reached(Exception):  # noqa: N818 - a signal, not an error
-    """Raised by the hook of the layer that was asked for: what lies above is not wanted."""
+    """Raised by the hook of the requested layer to end the forward pass."""
 
 
 @contextlib.contextmanager
@@ -43,7 +43,7 @@ def _adding(model: LanguageModel, source: int, theta: Float[Tensor, "batch d_mod
 def stream(
     model: LanguageModel, tokens: Tokens, layer: int, source: int | None = None, theta: Tensor | None = None
 ) -> Float[Tensor, "seq d_model"]:
-    """The output of block `layer` on one prompt, float32, with θ added after block `source`."""
+    """The output of layer `layer` on one prompt, float32, with θ added to the output of layer `source`."""
     found: list[Tensor] = []
 
     def take(_layer: nn.Module, _args: tuple, output: Any) -> None:
@@ -64,7 +64,7 @@ def stream(
 def logits(
     model: LanguageModel, tokens: Tokens, source: int, theta: Float[Tensor, "batch d_model"], last: int
 ) -> Float[Tensor, "batch last vocab"]:
-    """The logits of the last positions of one text under each θ, float32."""
+    """The logits of the last `last` positions of one text under each θ, float32."""
     keeps = "logits_to_keep" in inspect.signature(model.network.forward).parameters
     with _adding(model, source, theta):
         ids = tokens.expand(len(theta), -1).to(model.device)
@@ -76,7 +76,7 @@ def logits(
 def text(
     model: LanguageModel, tokens: Tokens, source: int, theta: Float[Tensor, " d_model"], length: int
 ) -> tuple[list[int], list[Tensor]]:
-    """What transformers' `generate` writes greedily, and the logits of each token, float32 on the CPU."""
+    """The greedy text of transformers' `generate`, and the logits of each token, float32 on the CPU."""
     ends = model.end_tokens
     network: Any = model.network
     greedy = GenerationConfig(
@@ -84,12 +84,12 @@ def text(
         return_dict_in_generate=True, output_logits=True,
     )  # fmt: skip
     ids = tokens[None].to(model.device)
-    # Whatever is unset would be taken from the model's own, as a repetition penalty.
+    # Unset fields default to the model's generation config, such as a repetition penalty.
     before, network.generation_config = network.generation_config, GenerationConfig()
     try:
         with _adding(model, source, theta[None]):
             found = network.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
-    # Where the model's class cannot, what it does without a cache is as plain.
+    # For a model class without a working `generate`, decoding without a cache is an equivalent reference.
     except (AttributeError, NotImplementedError, TypeError, ValueError):
         return reread(model, tokens, source, theta, length)
     finally:
@@ -101,7 +101,7 @@ def text(
 def reread(
     model: LanguageModel, tokens: Tokens, source: int, theta: Float[Tensor, " d_model"], length: int
 ) -> tuple[list[int], list[Tensor]]:
-    """The same by reading everything anew at each token."""
+    """The same as `text`, with a full forward pass at each token instead of a cache."""
     written, read = [], []
     while len(written) < length and END not in written:
         read.append(logits(model, tokens, source, theta[None], 1)[0, 0].cpu())
@@ -118,9 +118,9 @@ def steps(
     options: ChainOptions,
     thetas: Float[Tensor, "2 d_model"],
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Of both θ on one prompt: h_target, z, and the loss against the other θ's z with its gradient, on the CPU.
+    """For each of two θ on one prompt: h_target, z, the loss against the other θ's z, and its gradient, on the CPU.
 
-    `layers`: source and target.
+    `layers` are source and target.
     """
     source, target = layers
     free = [theta.to(model.device).requires_grad_() for theta in thetas]

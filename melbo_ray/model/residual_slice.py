@@ -1,7 +1,7 @@
-"""The steered slice of a model: from the source layer's residual stream plus θ to the target layer's.
+"""The steered slice of a model, from the residual stream after the source layer plus θ to that after the target layer.
 
-Layer ℓ is the output of decoder block ℓ counted from 0: the post's and TransformerLens's `blocks.ℓ.hook_resid_post`,
-transformers' `hidden_states[ℓ + 1]`. θ is added after block `source`; blocks source + 1 … target run on the sum.
+Layer ℓ denotes the output of decoder layer ℓ, counted from 0: `blocks.ℓ.hook_resid_post` in the post and in
+TransformerLens, `hidden_states[ℓ + 1]` in transformers. Layers source + 1 … target run on the sum.
 """
 
 import contextlib
@@ -20,31 +20,36 @@ from melbo_ray.model.compiled_step import Recorded
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.soundness import require_steerable, sound
 
-# Evaluations from which on compiling the step saves more time than it takes (2 cores: half a minute, 6 ms of 25).
+# Number of evaluations from which compiling the step pays off (on 2 cores: half a minute, for 6 ms less of 25).
 _WORTH_COMPILING = 10_000
 
 
 class _Captured(Exception):  # noqa: N818 - a signal, not an error
-    """Raised inside the one real forward pass when every call has been seen."""
+    """Raised to end the captured forward pass after the target layer's call."""
 
 
 class Slice:
-    """h_target(θ) on one or more prompts; everything below the source layer has been computed once.
+    """The target layer's residual stream as a function of θ, on one or more prompts.
 
-    The blocks are called exactly as the model itself called them in one real forward pass (arguments captured by
-    hooks and replayed), so any decoder-only architecture of transformers works. Prompts of different lengths are
-    padded on the right: attention is causal, so what stands to the right of a position cannot reach it. Layers whose
-    arguments fit a batch of one alone (ALiBi's of Bloom) take one row at a time, and a warning says so.
+    The layers up to the source are computed once. The layers above are called with the arguments that the model passed
+    in one real forward pass, captured by hooks, so any decoder-only architecture of transformers works. Prompts are
+    padded on the right, which causal attention ignores. Layers whose arguments only fit a batch of one (ALiBi in Bloom)
+    process one row at a time, and a warning says so.
 
     Args:
         model: the model; its parameters are frozen.
         prompts: token ids, (seq,) int64 each, one row of the slice each.
-        source: layer after which θ is added.
-        target: layer whose output is read; source < target < number of layers.
-        evaluations: of `value_and_grad`, about how many are to come: from 10,000 on it is compiled.
+        source: layer to whose output θ is added.
+        target: layer whose output is compared; source < target < number of layers.
+        evaluations: expected number of `value_and_grad` calls; from 10,000 on the step is compiled.
+
+    Attributes:
+        h_source: the unsteered output of the source layer, (prompts, seq, d_model) float32.
+        lengths: tokens of each prompt, (prompts,) int64.
 
     Raises:
-        UserError: a layer out of range, source not below target, or what `require_steerable` raises.
+        UserError: a layer is out of range, source is not below target, or the model cannot be steered
+            (`require_steerable`).
     """
 
     def __init__(
@@ -70,23 +75,23 @@ class Slice:
         h_source = torch.cat([hidden for hidden, _ in captures])
         self.h_source: Float[Tensor, "prompts seq d_model"] = h_source.to(model.device, torch.float32)
         self._at_once = self._sound()
-        # A recording on CUDA is of one device.
+        # A CUDA graph covers one device only.
         on_one = {parameter.device for layer, _ in self._calls for parameter in layer.parameters()} <= {model.device}
-        # Held weakly: in a cycle with it, a recording's memory would stay on the GPU until some later collection.
+        # Held weakly: a reference cycle would keep a recording's GPU memory until garbage collection.
         step = functools.partial(Slice._value_and_grad, weakref.proxy(self))
         self.value_and_grad = Recorded(step, evaluations >= _WORTH_COMPILING, model.packed) if on_one else step
 
     @property
     def num_prompts(self) -> int:
-        """Prompts of the slice."""
+        """Number of prompts."""
         return len(self.lengths)
 
     def h_target(
         self, theta: Float[Tensor, "batch d_model"], rows: Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch seq d_model"]:
-        """The target layer's residual stream, in the model's dtype, with theta[i] added on prompt rows[i].
+        """The target layer's residual stream on prompt rows[i] under theta[i], in the model's dtype.
 
-        Without `rows`: one prompt serves every θ; several prompts take one θ each, in order.
+        Without `rows`, a single prompt is used for every θ, and several prompts take one θ each, in order.
         """
         if not self._at_once and len(theta) > 1:
             rows = self._of(torch.arange(self.num_prompts), theta, rows)
@@ -96,7 +101,7 @@ class Slice:
     def _through(self, theta: Tensor, rows: Tensor | None) -> Tensor:
         """`h_target` in one pass."""
         h = (self._of(self.h_source, theta, rows) + theta[:, None, :]).to(self.model.dtype)
-        # What layers write for later ones is of one pass.
+        # Layers pass keys and values to later layers within one pass.
         made: dict[int, Any] = {}
         for layer, arguments in self._calls:
             h = call(layer, h, chosen(arguments, lambda values: self._of(values, theta, rows), made))
@@ -105,13 +110,13 @@ class Slice:
     def z(
         self, theta: Float[Tensor, "batch d_model"], rows: Int[Tensor, " batch"] | None = None, z_from: int = 0
     ) -> Float[Tensor, "batch d_model"]:
-        """The mean of `h_target` over the prompt's positions from `z_from` on, float32; from 0 it is the post's z."""
+        """The mean of `h_target` over the prompt's positions from `z_from` on, float32; the post's z starts at 0."""
         return self.mean(self.h_target(theta, rows), rows, z_from)
 
     def mean(
         self, h: Float[Tensor, "batch seq d_model"], rows: Int[Tensor, " batch"] | None = None, z_from: int = 0
     ) -> Float[Tensor, "batch d_model"]:
-        """The mean of h[i] over the positions of prompt rows[i] from `z_from` on, float32; NaN where there is none."""
+        """The mean of h[i] over the positions of prompt rows[i] from `z_from` on, float32; NaN if there are none."""
         lengths = self._of(self.lengths, h, rows)[:, None]
         positions = torch.arange(h.shape[1], device=h.device)
         counted = ((positions >= z_from) & (positions < lengths)).float()
@@ -127,9 +132,9 @@ class Slice:
         norm_penalty: float = 0.0,
         max_norm: float | None = None,
     ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch d_model"]]:
-        """‖z(θ) − z_base‖ + norm_penalty·‖θ‖ of each row and its gradient; a longer θ is first shortened to `max_norm`.
+        """The loss ‖z(θ) − z_base‖ + norm_penalty·‖θ‖ of each row and its gradient; θ is first shortened to `max_norm`.
 
-        Everything on the slice's device and float32; nothing waits for the device.
+        All tensors are float32 on the slice's device, and nothing synchronises with the device.
         """
         free = theta.detach().requires_grad_()
         bounded = free
@@ -143,7 +148,7 @@ class Slice:
 
     @torch.no_grad()
     def _sound(self) -> bool:
-        """Whether rows of a batch come out as each alone."""
+        """Whether the rows of a batch agree with single rows."""
         generator = torch.Generator().manual_seed(0)
         draws = torch.randn(2, self.h_source.shape[-1], generator=generator).to(self.h_source)
         theta = nn.functional.normalize(draws, dim=-1) * self.h_source[0, : self.lengths[0]].norm(dim=-1).median() / 3
@@ -167,7 +172,11 @@ class Slice:
 
 
 def check_layers(source: int, target: int, num_layers: int) -> None:
-    """Raises UserError unless 0 <= source < target < num_layers."""
+    """Check the layer numbers.
+
+    Raises:
+        UserError: unless 0 <= source < target < num_layers.
+    """
     if not 0 <= source < num_layers or not 0 <= target < num_layers:
         raise UserError(
             f"layers {source} → {target} are out of range: the model has {num_layers}, so 0 to {num_layers - 1}"
@@ -179,20 +188,20 @@ def check_layers(source: int, target: int, num_layers: int) -> None:
 def capture(
     model: LanguageModel, tokens: Int[Tensor, "1 seq"], source: int, target: int
 ) -> tuple[Float[Tensor, "1 seq d_model"], list[tuple[nn.Module, tuple[tuple, dict[str, Any]]]]]:
-    """The source layer's output on `tokens`, and how the model calls each of layers source + 1 … target.
+    """The source layer's output on `tokens`, and the model's calls of layers source + 1 … target.
 
-    A call is (layer, (positional arguments after the hidden states, keyword arguments)). Nothing above the target
-    layer runs.
+    A call is (layer, (positional arguments after the hidden states, keyword arguments)). The layers above the target
+    do not run.
 
     Raises:
-        UserError: what a layer takes is not what the one below it puts out: these are no layers to be called in turn.
+        UserError: a layer's input is not the output of the layer below, so the layers cannot be called in sequence.
     """
     calls: list[tuple[nn.Module, tuple[tuple, dict[str, Any]]]] = []
     hidden: list[Tensor] = []
     below: list[Tensor] = []
 
     def put_out(_layer: nn.Module, _args: tuple, output: Any) -> None:
-        # What comes next may write into it.
+        # Cloned, because later code may modify it in place.
         below.append(stream(output).detach().clone())
 
     def record(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -218,6 +227,6 @@ def capture(
 
 
 def call(layer: nn.Module, h: Float[Tensor, "batch seq d_model"], arguments: tuple[tuple, dict[str, Any]]) -> Tensor:
-    """The layer's output hidden states, whether it returns them bare or first in a tuple."""
+    """Call a layer and return its hidden states."""
     args, kwargs = arguments
     return stream(layer(h, *args, **kwargs))

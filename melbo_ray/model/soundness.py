@@ -1,4 +1,4 @@
-"""Whether a faster way of computing logits is right on a model: compared with the plain one, and kept."""
+"""Cached checks of a model: whether it can be steered, and whether faster ways of computing are correct on it."""
 
 import contextlib
 import functools
@@ -23,9 +23,10 @@ def sound(
     ours: Callable[[], Iterable[Tensor]],
     plain: Callable[[], Iterable[Tensor]],
 ) -> bool:
-    """Whether a way of computing logits gives this model's; compared once for rows of up to `length` tokens, and kept.
+    """Whether a faster way of computing agrees with the plain one on this model.
 
-    Where it does not, a warning says what is done `otherwise`.
+    The comparison is cached under `name` for rows of up to `length` tokens. If the ways differ, a warning says what is
+    done `otherwise`.
     """
     compared = model.kept.get(name)
     if compared is not None and (compared == 0 or compared >= length):
@@ -36,7 +37,7 @@ def sound(
             raise RuntimeError("this model's logits would be others")
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
-    # What a model says to arguments that it does not know is its own.
+    # Models raise errors of any type for arguments that they do not accept.
     except Exception as error:
         warnings.warn(f"{otherwise}, which costs time only: {first_line(error)}", stacklevel=4)
         length = 0
@@ -46,10 +47,10 @@ def sound(
 
 @torch.no_grad()
 def require_steerable(model: LanguageModel, tokens: Int[Tensor, " seq"]) -> None:
-    """Compared once a model, and kept: one stream runs through its layers, and no position sees what follows it.
+    """Check, once per model, that a single residual stream runs through its layers and that the model is causal.
 
     Raises:
-        UserError: several streams, or something else; or a model that reads both ways (BERT, XLNet).
+        UserError: the layers do not pass a single stream, or positions attend to later ones (BERT, XLNet).
     """
     if "steerable" in model.kept:
         return
@@ -57,10 +58,10 @@ def require_steerable(model: LanguageModel, tokens: Int[Tensor, " seq"]) -> None
         for layer in model.layers:
             hooks.callback(layer.register_forward_hook(functools.partial(_require_stream, model)).remove)
         alone = _logits(model, tokens)
-    # What follows must not change what the model says before it.
+    # Appended tokens must not change the logits before them.
     followed = _logits(model, torch.cat([tokens, tokens.flip(0)])[: model.max_length])[: len(tokens)]
     gaps = (followed - alone).norm(dim=-1) / alone.norm(dim=-1)
-    # Single positions may go another way by the last bits, where experts or keys are chosen.
+    # The median, because rounding may flip the choice of experts or keys at single positions.
     if bool(gaps.median() > torch.finfo(model.dtype).eps ** 0.5):
         raise UserError("the model is not causal: what follows a token changes what it says there; take a decoder")
     model.kept["steerable"] = True
@@ -75,6 +76,6 @@ def _require_stream(model: LanguageModel, _layer: nn.Module, _args: tuple, outpu
 
 
 def _same(dtype: torch.dtype, ours: Float[Tensor, "kept vocab"], theirs: Float[Tensor, "kept vocab"]) -> bool:
-    """Whether two tables of logits agree row by row to half of the digits of `dtype`, up to a constant each."""
+    """Whether the logits agree row by row to half of the digits of `dtype`, up to a constant per row."""
     gap, size = (part - part.mean(-1, keepdim=True) for part in (ours - theirs, theirs))
     return bool((gap.norm(dim=-1) <= torch.finfo(dtype).eps ** 0.5 * size.norm(dim=-1)).all())

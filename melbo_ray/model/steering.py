@@ -1,6 +1,6 @@
-"""Logits with a steering vector of its own on every row of the batch.
+"""Logits under a separate steering vector for every row of the batch.
 
-θ is added to the output of decoder block `source` at every position, prompt and continuation alike.
+θ is added to the output of decoder layer `source` at every position of prompt and continuation.
 """
 
 import functools
@@ -13,37 +13,40 @@ from torch import Tensor
 
 from melbo_ray.errors import UserError
 from melbo_ray.model.architecture import masks, stream
-from melbo_ray.model.hooks import reaching, reading, skipping, steering
+from melbo_ray.model.hooks import logits_at, reaching, skipping, steering
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.packed_linear import onednn
-from melbo_ray.model.rows import Prefix, lay_out
+from melbo_ray.model.rows import Prefix, lay_out_rows
 from melbo_ray.model.soundness import require_steerable, sound
 
 PASS_TOKENS = 2048
-"""Tokens of one forward pass: enough to fill two cores or one GPU, few enough for the memory of either."""
-# The same for a pass that puts out the logits of every position.
+"""Tokens per forward pass: enough to saturate two cores or one GPU, and few enough for the memory of either."""
+# The same for a pass that computes the logits of every position.
 _TOKENS_WHOLE = 256
 
 
 class Prompts:
-    """Prompts that stay, vectors that change: logits after each prompt, and along continuations forced on the model.
+    """Fixed prompts under varying vectors: logits after each prompt and along forced continuations.
 
-    Everything up to the source layer is computed once (`rows`). The continuations of one prompt branch from its end
-    inside one row, each blind to the others, so that several cost one pass over the prompt (`branches`). Both are
-    compared with the plainest way (`whole`: a pass of the whole model over each continuation) at a model's first use,
-    and again on rows longer than any compared before; where one differs, a warning says so and the next serves.
+    The layers up to the source are computed once (`rows`). The continuations of one prompt share its row, masked from
+    each other, so that they cost one pass over the prompt (`branches`). Both ways are compared with the plain one
+    (`whole`: a pass of the whole model over each continuation) at a model's first use, and again on longer rows than
+    before; if one differs, a warning says so and the next way is taken.
 
     Args:
         model: the model.
         prompts: token ids, (seq,) int64 each.
-        source: layer after which θ is added.
-        continuations: for each prompt the token ids of continuations to force; none by default.
-        way: `branches`, `rows` or `whole`; by default the first of them that is right on this model.
+        source: layer to whose output θ is added.
+        continuations: for each prompt, the token ids of the continuations to force; none by default.
+        way: `branches`, `rows` or `whole`; by default the first of these that is correct on this model.
 
     Attributes:
-        targets: for each prompt, the token that each row of its logits predicts: its continuations end to end (empty
-            where there is none, and the one row of logits is then the next token's).
+        targets: for each prompt, the tokens that the rows of its logits predict: its continuations end to end; empty
+            without continuations, when the only row predicts the next token.
         way: the way taken.
+
+    Raises:
+        UserError: the model cannot be steered (`require_steerable`).
     """
 
     def __init__(
@@ -60,30 +63,30 @@ class Prompts:
         branches = [[branch.cpu() for branch in forced] for forced in continuations or [[]] * len(prompts)]
         self.targets = [torch.cat([torch.empty(0).long(), *forced]) for forced in branches]
         self.way = way or _pick(model, prompts, source, branches)
-        self._rows = lay_out(prompts, branches, self.way == "branches")
+        self._rows = lay_out_rows(prompts, branches, self.way == "branches")
         size = max(1, PASS_TOKENS // self._rows.tokens.shape[1])
         parts = [self._below(rows) for rows in torch.arange(len(self._rows.tokens)).split(size)]
         self._h = torch.cat(parts)
 
     @functools.cached_property
-    def h_source(self) -> Float[Tensor, "prompts places d_model"]:
-        """The source layer's stream, unsteered: each prompt's, then its continuations', padded on the right."""
-        laid = self._rows
-        owner = torch.tensor([prompt for prompt, rows in enumerate(laid.of) for _ in rows])
-        there = laid.groups >= 0
-        whole = self._h.new_zeros(len(laid.of), int(laid.places.max()) + 1, self._h.shape[-1])
+    def h_source(self) -> Float[Tensor, "prompts offsets d_model"]:
+        """The unsteered output of the source layer: each prompt, then its continuations, padded on the right."""
+        layout = self._rows
+        owner = torch.tensor([prompt for prompt, rows in enumerate(layout.of) for _ in rows])
+        there = layout.groups >= 0
+        whole = self._h.new_zeros(len(layout.of), int(layout.offsets.max()) + 1, self._h.shape[-1])
         here = whole.device
-        whole[owner[:, None].expand_as(there)[there].to(here), laid.places[there].to(here)] = self._h[there.to(here)]
+        whole[owner[:, None].expand_as(there)[there].to(here), layout.offsets[there].to(here)] = self._h[there.to(here)]
         return whole
 
     @torch.no_grad()
     def logits(
-        self, theta: Float[Tensor, "n *places d_model"], prompts: Int[Tensor, " n"] | None = None
+        self, theta: Float[Tensor, "n *offsets d_model"], prompts: Int[Tensor, " n"] | None = None
     ) -> Iterator[Float[Tensor, "kept vocab"]]:
-        """Logits of prompts[i] under theta[i], in order, float32: a row for each of the prompt's `targets`.
+        """Logits of prompts[i] under theta[i], in order, float32: one row per target of the prompt.
 
-        Without `prompts`: one prompt serves every θ; several take one θ each. A θ of shape (places, d_model) differs
-        by position, as `h_source` has them.
+        Without `prompts`, a single prompt is used for every θ, and several prompts take one θ each. A θ of shape
+        (offsets, d_model) differs by position, in the layout of `h_source`.
         """
         if prompts is None:
             prompts = torch.arange(len(theta)) if len(self.targets) > 1 else torch.zeros(len(theta), dtype=torch.long)
@@ -94,8 +97,8 @@ class Prompts:
     def under(self, theta: Float[Tensor, " d_model"]) -> Iterator[Float[Tensor, "kept vocab"]]:
         """Logits of every prompt under one θ, in order, float32.
 
-        What all prompts begin with (a system turn) is read once, and their rows go on from its keys and values. That
-        is compared with `logits` as the ways are, and where it differs, `logits` serves.
+        The prefix common to all prompts, such as a system turn, is prefilled once, and the rows continue from its keys
+        and values. This is compared with `logits` like the ways of the class, and if it differs, `logits` is used.
         """
         prompts = torch.arange(len(self.targets))
         prefix = self._prefix(theta) if self._sharing() else None
@@ -103,33 +106,33 @@ class Prompts:
             yield from self._chunk(theta.expand(len(part), -1), prompts[part], prefix)
 
     def _parts(self, count: int, skipped: int = 0) -> Iterable[Tensor]:
-        """The numbers below `count` in parts, each for one pass."""
+        """The indices below `count`, split into one tensor per pass."""
         rows = max(map(len, self._rows.of))
         width = self._rows.tokens.shape[1] - skipped
         most = _TOKENS_WHOLE if self.way == "whole" else PASS_TOKENS
         return torch.arange(count).split(max(1, most // (rows * width))) if count else []
 
     def _chunk(self, theta: Tensor, prompts: Tensor, prefix: Prefix | None = None) -> tuple[Tensor, ...]:
-        laid = self._rows
-        of = [laid.of[prompt] for prompt in prompts.tolist()]
+        layout = self._rows
+        of = [layout.of[prompt] for prompt in prompts.tolist()]
         rows = torch.tensor([row for group in of for row in group])
         owner = torch.repeat_interleave(torch.tensor([len(group) for group in of])).to(theta.device)
-        start, width = 0 if prefix is None else prefix.size, int(laid.lengths[rows].max())
-        places = laid.places[rows, start:width].to(theta.device)
-        added = theta[owner][:, None] if theta.ndim == 2 else theta[owner[:, None], places]
-        kept = [laid.kept[row] - start for row in rows.tolist()]
+        start, width = 0 if prefix is None else prefix.size, int(layout.lengths[rows].max())
+        offsets = layout.offsets[rows, start:width].to(theta.device)
+        added = theta[owner][:, None] if theta.ndim == 2 else theta[owner[:, None], offsets]
+        kept = [layout.kept[row] - start for row in rows.tolist()]
         where = torch.repeat_interleave(torch.tensor([len(part) for part in kept])), torch.cat(kept)
         logits = self._run(rows, added, where, (start, width), prefix)
-        return logits.float().split([sum(len(laid.kept[row]) for row in group) for group in of])
+        return logits.float().split([sum(len(layout.kept[row]) for row in group) for group in of])
 
     def _run(
         self, rows: Tensor, added: Tensor, where: tuple[Tensor, Tensor], span: tuple[int, int], prefix: Prefix | None
     ) -> Tensor:
-        """Logits at `where` with `added` on the rows' source layer; positions are those of `span`."""
+        """Logits at `where`, with `added` on the source layer of the rows; the columns are those of `span`."""
         if self.way == "whole":
             with steering(self.model, self.source, added):
                 return self._forward(rows, span)[where]
-        with self._skipping(rows, added, span), reading(self.model, where):
+        with self._skipping(rows, added, span), logits_at(self.model, where):
             return self._forward(rows, span, prefix)[0]
 
     def _skipping(self, rows: Tensor, added: Tensor, span: tuple[int, int]) -> AbstractContextManager[None]:
@@ -138,7 +141,7 @@ class Prompts:
         return skipping(self.model, self.source, h, self._in_tuple)
 
     def _below(self, rows: Tensor) -> Tensor:
-        """The source layer's output on these rows; nothing above it runs."""
+        """The source layer's output on these rows; the layers above do not run."""
         with torch.no_grad(), reaching(self.model.layers[self.source]) as found:
             self._forward(rows, (0, self._rows.tokens.shape[1]))
         self._in_tuple = isinstance(found[0], tuple)
@@ -146,21 +149,21 @@ class Prompts:
 
     def _forward(self, rows: Tensor, span: tuple[int, int], prefix: Prefix | None = None) -> Tensor:
         start, width = span
-        laid, arguments = self._rows, {}
+        layout, arguments = self._rows, {}
         if self.way == "branches" or prefix is not None:
-            positions = laid.positions[rows, :width].to(self.model.device)
-            seen = laid.sees(rows, start, width).to(self.model.device)
+            positions = layout.positions[rows, :width].to(self.model.device)
+            seen = layout.sees(rows, start, width).to(self.model.device)
             arguments = {
                 "attention_mask": masks(self.model.network, seen, positions[:, start:], positions),
                 "position_ids": positions[:, start:],
                 "past_key_values": prefix,
             }
-        tokens = laid.tokens[rows, start:width].to(self.model.device)
+        tokens = layout.tokens[rows, start:width].to(self.model.device)
         with onednn():
             return self.model.network(input_ids=tokens, use_cache=prefix is not None, **arguments).logits
 
     def _prefix(self, theta: Float[Tensor, " d_model"]) -> Prefix:
-        """The keys and values of what all rows begin with, under θ."""
+        """The keys and values of the common prefix under θ."""
         prefix = Prefix(self._rows.common)
         row, span = torch.zeros(1, dtype=torch.long), (0, prefix.size)
         with self._skipping(row, theta, span), reaching(self.model.layers[-1]):
@@ -169,7 +172,7 @@ class Prompts:
         return prefix
 
     def _sharing(self) -> bool:
-        """Whether `under` reads what all prompts begin with once."""
+        """Whether `under` may prefill the common prefix once."""
         if self.way == "whole" or len(self.targets) < 2 or not self._rows.common:
             return False
         length = int(self._rows.lengths.max())
@@ -185,7 +188,7 @@ class Prompts:
 
 
 def _pick(model: LanguageModel, prompts: list[Tensor], source: int, branches: list[list[Tensor]]) -> str:
-    """The first way that is right on the longest of these prompts, those with several continuations first."""
+    """The first way that is correct on the longest prompt, among those with several continuations if there are any."""
     most = max(map(len, branches), default=0)
     sizes = [(len(own) > 1, len(prompt) + sum(map(len, own))) for prompt, own in zip(prompts, branches, strict=True)]
     (_, length), longest = max((size, i) for i, size in enumerate(sizes))
@@ -203,8 +206,8 @@ def _pick(model: LanguageModel, prompts: list[Tensor], source: int, branches: li
 
 
 def _probe(prompts: Prompts) -> Float[Tensor, " d_model"]:
-    """A random vector that makes itself felt: of a third of the stream's norm in the median."""
-    # The first prompt alone, which every way reads alike.
+    """A random vector with a clear effect: its norm is a third of the stream's median norm."""
+    # The first prompt alone, whose layout is the same in every way.
     own = prompts._h[0, : int(prompts._rows.kept[0].min()) + 1]
     norm = own.float().norm(dim=-1).median().cpu() / 3
     draw = torch.randn(prompts.model.d_model, generator=torch.Generator().manual_seed(0))
@@ -212,12 +215,16 @@ def _probe(prompts: Prompts) -> Float[Tensor, " d_model"]:
 
 
 def target_log_probs(logits: Float[Tensor, "kept vocab"], targets: Int[Tensor, " kept"]) -> Float[Tensor, " kept"]:
-    """The log-probability of each target token (nats), float32."""
+    """The log-probability of each target token, nats, float32."""
     return logits.log_softmax(-1).gather(-1, targets.to(logits.device)[:, None])[:, 0]
 
 
 def encode(model: LanguageModel, continuation: str) -> Int[Tensor, " seq"]:
-    """The tokens of a text that continues another; UserError where it has none."""
+    """The tokens of a continuation, without special tokens.
+
+    Raises:
+        UserError: the continuation is empty.
+    """
     ids = model.tokenizer(continuation, add_special_tokens=False, return_tensors="pt")["input_ids"][0].long()
     if not len(ids):
         raise UserError("a continuation is empty: give the opening of an answer")
@@ -233,8 +240,8 @@ def continuation_score(
 ) -> Float[Tensor, " n"]:
     """Mean log-probability per token of all `continuations` after the prompt, steered minus unsteered.
 
-    Nats per token, float32, on the CPU; every token of every continuation counts the same. Above 0 the vector makes
-    the concept likelier. NaN for a vector that is not finite.
+    The score is in nats per token, float32, on the CPU; all tokens of all continuations have equal weight. A positive
+    score means that the vector makes the concept more likely; a vector that is not finite has NaN.
     """
     prompts = Prompts(model, [prompt_tokens], source_layer, [[encode(model, text) for text in continuations]])
     rows = torch.cat([thetas.new_zeros(1, model.d_model), thetas])

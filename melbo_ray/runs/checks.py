@@ -1,4 +1,4 @@
-"""What the self-check of a run came to: in the manifest by role, host and check, and in one line."""
+"""Results of the self-checks of a run, as stored in the manifest and as summarised in one line."""
 
 from typing import NotRequired
 
@@ -8,7 +8,7 @@ EXACT, PLAIN = "exact", "plain way"
 
 
 class Check(TypedDict):
-    """One check. Errors are relative; that of `texts` counts tokens, as `compared` does there."""
+    """The result of one check; errors are relative, except for `texts`, where `error` and `compared` count tokens."""
 
     error: float
     tolerance: float
@@ -24,14 +24,14 @@ Checks = dict[str, dict[str, dict[str, Check]]]
 
 
 def merge(checks: Checks, role: str, host: str, found: dict[str, Check]) -> None:
-    """Note what another worker found; of several workers of one role on one host the worst stays."""
+    """Add a worker's checks; of several workers of one role on one host the worst result is kept."""
     kept = checks.setdefault(role, {}).setdefault(host, {})
     for name, check in found.items():
         kept[name] = max(kept.get(name, check), check, key=_badness)
 
 
 def worst(checks: Checks) -> dict[str, Check]:
-    """The worst of each check over all workers, with its `role` and `host`."""
+    """The worst result of each check over all workers, with its `role` and `host`."""
     found: dict[str, Check] = {}
     for role, hosts in checks.items():
         for host, by_name in hosts.items():
@@ -42,12 +42,12 @@ def worst(checks: Checks) -> dict[str, Check]:
 
 
 def line(checks: Checks) -> str:
-    """The worst of each check, as the summary tells it; empty where nothing was checked."""
+    """The worst result of each check in one line; empty if nothing was checked."""
     return ", ".join(f"{name} {_told(name, check)}" for name, check in worst(checks).items())
 
 
 def reasons(checks: Checks) -> list[str]:
-    """What is done the plain way, and why: a line each."""
+    """One line for each computation that is done the plain way, with the reason."""
     return [f"{name} by the plain way: {c['reason']}" for name, c in worst(checks).items() if c["verdict"] == PLAIN]
 
 

@@ -1,8 +1,8 @@
-"""The right to drive a run: one driver at a time, by conditional writes in storage, with an expiry.
+"""The lease of a run: it ensures one driver at a time, by conditional writes to storage and an expiry.
 
-Leases are numbered objects `lease/000001.json`, …; the highest number rules. A driver renews its own object; another
-takes over, once that has expired, by creating the next number, which exactly one can. Clocks of the machines may
-differ by less than the time to live.
+Leases are numbered objects `lease/000001.json`, …; the highest number is valid. A driver renews its own object. Once
+that has expired, another driver takes over by creating the next number, which only one can. The machines' clocks must
+agree within the time to live.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ _RENEW_EVERY = 5.0
 
 
 class LeaseLostError(UserError):
-    """Another driver has taken the run over; this one must not write any more."""
+    """Another driver has taken over the run, so this one must stop writing."""
 
 
 class Lease:
-    """Hold the lease of the run at `storage`, renewed by a thread until `release`.
+    """Acquire the lease of a run; a thread renews it until `release`.
 
     Args:
-        storage: the run's folder; a brisk one, since a renewal that is tried for long writes an expiry that has passed.
+        storage: the run's folder, with few retries, because a renewal that is delayed for long has already expired.
 
     Raises:
         UserError: another driver holds it.
@@ -50,7 +50,7 @@ class Lease:
         self._expires = time.time() + TIME_TO_LIVE
         if not storage.create(_name(self._number), self._content(self._expires)):
             raise _refusal(storage, _read(storage, self._number))
-        # Its holder may have renewed between our look and our creation; it will see ours, and we must see it.
+        # The holder may have renewed between our read and our write; it sees our lease, and we must see its renewal.
         again = None if highest is None else _read(storage, highest)
         if again is not None and _alive(again):
             storage.put(_name(self._number), self._content(0.0))
@@ -61,21 +61,21 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Return while the run is ours for some seconds more, renewing where it must; else raise.
+        """Ensure that the lease is valid for at least half of its time to live, renewing it if necessary.
 
         Raises:
             LeaseLostError: another driver has taken over.
-            StorageError: the lease cannot be renewed, however patiently.
+            StorageError: the lease cannot be renewed.
         """
         with self._lock:
-            # A renewal that had to wait for storage has written an expiry that is near, or over: then another one.
+            # A renewal that waited for storage may already be near its expiry, hence the loop.
             while self._lost is None and time.time() > self._expires - TIME_TO_LIVE / 2:
                 self._renew(self._patient)
             if self._lost is not None:
                 raise self._lost
 
     def release(self) -> None:
-        """Give the run back: the next driver need not wait for the expiry."""
+        """Release the lease, so that the next driver need not wait for its expiry."""
         self._stop.set()
         self._thread.join()
         if self._lost is None:
@@ -88,12 +88,12 @@ class Lease:
                 try:
                     self._renew(self._storage)
                 except StorageError:
-                    continue  # the expiry stays what it was; `check` tries again before anything is published
+                    continue  # the expiry is unchanged; `check` renews again before anything is published
             if self._lost is not None:
                 return
 
     def _renew(self, storage: Storage) -> None:
-        """Later expiry, once it is written and nobody is seen to have taken over."""
+        """Extend the expiry, unless another driver has taken over."""
         expires = time.time() + TIME_TO_LIVE
         storage.put(_name(self._number), self._content(expires))
         highest = _highest(storage)
@@ -103,17 +103,17 @@ class Lease:
             self._expires = expires
 
     def _content(self, expires: float) -> bytes:
-        place = {
+        process = {
             "host": socket.gethostname(),
             "namespace": _namespace(),
             "pid": os.getpid(),
             "born": _born(os.getpid()),
         }
-        return json.dumps({"owner": self._owner, "expires": expires, **place}).encode()
+        return json.dumps({"owner": self._owner, "expires": expires, **process}).encode()
 
 
 def holder(storage: Storage) -> dict | None:
-    """Who drives the run at `storage` now: the lease's content, None where nobody does."""
+    """The content of the valid lease, which identifies the run's driver; None if the run has no driver."""
     highest = _highest(storage)
     found = None if highest is None else _read(storage, highest)
     return found if found is not None and _alive(found) else None
@@ -150,7 +150,7 @@ def _refusal(storage: Storage, lease: dict | None) -> UserError:
 
 
 def _namespace() -> str:
-    """What tells apart containers that share a host name: process ids mean something within one only."""
+    """Id of the boot and of the PID namespace, which distinguishes containers with the same host name."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
@@ -159,7 +159,7 @@ def _namespace() -> str:
 
 
 def _born(pid: int) -> float | None:
-    """When the process `pid` of this machine started, which with its id names it; None where there is none."""
+    """Start time of the process `pid` on this machine, as pids are reused; None if there is no such process."""
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()

@@ -1,4 +1,4 @@
-"""`run.json`, typed: what a run is, what it was made with, and how far it has come."""
+"""The manifest of a run, `run.json`: its configuration, software and progress."""
 
 import json
 import re
@@ -14,19 +14,19 @@ from melbo_ray.runs.work_unit import Coverage
 
 
 class RenderedPrompt(BaseModel):
-    """A prompt as the model reads it: in its chat template, and as tokens."""
+    """A prompt in the model's chat template, as text and as tokens."""
 
     text: str
     tokens: list[int]
 
 
 Rendered = dict[str, dict[str, RenderedPrompt]]
-"""Prompts by concept and name; `training` is the training prompt's."""
+"""Prompts by concept and name; the training prompt has the name `training`."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Whether each kind of worker holds packed copies of its weights; results differ in the last bits by it."""
+    """Whether each kind of worker holds packed copies of its weights, which changes the last bits of results."""
 
     chain: bool = True
     evaluator: bool = True
@@ -36,18 +36,18 @@ ALL_PACKED = Packed()
 
 
 class Outcome(BaseModel):
-    """What has come of a concept; on disk is what is known."""
+    """The result of a concept; only known fields are written to disk."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     vectors: int = 0
     """Length of the chain."""
     stop_reason: str | None = None
-    """Why the chain ended; None while it goes on."""
+    """Why the chain ended; None while it is running."""
     max_abs_cos: float | None = None
-    """Largest |cos| of any two of θ₀ and the chain, float64; audited when the run ends."""
+    """Largest |cos| of any two vectors among θ₀ and the chain, float64; computed at the end of the run."""
     failures: int | None = None
-    """Rows of the table `failures`, when the run ended."""
+    """Number of rows of the table `failures` at the end of the run."""
 
     @model_serializer(mode="wrap")
     def _known(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -55,61 +55,61 @@ class Outcome(BaseModel):
 
 
 class Manifest(BaseModel):
-    """`run.json`. What another release has put there beside these fields stays."""
+    """The content of `run.json`; fields written by other releases are kept."""
 
     model_config = ConfigDict(use_attribute_docstrings=True, extra="allow")
 
     schema_version: int = SCHEMA_VERSION
-    """Of the tables and of this file."""
+    """Schema version of the tables and of this file."""
     run_id: str = ""
     """Name of the run and of its folder."""
     created: str | None = None
-    """When it was begun, ISO 8601 in UTC."""
+    """Time of creation, ISO 8601 in UTC."""
     model: str | None = None
     """As `Config.model`."""
     revision: str | None = None
     """As `Config.revision`."""
     fingerprint: str | None = None
-    """Of the whole model's weights; None until a worker has read them."""
+    """Fingerprint of the whole model; None until a worker has registered it."""
     lower_fingerprint: str | None = None
-    """Of the layers up to the target."""
+    """Fingerprint of the model up to the target layer."""
     seed: int | None = None
     """As `Config.seed`."""
     hardware: dict[str, str] = {}
     """Device by host."""
     checks: Checks = {}
-    """Self-checks of the workers."""
+    """Results of the workers' self-checks."""
     prompts_rendered: Rendered = {}
-    """As the run was begun with: a chat template may write today's date."""
+    """Prompts as rendered when the run was created, because a chat template may insert the date."""
     peak_memory: dict[str, int] = {}
-    """The most that a `chain` actor and an `evaluator` have taken, bytes."""
+    """Peak memory of the workers by role, `chain` or `evaluator`, bytes."""
     seconds: float = 0.0
-    """Wall time that drivers have spent on the run."""
+    """Wall time of all drivers of the run, seconds."""
     concepts: dict[str, Outcome] = {}
-    """What has come of each concept."""
+    """Result of each concept."""
     done: Coverage = {}
-    """What is published."""
+    """The published indices."""
     config: dict[str, Any] = {}
-    """Every option by its name in `Config`; a mapping, since a run of another release may have others."""
+    """Every option by its name in `Config`; untyped, because another release may have other options."""
     definitions: dict[str, dict[str, Any]] = {}
-    """The fields of each `Concept`; a mapping for the same reason."""
+    """The fields of each `Concept`; untyped for the same reason."""
     prompts: dict[str, dict[str, str]] = {}
     """Text of each prompt, by concept and name."""
     status: Literal["running", "interrupted", "finished"] = "running"
-    """What the last driver left; `running` with no lease held is a driver that was killed."""
+    """Status left by the last driver; `running` without a valid lease means that the driver was killed."""
     versions: dict[str, str] = {}
-    """Of Python and the packages that figures depend on."""
+    """Versions of Python and of the packages that affect results."""
     packed: Packed = ALL_PACKED
-    """What a resumed run packs at most."""
+    """The workers that may hold packed weights when the run is resumed."""
     updated: str | None = None
-    """When it was last written, ISO 8601 in UTC."""
+    """Time of the last write, ISO 8601 in UTC."""
 
     @classmethod
     def decode(cls, data: bytes, url: str) -> Self:
-        """The manifest in the bytes of `<url>/run.json`.
+        """Parse the bytes of `<url>/run.json`.
 
         Raises:
-            UserError: it is no manifest, or one of another schema version.
+            UserError: the bytes are not a manifest, or have another schema version.
         """
         try:
             found = json.loads(data)
@@ -125,11 +125,11 @@ class Manifest(BaseModel):
             return cls.model_validate(found)
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise UserError(f"{url}/run.json is not the manifest of a run: {place}: {first['msg']}") from None
+            field = ".".join(map(str, first["loc"]))
+            raise UserError(f"{url}/run.json is not the manifest of a run: {field}: {first['msg']}") from None
 
     def encode(self) -> bytes:
-        """What stands in `run.json`: JSON with an indent, token ids on one line."""
+        """The bytes of `run.json`: indented JSON, with token ids on one line."""
         text = json.dumps(self.model_dump(), indent=1, ensure_ascii=False)
-        # A break inside a string would be escaped.
+        # Line breaks within strings are escaped, so the pattern matches lists of numbers only.
         return re.sub(r"\[\n[\d\s,]+\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text).encode()

@@ -1,10 +1,10 @@
-"""DuckDB over runs: one view per table of the data contract, on local files and object storage alike.
+"""DuckDB over runs: one view per table of the schema, on local files and object storage.
 
     from melbo_ray.runs import queries
     db = queries.connect("runs")  # every run there; or one of them, or s3://bucket/prefix
     db.sql(queries.EXAMPLES["kl_against_n"]).df()
 
-Plain SQL does as well: `SELECT index, kl_from_base FROM 'runs/*/kl/**/*.parquet' WHERE kind = 'chain'`.
+Plain SQL works too: `SELECT index, kl_from_base FROM 'runs/*/kl/**/*.parquet' WHERE kind = 'chain'`.
 """
 
 import re
@@ -26,12 +26,12 @@ from melbo_ray.runs.schema import SCHEMA_VERSION, SCHEMAS
 from melbo_ray.runs.storage import Storage
 
 Columns = dict[str, np.ndarray]
-"""A query's answer, by column."""
+"""The result of a query, by column."""
 
 _PART = re.compile(r"^(?P<run>.*)/(?P<table>[^/]+)/concept=[^/]+/[^/._][^/]*\.parquet$")
 
 WINDOW = "ROWS BETWEEN 25 PRECEDING AND 24 FOLLOWING"
-"""Of a moving average: 50 vectors, centred, fewer at the two ends of a chain."""
+"""The window of a moving average: 50 vectors, centred, fewer at the ends of a chain."""
 
 
 def _moving_average(column: str, over: str = "") -> str:
@@ -95,14 +95,14 @@ EXAMPLES = {
 
 
 def connect(run_or_prefix: str) -> duckdb.DuckDBPyConnection:
-    """One view per table over the run, or over all runs, at a directory or fsspec URL, as they are now.
+    """Open a DuckDB connection with one view per table, over one run or all runs at a directory or fsspec URL.
 
-    Every view has the columns of its schema (`melbo_ray.tables`) and `concept`; a table that nobody wrote is there
-    and empty. The footer of every part is read once. Parts written later are seen by connecting again. Object storage
-    is read by DuckDB's httpfs where that is installed (once, by `INSTALL httpfs`), through fsspec elsewhere.
+    A view has the columns of its schema (`runs.schema`) and `concept`; it is empty if the table has no parts. The views
+    cover the parts that exist now; connect again to see later ones. Object storage is read by DuckDB's httpfs if that
+    is installed (once, by `INSTALL httpfs`), otherwise through fsspec.
 
     Raises:
-        UserError: no run there, storage that cannot be read, a corrupt part, a part of another schema version.
+        UserError: no run there, unreadable storage, a corrupt part, or a part of another schema version.
     """
     storage = Storage(run_or_prefix, patient=False)
     fs, root = fsspec.url_to_fs(storage.url)
@@ -121,7 +121,7 @@ def connect(run_or_prefix: str) -> duckdb.DuckDBPyConnection:
 
 
 def select(db: duckdb.DuckDBPyConnection, sql: str, *parameters: object) -> Columns:
-    """The answer's columns; what is NULL in a column of numbers is NaN."""
+    """Run a query and return its columns; NULL becomes NaN in numeric columns."""
     columns = db.execute(sql, list(parameters)).fetchnumpy()
     return {name: _filled(values) for name, values in columns.items()}
 
@@ -135,7 +135,7 @@ def _filled(values: np.ndarray) -> np.ndarray:
 
 
 def along_chain(db: duckdb.DuckDBPyConnection, table: str, column: str, concept: str) -> Columns:
-    """`column` of every chain vector, `n`, and its centred moving `average` over 50 vectors (fewer at the ends)."""
+    """The `value` of a column for every chain vector `n`, with its centred moving `average` over 50 vectors."""
     return select(
         db,
         f"""SELECT index AS n, {column} AS value, {_moving_average(column)} AS average
@@ -149,9 +149,9 @@ def _own(table: str) -> str:
 
 
 def under_threshold(db: duckdb.DuckDBPyConnection, concept: str) -> dict[str, int]:
-    """`vectors` of one run's chain, how many are `below_10_percent` and `below_50_percent` of the unsteered KL.
+    """The number of `vectors` in one run's chain, and how many are below 10 % and 50 % of the unsteered KL.
 
-    Empty where the chain's KL or the unsteered one was not measured.
+    The result is empty if the chain's KL or the unsteered KL was not measured.
     """
     sql = "SELECT vectors, below_10_percent, below_50_percent"
     found = select(db, f"{sql} FROM ({EXAMPLES['vectors_under_threshold']}) WHERE concept = ?", concept)
@@ -159,14 +159,14 @@ def under_threshold(db: duckdb.DuckDBPyConnection, concept: str) -> dict[str, in
 
 
 def unsteered(db: duckdb.DuckDBPyConnection, concept: str) -> float:
-    """KL(P_unsteered ‖ P_base) on the training prompt, nats; NaN where it was not measured."""
+    """KL(P_unsteered ‖ P_base) on the training prompt, nats; NaN if it was not measured."""
     sql = "SELECT max(kl_from_base) AS kl FROM kl WHERE concept = ? AND kind = 'unsteered' AND scale = 'own'"
     return float(select(db, sql, concept)["kl"][0])
 
 
 @contextmanager
 def reading(url: str) -> Generator[None]:
-    """What goes wrong in DuckDB or in reading parts becomes one line that names `url`."""
+    """Within the context, errors of DuckDB and of reading parts become a `UserError` that names `url`."""
     try:
         yield
     except (OSError, ValueError, duckdb.Error) as error:
@@ -174,7 +174,7 @@ def reading(url: str) -> Generator[None]:
 
 
 def _parts(storage: Storage) -> dict[str, list[str]]:
-    """The parts of each table, of every run at or below the root of `storage`, relative to it."""
+    """The parts of each table in all runs at or below the root of `storage`, as relative names."""
     names = [f"/{name}" for name in storage.names()]
     runs = {name.removesuffix("/run.json") for name in names if name.endswith("/run.json")}
     if not runs:
@@ -191,7 +191,7 @@ def _check(fs: Any, table: str, path: str) -> None:
     try:
         schema = pq.read_schema(path, filesystem=fs)
     except (pa.ArrowInvalid, OSError) as error:
-        if isinstance(error, OSError) and error.errno:  # the storage's own; Arrow's has no number
+        if isinstance(error, OSError) and error.errno:  # raised by the storage; Arrow's errors have no number
             raise
         raise UserError(f"{path} is not a whole Parquet file: delete it, and the job writes it anew") from None
     version = (schema.metadata or {}).get(b"schema_version", b"none").decode()
@@ -212,14 +212,14 @@ def _create_view(db: duckdb.DuckDBPyConnection, table: str, paths: list[str]) ->
         db.unregister("nothing")
         return
     columns = ", ".join(f'"{name}"' for name in schema.names)
-    # DuckDB reads every path as a pattern: a bracket in a run's name is meant as a bracket.
+    # DuckDB treats paths as glob patterns, so brackets in a run's name are escaped.
     files = ", ".join(_quote(re.sub(r"([\[*?])", r"[\1]", path)) for path in paths)
     options = "hive_partitioning = true, hive_types = {'concept': VARCHAR}"
     db.execute(f"CREATE VIEW {table} AS SELECT {columns} FROM read_parquet([{files}], {options})")
 
 
 def _load_httpfs(db: duckdb.DuckDBPyConnection, fs: Any) -> bool:
-    """DuckDB's own S3 reader, with the endpoint and credentials that s3fs found; False where it cannot be had."""
+    """Load DuckDB's S3 reader with the endpoint and credentials of s3fs; False if it is not installed."""
     if "s3" not in fs.protocol:
         return False
     try:

@@ -1,14 +1,14 @@
-"""A run in storage: units of work that appear at once, tables that readers see whole, a manifest, resume.
+"""A run in storage: atomically written units, published tables, and the manifest from which a run resumes.
 
-    <storage>/<run_id>/run.json                                  manifest, with what is done
-                       lease/000001.json                         who drives the run
-                       units/<concept>/<evaluation>.<kind>.000001-000008.zip    fresh work
-                       <table>/concept=<name>/part-<evaluation>-00000.parquet   published tables
+    <storage>/<run_id>/run.json                                  manifest, with the published indices
+                       lease/000001.json                         lease of the driver
+                       units/<concept>/<evaluation>.<kind>.000001-000008.zip    fresh units
+                       <table>/concept=<name>/part-<evaluation>-00000.parquet   published parts
 
-A writer puts the rows of one unit, of all its tables and failures, into one object: it is there or it is not, and its
-name depends on the work, never on the worker. The driver publishes units by merging them into the tables' parts, each
-replaced in one stroke by a superset of itself, so a reader of the tables never sees a row missing or doubled; then it
-records them as done and only then deletes the units.
+A worker writes the rows of a unit, of all its tables and failures, as one object, whose name depends on the work alone
+and not on the worker. The driver publishes units by merging them into the tables' parts. Each part is replaced
+atomically by a superset of itself, so readers never see missing or duplicate rows. The driver then records the units as
+done in the manifest, and only then deletes them.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ _Written = tuple[Unit, dict[str, pa.Table]]
 
 
 class Run:
-    """One run at `<url>/<run_id>`: read by anyone, units written by any worker, published by the driver alone."""
+    """One run at `<url>/<run_id>`: anyone may read it, any worker writes units, and only the driver publishes."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
@@ -41,23 +41,23 @@ class Run:
 
     @classmethod
     def open(cls, url: str, patient: bool = True) -> "Run":
-        """The run whose folder is `url`."""
+        """Open the run whose folder is `url`; `patient` as in `Storage`."""
         return cls(Storage(url, patient))
 
     def manifest(self) -> Manifest | None:
-        """`run.json`; None where there is no run yet.
+        """Read `run.json`; None if there is no run yet.
 
         Raises:
-            UserError: it is no manifest, or one of another schema version.
+            UserError: the file is not a manifest, or has another schema version.
         """
         data = self._known = self.storage.get("run.json")
         return None if data is None else Manifest.decode(data, self.storage.url)
 
     def write_manifest(self, manifest: Manifest) -> None:
-        """Replace `run.json` as this object has last read or written it; what another has made of it stays.
+        """Replace `run.json`, provided that it is unchanged since this object last read or wrote it.
 
         Raises:
-            StorageError: another driver has come between.
+            StorageError: another driver has written it meanwhile.
         """
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         data = manifest.model_copy(update={"updated": now}).encode()
@@ -68,15 +68,15 @@ class Run:
         self._known = data
 
     def commit(self, unit: Unit, tables: Mapping[str, pa.Table], exclusive: bool = False) -> None:
-        """Make a unit durable: all its rows appear at once, or none.
+        """Write a unit atomically.
 
         Args:
-            unit: what the rows are.
-            tables: rows by name of the table.
-            exclusive: fail where another worker has written this unit with other content.
+            unit: the unit.
+            tables: its rows by table.
+            exclusive: raise if another worker has written this unit with different content.
 
         Raises:
-            FileExistsError: with `exclusive`.
+            FileExistsError: as `exclusive` says.
         """
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as archive:
@@ -88,11 +88,11 @@ class Run:
             raise FileExistsError(f"another worker has written {unit.name}")
 
     def fresh(self) -> list[Unit]:
-        """The units that are written and not yet published."""
+        """The written units that are not yet published."""
         return [Unit.of(name) for name in self.storage.names("units") if name.endswith(".zip")]
 
     def load(self, unit: Unit) -> dict[str, pa.Table] | None:
-        """A fresh unit's tables; None where it has been published and deleted meanwhile."""
+        """The tables of a fresh unit; None if the unit has been published and deleted meanwhile."""
         data = self.storage.get(unit.name)
         if data is None:
             return None
@@ -103,9 +103,9 @@ class Run:
             }
 
     def read(self, table: str, concept: str) -> pa.Table:
-        """Every row of a table of one concept that any worker has made durable, sorted by index.
+        """All rows of a table of one concept, published or fresh, sorted by index.
 
-        Fresh units are read first: what is published and deleted under our hands is in the parts that are read after.
+        Fresh units are read before the parts, so that a unit published meanwhile is found in its part.
         """
         fresh = [(unit, self.load(unit)) for unit in self.fresh() if unit.concept == concept]
         parts: dict[str, list[_Written]] = defaultdict(list)
@@ -121,8 +121,9 @@ class Run:
     def publish(self, manifest: Manifest, guard: Callable[[], None]) -> None:
         """Merge the fresh units into the tables' parts, record them in `manifest.done`, and delete them.
 
-        `guard` is called before each write and raises where the run is no longer ours; a write that is held up until
-        another driver has replaced the part is refused by storage. Killed anywhere, the next call finishes the work.
+        `guard` is called before each write and raises if the lease is lost. Storage rejects a write that is delayed
+        until another driver has replaced the part. If the process is killed at any point, the next call completes the
+        publication.
         """
         groups: dict[tuple, list[Unit]] = defaultdict(list)
         for unit in self.fresh():
@@ -137,7 +138,7 @@ class Run:
                 name = additions[0][0].part(table)
                 version = self.storage.version(name)
                 merged = self._merged(table, name, additions)
-                if len(merged) or version is not None:  # a part that has lost its rows is replaced too
+                if len(merged) or version is not None:  # an existing part is replaced even by an empty one
                     guard()
                     self.storage.swap(name, _parquet(merged), version)
         if groups:
@@ -149,9 +150,9 @@ class Run:
             self.storage.delete(unit.name for unit in units)
 
     def _merged(self, table: str, name: str, additions: list[_Written]) -> pa.Table:
-        """The published part `name` with the units' rows added, those of indices that it has already left out.
+        """The published part `name` with the units' rows added, except those of indices that it covers already.
 
-        An index that failed is not one that it has: another unit may still bring its rows, or fail it anew.
+        A failed index is not covered, so that another unit may still bring its rows or another failure.
         """
         old = self.storage.get(name)
         rows = [] if old is None else [pq.read_table(io.BytesIO(old))]
@@ -180,7 +181,7 @@ def _outside(spans: list[list[int]], rows: pa.Table) -> pa.Table:
 
 
 def _tried(unit: Unit, had: list[list[int]]) -> pc.Expression:
-    """Whether a row tells of an index of the unit beside those that it `had`: that an earlier try of it failed."""
+    """Expression for rows of earlier attempts at the unit: those of its indices, except the covered ones (`had`)."""
     index = pc.field("index")
     found = (pc.field("kind") == unit.kind) & (index >= unit.first) & (index <= unit.last)
     for first, last in had:

@@ -1,8 +1,8 @@
-"""The data contract: the Arrow schema of every table a run writes.
+"""The Arrow schema of every table of a run.
 
-A table is a folder of Parquet parts, hive-partitioned by concept: `<run>/<table>/concept=<name>/part-….parquet`.
-Every row has the keys `run_id`, `kind` and `index`; the concept is the partition. People's queries depend on these
-columns: a change to them takes a new SCHEMA_VERSION.
+A table is a folder of Parquet parts, hive-partitioned by concept: `<run>/<table>/concept=<name>/part-….parquet`. Every
+row has the keys `run_id`, `kind` and `index`; the concept is the partition. Users' queries depend on these columns, so
+a change requires a new SCHEMA_VERSION.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ import pyarrow as pa
 
 SCHEMA_VERSION = 2
 SINK = 0.3
-"""`sink_share` from which on readers are warned: much of the post's loss is then one position's activation."""
+"""Threshold of `sink_share` for a warning: above it one position's activation is a large part of the post's loss."""
 
 _KEYS = [pa.field("run_id", pa.string()), pa.field("kind", pa.string()), pa.field("index", pa.int32())]
 
@@ -28,19 +28,19 @@ _KL = {"kl_from_base": _float, "kl_to_base": _float, "kl_from_unsteered": _float
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """How a vector was found and how closely it does what it was sought for: columns of `vectors`, with their types.
+    """The search and the fit of a vector: columns of `vectors`, with their types.
 
     Attributes:
         norm: ‖θ‖ (residual-stream units).
-        loss: ‖z(θ) − z(θ₀)‖ (residual-stream units), without the norm penalty.
+        loss: ‖z(θ) − z(θ₀)‖ without the norm penalty (residual-stream units).
         relative_loss: loss / ‖z(0) − z(θ₀)‖.
-        relative_loss_from_0: the same with z over every position, as in the post.
-        relative_loss_from_1: the same with z over all positions but the first; null where there is no other.
-        evaluations: value-and-gradient evaluations it took; of a block, those of the block.
-        stop_reason: `converged`, `max_evaluations` or `line_search`: why the solver stopped.
-        max_abs_cos: largest |cos| with θ₀ and every earlier vector, float64.
-        seconds: wall time it took; of a block, an equal share.
-        seed: seed of its random start.
+        relative_loss_from_0: relative loss with z over all positions, as in the post.
+        relative_loss_from_1: relative loss with z over all positions except the first; null for a single position.
+        evaluations: number of loss-and-gradient evaluations; those of the whole block for a vector of a block.
+        stop_reason: why the solver stopped: `converged`, `max_evaluations` or `line_search`.
+        max_abs_cos: largest |cos| with θ₀ and all earlier vectors, float64.
+        seconds: wall time, seconds; an equal share for each vector of a block.
+        seed: seed of the random start.
     """
 
     norm: Annotated[float, _float]
@@ -95,10 +95,10 @@ SCHEMAS: dict[str, pa.Schema] = {
 
 
 def table(name: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """`rows` as the table `name`: every column of its schema present, nothing else, sorted by index.
+    """Build the table `name` from rows that have exactly the columns of its schema; sorted by index.
 
     Raises:
-        ValueError: a row with a column missing or unknown.
+        ValueError: a row has a missing or an unknown column.
     """
     schema = SCHEMAS[name]
     for row in rows:

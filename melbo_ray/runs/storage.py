@@ -1,7 +1,7 @@
-"""Bytes at names under one URL (fsspec): written whole, appearing at once, with faults retried and then said in a line.
+"""Objects under one fsspec URL, with atomic writes, retries, and one-line errors.
 
-Object stores get one PUT for each object; a local file system gets a temporary file, fsync and rename. Retries are
-botocore's own (standard mode: exponential backoff with jitter, bounded); other file systems bring theirs.
+On object stores an object is written by one PUT; on a local file system by a temporary file, fsync and rename. Retries
+on S3 are botocore's (standard mode: bounded exponential backoff with jitter); other file systems use their own.
 """
 
 import contextlib
@@ -29,18 +29,18 @@ _TEMPORARY = ".partial-"
 
 
 class StorageError(UserError):
-    """Storage refused or stayed out of reach; what had been written stays, and the same command resumes."""
+    """Storage refused a request or is unreachable; written objects are kept, and the same command resumes."""
 
 
 class Storage:
-    """A folder in storage, at any fsspec URL or local path; names inside it are relative, with `/`.
+    """A folder at a local path or fsspec URL, whose objects have relative names with `/`.
 
     Args:
         url: local path or fsspec URL. Credentials come from the environment or the instance role, never from the URL.
-        patient: retry transient faults for a minute or two (a job at work) or for a few seconds (a first look).
+        patient: whether to retry transient faults for a minute or two, as in a running job, or only for seconds.
 
     Raises:
-        UserError: the URL holds a password or names a protocol that is not installed.
+        UserError: the URL contains a password, or its protocol is not installed.
         StorageError: raised by every method: access denied, no bucket, unreachable, disk full.
     """
 
@@ -64,11 +64,11 @@ class Storage:
 
     @property
     def shared(self) -> bool:
-        """Whether other processes of other machines see what is written here."""
+        """Whether other machines can see the objects."""
         return not self._local and self._fs.protocol not in ("memory", ("memory",))
 
     def put(self, name: str, data: bytes) -> None:
-        """Write or replace an object; a reader sees the old bytes or the new ones, whole."""
+        """Write or replace an object atomically."""
         with self._explained(name):
             if self._local:
                 with self._temporary(name, data) as temporary:
@@ -78,24 +78,24 @@ class Storage:
                 self._fs.pipe_file(self._path(name), data)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write an object that must not exist yet: one writer of many wins.
+        """Write an object that must not exist yet; of several writers, one succeeds.
 
-        Returns whether the object now holds `data`; True also where an earlier try of the same bytes had arrived and
-        only its answer was lost.
+        Returns whether the object now holds `data`, which is also True if an earlier attempt with the same bytes had
+        succeeded and only its response was lost.
         """
         try:
             with self._explained(name):
                 self._create(name, data)
             return True
         except StorageError as error:
-            # A refusal is FileExistsError on some stores and OSError(EINVAL) on others: only a look can tell.
+            # An existing object raises FileExistsError on some stores and OSError(EINVAL) on others, so read it.
             found = self.get(name)
             if found is None:
                 raise error from None
             return found == data
 
     def version(self, name: str) -> str | None:
-        """What tells an object from its successors, "" where that is not S3's ETag; None where there is no object."""
+        """The version of an object for `swap`: its ETag on S3, "" on other storage, None if there is no object."""
         with self._explained(name):
             self._fs.invalidate_cache()
             try:
@@ -105,10 +105,10 @@ class Storage:
                 return None
 
     def swap(self, name: str, data: bytes, version: str | None) -> None:
-        """Replace an object that is still of this version, or create it: what arrives too late changes nothing.
+        """Replace an object if it still has this version, or create it for None.
 
         Raises:
-            StorageError: as every method; or another writer has come between.
+            StorageError: as every method; or the object has another version now.
         """
         if version == "":
             self.put(name, data)
@@ -120,11 +120,11 @@ class Storage:
                 else:
                     self._fs.pipe_file(self._path(name), data, IfMatch=version)
         except StorageError:
-            if self.get(name) != data:  # else an earlier try had arrived, and its answer was lost
+            if self.get(name) != data:  # else an earlier attempt succeeded, and its response was lost
                 raise
 
     def get(self, name: str) -> bytes | None:
-        """The object's bytes; None where there is none."""
+        """The object's bytes; None if there is no such object."""
         with self._explained(name):
             try:
                 return self._fs.cat_file(self._path(name))
@@ -132,7 +132,7 @@ class Storage:
                 return None
 
     def names(self, folder: str = "") -> list[str]:
-        """Every object below `folder`, sorted, as others have left it this moment."""
+        """The names of all objects below `folder`, sorted, from an uncached listing."""
         with self._explained(folder):
             self._fs.invalidate_cache()
             base = self._path(folder) if folder else self._root
@@ -141,24 +141,24 @@ class Storage:
             except (FileNotFoundError, NotADirectoryError):
                 return []
         root = self._fs._strip_protocol(self._root)
-        # Some stores keep an emptied folder as an object of its own name.
+        # Some stores keep an emptied folder as an object with the folder's name.
         inside = (path for path in found if path.startswith(f"{self._fs._strip_protocol(base)}/"))
         return sorted(path[len(root) + 1 :] for path in inside if not path.rpartition("/")[2].startswith(_TEMPORARY))
 
     def delete(self, names: Iterable[str]) -> None:
-        """Remove objects; one that is gone already is no error."""
+        """Delete objects; missing ones are ignored."""
         for name in names:
             with self._explained(name), contextlib.suppress(FileNotFoundError):
                 self._fs.rm_file(self._path(name))
 
     def sweep(self) -> None:
-        """Remove what writers that were killed left half-written (local file systems only)."""
+        """Delete temporary files of killed writers (local file systems only)."""
         if self._local:
             for path in Path(self._root).rglob(f"{_TEMPORARY}*"):
                 path.unlink(missing_ok=True)
 
     def prune(self) -> None:
-        """Remove the folder where nothing but empty folders is in it (local file systems only)."""
+        """Delete the folder if it contains only empty folders (local file systems only)."""
         if self._local:
             for path in sorted(Path(self._root).rglob("*"), reverse=True):
                 with contextlib.suppress(OSError):  # no folder, or not empty
@@ -174,7 +174,7 @@ class Storage:
             self._fs.pipe_file(self._path(name), data, mode="create")
             return
         with self._temporary(name, data) as temporary:
-            # A link fails where the name is taken and shows the content whole; O_EXCL would show it empty first.
+            # A link fails if the name exists, and is atomic; O_EXCL would create an empty file first.
             os.link(temporary, self._path(name))
             _sync_folder(Path(self._path(name)).parent)
 
@@ -201,7 +201,7 @@ class Storage:
 
 
 def mask(url: str) -> str:
-    """The URL without its user information and query, where credentials may stand."""
+    """The URL without user information and query, which may contain credentials."""
     parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2]
     return f"{parts.scheme}://{host}{parts.path}" if parts.scheme else url

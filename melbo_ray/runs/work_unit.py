@@ -1,4 +1,4 @@
-"""Units of work: what is written at once under a name that says what it is; and which of them a run has done."""
+"""Units of work, which are written atomically under fixed names, and the coverage of a run by units."""
 
 import copy
 from collections.abc import Iterable
@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-_BLOCK = 512
+_PART_SIZE = 512
 WHOLE: Final = "whole"
-"""The scope of an evaluation, and the kind of its unit, that is asked of a chain as a whole and not of each vector."""
+"""The scope of an evaluation of a chain as a whole instead of single vectors, and the kind of its unit."""
 
 Coverage = dict[str, dict[str, dict[str, list[list[int]]]]]
-"""The indices that are done, as spans with both ends: by concept, evaluation and kind."""
+"""The indices done by concept, evaluation and kind, as spans that include both ends."""
 
 
 class Task(Enum):
-    """What a unit is: a search for a vector, or an evaluation of those found."""
+    """The task of a unit: the search for a base or a chain vector, or an evaluation."""
 
     BASE = "base"
     CHAIN = "chain"
@@ -24,14 +24,14 @@ class Task(Enum):
 
 @dataclass(frozen=True, order=True)
 class Unit:
-    """Work whose rows appear together: a search for one vector, or one evaluation of consecutive vectors of one kind.
+    """Work whose rows are written together: the search for one vector, or one evaluation of consecutive vectors.
 
     Attributes:
-        concept: its name.
-        evaluation: name of the evaluation; of the other tasks, `base` and `chain`.
-        kind: `chain`, `base`, …, or `whole` for an evaluation of the chain as a whole, which replaces earlier ones.
+        concept: name of the concept.
+        evaluation: name of the evaluation, or `base` or `chain` for the search for a vector.
+        kind: kind of the vectors, or `whole` for an evaluation of the whole chain, which replaces earlier ones.
         first: index of the first vector.
-        last: index of the last one.
+        last: index of the last vector.
     """
 
     concept: str
@@ -42,45 +42,45 @@ class Unit:
 
     @classmethod
     def base(cls, concept: str) -> "Unit":
-        """Finding the base of a concept."""
+        """The search for the base of a concept."""
         return cls(concept, Task.BASE.value, "base", 0, 0)
 
     @classmethod
     def vector(cls, concept: str, index: int) -> "Unit":
-        """One vector of a concept's chain."""
+        """The search for one vector of a concept's chain."""
         return cls(concept, Task.CHAIN.value, "chain", index, index)
 
     @property
     def task(self) -> Task:
-        """What is done."""
+        """The task of the unit."""
         return {"base": Task.BASE, "chain": Task.CHAIN}.get(self.evaluation, Task.EVALUATION)
 
     @property
     def name(self) -> str:
-        """The object it is written to."""
+        """Name of the object that the unit is written to."""
         return f"units/{self.concept}/{self.evaluation}.{self.kind}.{self.first:06d}-{self.last:06d}.zip"
 
     @classmethod
     def of(cls, name: str) -> "Unit":
-        """The unit that is written to `name`."""
+        """The unit whose object is `name`."""
         _, concept, file = name.split("/")
         evaluation, kind, span, _ = file.split(".")
         first, last = span.split("-")
         return cls(concept, evaluation, kind, int(first), int(last))
 
     def part(self, table: str) -> str:
-        """The published part of `table` that its rows go to."""
-        block = 0 if self.kind == WHOLE else block_of(self.first)
-        return f"{table}/concept={self.concept}/part-{self.evaluation}-{block:05d}.parquet"
+        """Name of the part of `table` that receives the unit's rows."""
+        number = 0 if self.kind == WHOLE else part_number(self.first)
+        return f"{table}/concept={self.concept}/part-{self.evaluation}-{number:05d}.parquet"
 
 
-def block_of(index: int) -> int:
-    """The published part that a vector's rows go to: no unit may lie across a border, or two parts could have a row."""
-    return max(index - 1, 0) // _BLOCK
+def part_number(index: int) -> int:
+    """Number of the part that receives a vector's rows; units must not cross parts, or two parts could hold a row."""
+    return max(index - 1, 0) // _PART_SIZE
 
 
 def cover(coverage: Coverage, unit: Unit) -> None:
-    """Note the unit's indices as done, as few spans; for `whole`, in place of what was noted."""
+    """Mark the unit's indices as done, with merged spans; a `whole` unit replaces the earlier spans."""
     kinds = coverage.setdefault(unit.concept, {}).setdefault(unit.evaluation, {})
     spans = sorted([*([] if unit.kind == WHOLE else kinds.get(unit.kind, [])), [unit.first, unit.last]])
     merged: list[list[int]] = []
@@ -93,7 +93,7 @@ def cover(coverage: Coverage, unit: Unit) -> None:
 
 
 def uncover(coverage: Coverage, unit: Unit) -> None:
-    """Note the unit's indices as not done; for `whole`, all of them."""
+    """Mark the unit's indices as not done; for a `whole` unit, all indices."""
     around = [] if unit.kind == WHOLE else spans_of(coverage, unit)
     rest = [
         span
@@ -105,17 +105,17 @@ def uncover(coverage: Coverage, unit: Unit) -> None:
 
 
 def covers(coverage: Coverage, unit: Unit) -> bool:
-    """Whether every index of the unit is noted as done."""
+    """Whether all indices of the unit are done."""
     return any(first <= unit.first and unit.last <= last for first, last in spans_of(coverage, unit))
 
 
 def spans_of(coverage: Coverage, unit: Unit) -> list[list[int]]:
-    """The indices of the unit's kind that are noted as done."""
+    """The spans that are done for the unit's evaluation and kind."""
     return coverage.get(unit.concept, {}).get(unit.evaluation, {}).get(unit.kind, [])
 
 
 def progress(published: Coverage, fresh: Iterable[Unit]) -> Coverage:
-    """What is done of a run: published and fresh together."""
+    """The coverage of a run by published and fresh units together."""
     done = copy.deepcopy(published)
     for unit in fresh:
         cover(done, unit)
@@ -123,5 +123,5 @@ def progress(published: Coverage, fresh: Iterable[Unit]) -> Coverage:
 
 
 def count(coverage: Coverage, concept: str, evaluation: str, kind: str) -> int:
-    """How many indices are done."""
+    """Number of indices that are done."""
     return sum(last - first + 1 for first, last in coverage.get(concept, {}).get(evaluation, {}).get(kind, []))

@@ -1,1 +1,1 @@
-"""The base vector and the chain."""
+"""The search for the base vector and for the chain."""

@@ -1,7 +1,7 @@
 """The base vector θ₀: MELBO candidates, the contrast of concept and neutral prompts, or a file of vectors.
 
-Source: Mack and Turner (2024), "Mechanistically eliciting latent behaviors in language models": steering vectors of a
-fixed norm that change the target layer's activations the most.
+Source: Mack and Turner (2024), "Mechanistically eliciting latent behaviors in language models": steering vectors of
+fixed norm that maximise the change of the target layer's activations.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,22 +26,22 @@ from melbo_ray.seeds import derive_seed
 
 _STEP = 0.05
 _MOMENTUM = 0.7
-# Few candidates write a given concept (of 20 on Qwen2.5-Coder-0.5B none to four): so many times they are sought, and in
-# their ascent they are looked at this often.
+# Few candidates show a given concept (none to four of 20 on Qwen2.5-Coder-0.5B), hence several rounds. Candidates are
+# judged every `_LOOK` steps of the ascent.
 _ROUNDS, _LOOK = 3, 10
 ASCENT_TOKENS = 1024
-"""Tokens of one forward and backward pass of the ascent."""
+"""Tokens per forward and backward pass of the ascent."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """What was found for a concept before its chain begins.
+    """The base vector of a concept, with the candidates that it was chosen from.
 
     Attributes:
         theta: θ₀, (d_model,) float32 on the CPU, of norm R.
-        candidates: all that it was chosen from, ranked.
-        calibration: what R was read from; None where R was given, or a file's vector keeps its norm.
-        shares: what the target displacement is made of (`sink.target_shares`).
+        candidates: all candidates, ranked.
+        calibration: the calibration of R; None if R was given, or a vector from a file keeps its norm.
+        shares: composition of the target displacement (`sink.target_shares`).
     """
 
     theta: Float[Tensor, " d_model"]
@@ -51,14 +51,17 @@ class Base:
 
 
 def base_vector(slice: Slice, concept: Concept, options: BaseOptions) -> Base:
-    """θ₀ as `options.base` asks for it, and all the candidates it was chosen from.
+    """Find the base vector θ₀ of a concept.
 
-    The slice is of one prompt, on which candidates are sought and judged. `options.base_index` takes one of them;
-    without it what they write decides (`candidates`).
+    Args:
+        slice: the slice on one prompt, on which candidates are optimised and judged.
+        concept: the concept that the base should elicit.
+        options: the method (`base`), the radius, and the choice of the candidate: `base_index`, or by default the
+            texts under each (`candidates.rank`).
 
     Raises:
-        UserError: an index out of range, a file that cannot be read or does not fit, a direction of norm 0, or no
-            usable radius.
+        UserError: an index out of range, a file that cannot be read or has another width, a vector of norm 0 or not
+            finite, or no usable radius.
     """
     model = slice.model
     given = None if options.base in ("melbo", "contrast") else read_vectors(options.base, model.d_model)
@@ -85,10 +88,11 @@ def base_vector(slice: Slice, concept: Concept, options: BaseOptions) -> Base:
 def _until_one_shows(
     slice: Slice, concept: Concept, options: BaseOptions, radius: float
 ) -> tuple[list[Candidate], bool]:
-    """MELBO's candidates, at every look at their ascent, until a strong one shows the concept firmly.
+    """MELBO's candidates, judged during their ascent until a strong one shows the concept firmly.
 
-    A far ascent breaks one model before its candidates write anything, a short one leaves the next untouched. Once a
-    weaker one shows it firmly, the ascent goes on while the next look has a stronger one; `_ROUNDS` are made at most.
+    A long ascent breaks some models before their candidates show the concept, and a short one has no effect on others.
+    Once a weak candidate shows the concept firmly, the ascent continues as long as the next check finds a stronger one.
+    At most `_ROUNDS` sets of candidates are optimised. Also returns whether the unsteered model shows the concept.
     """
     found, unsteered_shows, taken = [], False, torch.empty(0, slice.model.d_model)
     for _ in range(_ROUNDS):
@@ -123,8 +127,8 @@ def objective(
 ) -> Float[Tensor, " batch"]:
     """MELBO's objective of each θ: ( Σ over d_model of ( ‖Δ‖ over positions )^p )^(1/q), Δ = h_target(θ) − h_target(0).
 
-    The inner norm runs over token positions, as in Mack's code, not over d_model; it starts at position
-    `options.melbo_from`. At p = q = 2 this is the Frobenius norm of Δ, the post's formula.
+    The inner norm runs over token positions from `options.melbo_from` on, as in Mack's code, not over d_model. At
+    p = q = 2 the objective is the Frobenius norm of Δ, the post's formula.
     """
     change = (slice.h_target(theta).float() - unsteered)[:, options.melbo_from :]
     return change.norm(dim=1).pow(options.melbo_p).sum(-1).pow(1 / options.melbo_q)
@@ -133,12 +137,14 @@ def objective(
 def maximise(
     slice: Slice, options: BaseOptions, concept: str, radius: float, taken: Float[Tensor, "n d_model"]
 ) -> Iterator[tuple[int, Float[Tensor, "candidates d_model"]]]:
-    """Candidates on their way up, with the steps taken, every ten steps and at the end.
+    """Maximise MELBO's objective; yields the number of steps and the candidates every ten steps and at the end.
 
-    Orthogonal vectors of norm R, each ascending `objective` in the complement of those before it; `taken` (orthogonal,
-    of norm R; may be empty) come before all of them. All ascend at once from seeded random starts. A step follows the
-    gradient's tangent part, of unit length and with momentum; then every vector is made orthogonal to those before it
-    and brought back to norm R.
+    The candidates are orthogonal vectors of norm R, each optimised in the complement of the earlier ones and of `taken`
+    (orthogonal, of norm R; may be empty). All start at seeded random vectors. A step follows the tangent part of the
+    gradient, normalised and with momentum; then Gram-Schmidt restores orthogonality and norm R.
+
+    Raises:
+        UserError: more candidates than d_model, or no token position left for the objective.
     """
     d_model, device = slice.model.d_model, slice.model.device
     if options.candidates > d_model:
@@ -162,7 +168,7 @@ def maximise(
 
 
 def _ascent(slice: Slice, theta: Tensor, options: BaseOptions, unsteered: Tensor) -> Tensor:
-    """The gradient of every row's objective, in passes of so many tokens that activations stay small."""
+    """The gradient of every row's objective, in passes of at most `ASCENT_TOKENS` tokens to bound activation memory."""
     size = max(1, ASCENT_TOKENS // slice.h_source.shape[1])
     gradients = []
     for part in theta.detach().split(size):
@@ -178,7 +184,7 @@ def tangent(gradient: Float[Tensor, "batch d_model"], theta: Float[Tensor, "batc
 
 
 def retract(theta: Float[Tensor, "batch d_model"], radius: float) -> Float[Tensor, "batch d_model"]:
-    """Each row's part orthogonal to the rows before it, brought to norm `radius` (Gram-Schmidt as a QR, in float64)."""
+    """Each row's part orthogonal to the earlier rows, scaled to norm `radius` (Gram-Schmidt by QR, in float64)."""
     q, r = torch.linalg.qr(theta.double().T)
     return (q.T * torch.sign(r.diagonal())[:, None] * radius).to(theta.dtype)
 
@@ -186,9 +192,12 @@ def retract(theta: Float[Tensor, "batch d_model"], radius: float) -> Float[Tenso
 def contrast(
     model: LanguageModel, concept: Concept, source: int, system_prompt: str = "default"
 ) -> Float[Tensor, " d_model"]:
-    """Mean activation after layer `source` over the concept's `contrast` prompts minus that over its `neutral` ones.
+    """The mean activation after layer `source` over the `contrast` prompts minus that over the `neutral` prompts.
 
-    A prompt's activation is the mean over its positions but the first, which in many models is an attention sink.
+    A prompt's activation is the mean over its positions except the first, which often is an attention sink.
+
+    Raises:
+        UserError: the concept has no contrast prompts, or a prompt has fewer than two tokens.
     """
 
     def mean(prompts: Sequence[str]) -> Tensor:

@@ -1,8 +1,8 @@
-"""The choice of the base: what every candidate writes, how sound that is, and which candidate is taken.
+"""The choice of the base among candidates, by the texts that the model writes under each.
 
-The concept score alone picks badly: it can be highest where the model still refuses, or where it is broken. So a
-candidate is judged by its greedy texts, and among those that write the concept by how far it turns the answer: vectors
-that follow a base of 3.5 nats stay at 2 % of that, those that follow one of 1 nat fall back to the unsteered answer.
+The concept score alone is a poor criterion: it can be highest for a model that still refuses or is broken. Candidates
+are therefore judged by their greedy texts, and among those that show the concept by their unsteered KL: vectors of a
+chain from a base of 3.5 nats stay at 2 % of that, and those from a base of 1 nat fall back to the unsteered answer.
 """
 
 import itertools
@@ -22,13 +22,12 @@ from melbo_ray.model.residual_slice import Slice
 from melbo_ray.model.steering import Prompts, continuation_score
 from melbo_ray.search.written import NOTHING, Written, write
 
-# A base that only just turns the answer is followed by vectors that do not, and so is one between two regions of noise:
-# its effect must outlast weaker doses.
+# A marginal effect, or one between two regions of noise, is lost along the chain; it must persist at weaker doses.
 _WEAKER = (0.8, 0.9)
-# Nats by which a base should turn the answer, KL(P_unsteered‖P_θ): on Qwen2.5-Coder-0.5B chains from bases above keep
-# within 2 to 4 % of that, chains from bases below 1.7 within 12 to 33 %.
+# KL(P_unsteered‖P_θ) of a strong base, nats: on Qwen2.5-Coder-0.5B chains from stronger bases stay within 2 to 4 % of
+# it, chains from bases below 1.7 nats within 12 to 33 %.
 _STRONG = 1.8
-# So many of those that write the concept, at most, write on so many held-out prompts too.
+# Maximum number of candidates that are judged on held-out prompts too, and number of these prompts.
 _FINALISTS, _HELD_OUT = 5, 3
 
 
@@ -42,15 +41,15 @@ class Candidate:
         objective: MELBO's objective, the change at the target layer (residual-stream units).
         radius: ‖θ‖ = R (residual-stream units).
         concept_score: mean log-probability per token of the concept's continuations, steered minus unsteered (nats).
-        unsteered_kl: KL(P_unsteered‖P_θ) at the last prompt token (nats), the unsteered KL of a chain from it.
+        unsteered_kl: KL(P_unsteered‖P_θ) at the last prompt token (nats); the unsteered KL of a chain from this base.
         written: the greedy text on the training prompt.
-        weaker: the same under 0.8 θ and 0.9 θ; none where `written` does not show the concept.
-        steps: MELBO's steps of ascent until then; None for another base.
-        held_out: greedy texts on held-out prompts; only of the best of those that show the concept.
-        gained: held-out prompts on which it shows the concept and the unsteered model does not.
-        rank: 1 for the best.
-        taken: whether it is the base.
-        reason: why it was taken or was not, one line.
+        weaker: the greedy texts under 0.8 θ and 0.9 θ; empty if `written` does not show the concept.
+        steps: number of ascent steps; None for a base other than MELBO's.
+        held_out: greedy texts on held-out prompts, for the best of the candidates that show the concept.
+        gained: number of held-out prompts on which only the steered model shows the concept.
+        rank: rank among all candidates, 1 for the best.
+        taken: whether this candidate is the base.
+        reason: one line on why it was taken or not.
     """
 
     index: int
@@ -70,19 +69,19 @@ class Candidate:
 
     @property
     def firm(self) -> bool:
-        """It shows the concept, and does under weaker doses too."""
+        """Whether it shows the concept, also under weaker doses."""
         return self.written.shows and all(text.shows for text in self.weaker)
 
     @property
     def strong(self) -> bool:
-        """It turns the answer so far that vectors which follow it nearly do the same."""
+        """Whether its unsteered KL is large enough for the chain to keep its effect."""
         return self.unsteered_kl >= _STRONG
 
     @property
     def merit(self) -> tuple[bool, bool, bool, bool, int, float]:
-        """Candidates compare by this: shows, firmly; is sound; is strong; on how many other prompts; by how far.
+        """Sort key: shows the concept, firmly, in a sound text, is strong, held-out prompts gained, unsteered KL.
 
-        Where none shows the concept, the concept score decides.
+        If no candidate shows the concept, the concept score decides.
         """
         shows = self.written.shows
         far = self.unsteered_kl if shows else self.concept_score
@@ -90,7 +89,7 @@ class Candidate:
         return shows, self.firm, self.written.sound, shows and self.strong, self.gained, far
 
     def row(self) -> dict[str, Any]:
-        """Its columns of the table `candidates`, keys but `index` aside; texts on held-out prompts where there are."""
+        """Its row of the table `candidates`, without `run_id` and `kind`."""
         return {
             "index": self.index,
             "vector": self.theta.numpy(),
@@ -121,8 +120,19 @@ def judge(
     objectives: Sequence[float],
     first: int = 0,
 ) -> tuple[list[Candidate], bool]:
-    """The candidates in the order of `thetas`, counted from `first`, not ranked yet; whether the unsteered model shows
-    the concept, too. The slice's first prompt is the training prompt."""
+    """Judge candidates by their texts; also returns whether the unsteered model shows the concept.
+
+    Args:
+        slice: the slice, whose first prompt is the training prompt.
+        concept: the concept.
+        options: system prompt and length of the texts.
+        thetas: the candidates.
+        objectives: MELBO's objective of each.
+        first: index of the first candidate.
+
+    Returns:
+        The unranked candidates in the order of `thetas`, and whether the unsteered model shows the concept.
+    """
     model, training = slice.model, slice.prompts[0]
     others = dict.fromkeys([*concept.held_out.values()][:_HELD_OUT])
     held_out = [model.tokenize(text, options.system_prompt) for text in others if text != concept.prompt]
@@ -155,7 +165,7 @@ def judge(
 
 
 def rank(found: Sequence[Candidate], wanted: int | None, unsteered_shows: bool) -> list[Candidate]:
-    """The candidates with rank, `taken` and reason; `wanted` takes one whatever its rank."""
+    """The candidates with rank, `taken` and reason; `wanted` selects the base by index, whatever its rank."""
     order = sorted(found, key=lambda candidate: candidate.merit, reverse=True)
     taken = order[0].index if wanted is None else wanted
     ranks = {candidate.index: place for place, candidate in enumerate(order, 1)}
@@ -189,7 +199,7 @@ def _verdict(candidate: Candidate) -> str:
 def _unsteered_kls(
     model: LanguageModel, tokens: Int[Tensor, " seq"], source: int, thetas: Float[Tensor, "n d_model"]
 ) -> list[float]:
-    """KL(P_unsteered‖P_θ) of each at the prompt's last token, nats."""
+    """KL(P_unsteered‖P_θ) of each vector at the prompt's last token, nats."""
     rows = torch.cat([torch.zeros(1, model.d_model), thetas])
     unsteered, *steered = (
         logits[0].double().log_softmax(-1) for logits in Prompts(model, [tokens], source).logits(rows)

@@ -1,8 +1,8 @@
-"""The chain (MELBO-ortho): vectors that do what the base does, every one orthogonal to all the others.
+"""The chain (MELBO-ortho): mutually orthogonal vectors that copy the effect of the base.
 
-Source: "I found >800 orthogonal 'write code' steering vectors" (2024): for each new θ minimise ‖z(θ) − z(θ₀)‖₂, z the
-mean over the prompt's positions of the target layer's residual stream, θ in the complement of every earlier vector.
-Here z leaves the first position out by default (`z_from`): in many models it is an attention sink (docs/footguns.md).
+Source: "I found >800 orthogonal 'write code' steering vectors" (2024): each new θ minimises ‖z(θ) − z(θ₀)‖₂, where z is
+the mean of the target layer's residual stream over the prompt's positions, in the complement of all earlier vectors.
+By default z omits the first position (`z_from`), which in many models is an attention sink (docs/footguns.md).
 """
 
 import math
@@ -30,14 +30,21 @@ def chain(
     concept: str = "code",
     earlier: Sequence[SteeringVector] = (),
 ) -> Generator[SteeringVector, None, str]:
-    """The vectors of one concept's chain, in order, after those in `earlier`; returns why it stopped.
+    """Find the vectors of one concept's chain; yields them in order, and returns why the chain stopped.
 
-    `base` is θ₀, whose z is the target; where it has more rows, their directions are out of bounds as θ₀'s is.
-    A chain stops at `num_vectors`, or when a vector's norm or effect has vanished (`min_norm`, `max_relative_loss`;
-    that vector is still given). The same seed gives the same vectors whether or not the chain was interrupted.
+    A chain stops at `num_vectors`, or after a vector whose norm or effect has vanished (`min_norm`,
+    `max_relative_loss`). The same seed gives the same vectors, whether or not the chain was interrupted.
+
+    Args:
+        slice: the slice, on the concept's prompt.
+        base: θ₀, (d_model,), whose z is the target; further rows are directions to which the chain is orthogonal too.
+        options: number of vectors, solver and stopping rules.
+        concept: name of the concept, from which seeds derive.
+        earlier: vectors of the chain found before, from index 1; only later ones are yielded.
 
     Raises:
-        UserError: more vectors than d_model − 1, or a loss that is not finite.
+        UserError: more than d_model − 1 vectors, no position for z, a base without effect, or a loss that is not
+            finite.
     """
     stopped: dict[str, str] = {}
     for _, vector in chains(slice, {concept: base}, options, {concept: earlier}, stopped):
@@ -52,17 +59,18 @@ def chains(
     earlier: Mapping[str, Sequence[SteeringVector]],
     stopped: dict[str, str],
 ) -> Generator[tuple[str, SteeringVector], None, None]:
-    """Several concepts' chains in lockstep, one pass through the slice for all: (concept, vector) as they are found.
+    """Find the chains of several concepts in lockstep, batched in one slice; yields (concept, vector) as found.
 
-    Row i of the slice is the prompt of the i-th concept in `bases`. Why each chain stopped goes into `stopped`.
+    Row i of the slice is the prompt of the i-th concept in `bases`. The reason why each chain stopped is stored in
+    `stopped`. The other arguments and the errors are those of `chain`, by concept.
     """
     solvers: dict[Chain, BlockSolver] = {}
 
-    def begin(link: Chain) -> None:
-        if (reason := link.stop_reason()) is None:
-            solvers[link] = link.solver()
+    def begin(chain: Chain) -> None:
+        if (reason := chain.stop_reason()) is None:
+            solvers[chain] = chain.solver()
         else:
-            stopped[link.concept] = reason
+            stopped[chain.concept] = reason
 
     for row, (concept, base) in enumerate(bases.items()):
         begin(Chain(slice, row, base, options, concept, earlier.get(concept, ())))
@@ -74,15 +82,15 @@ def chains(
 
 
 class Chain:
-    """One concept's chain: the subspace already taken, and how the next vector is sought and certified.
+    """The state of one concept's chain: the subspace taken so far, and the search for the next vectors.
 
     Args:
-        slice: what θ goes through.
-        row: of the concept's prompt in the slice.
-        base: as of `chain`.
-        options: how it is found.
-        concept: its name, from which seeds derive.
-        earlier: vectors that are there already.
+        slice: the slice.
+        row: row of the concept's prompt in the slice.
+        base: as in `chain`.
+        options: as in `chain`.
+        concept: name of the concept, from which seeds derive.
+        earlier: vectors of the chain found before.
     """
 
     def __init__(
@@ -104,7 +112,7 @@ class Chain:
         self.base, *others = base.view(-1, d_model)
         size = min(d_model, options.num_vectors + options.block + len(others))
         self.subspace = Subspace(d_model, size, slice.model.device)
-        # A block that was interrupted is sought anew: its vectors depend on each other.
+        # An interrupted block is optimised again, because its vectors depend on each other.
         whole = len(earlier) // options.block * options.block
         self.stored = list(earlier)
         for direction in (self.base, *others, *(vector.theta for vector in self.stored[:whole])):
@@ -125,14 +133,14 @@ class Chain:
 
     @torch.no_grad()
     def _z(self, theta: Tensor) -> Float[Tensor, "means d_model"]:
-        """The means of θ from `options.z_from`, from 0, and from 1 where there is another position."""
+        """z(θ) over the positions from `options.z_from`, from 0, and from 1 if there is a second position."""
         device = self.slice.model.device
         row = torch.tensor([self.row], device=device)
         h = self.slice.h_target(theta[None].to(device), row)
         return torch.cat([self.slice.mean(h, row, first) for first in self._from]).cpu()
 
     def _losses(self, theta: Tensor) -> list[float]:
-        """‖z(θ) − z(θ₀)‖ by each of these z."""
+        """‖z(θ) − z(θ₀)‖ for each z of `_z`."""
         losses = (self._z(theta) - self._z_base).norm(dim=-1).tolist()
         if not all(map(math.isfinite, losses)):
             raise UserError(f"the loss of {self.concept!r} is not finite: try `dtype` float32 or a smaller `radius`")
@@ -144,7 +152,7 @@ class Chain:
         return 1 if self.last is None else self.last.index + 1
 
     def stop_reason(self) -> str | None:
-        """Why there is no next vector, or None."""
+        """The reason why the chain has ended, or None."""
         if self.last is not None and self.last.norm <= self.options.min_norm:
             return "min_norm"
         if self.last is not None and self.last.relative_loss >= self.options.max_relative_loss:
@@ -152,9 +160,9 @@ class Chain:
         return "num_vectors" if max(self.index - 1, len(self.stored)) >= self.options.num_vectors else None
 
     def start(self) -> Float[Tensor, "block d_model"]:
-        """Where the next vectors' solver begins: norm R, directions uniform in the complement, drawn by seed.
+        """Start of the next solver: vectors of norm R with seeded directions, uniform in the complement.
 
-        The rows of a block are not orthogonal to each other yet.
+        The rows of a block are not yet orthogonal to each other.
         """
         d_model = self.slice.model.d_model
         size = min(self.options.block, d_model - self.subspace.size)
@@ -164,7 +172,7 @@ class Chain:
         return start / start.norm(dim=-1, keepdim=True) * self.radius
 
     def solver(self, options: ChainOptions | None = None) -> BlockSolver:
-        """A solver for the next vectors from `start`, of other `options` than the chain's where they are given."""
+        """A solver for the next vectors, beginning at `start`; `options` override those of the chain."""
         options, self.started = options or self.options, time.perf_counter()
         rows = self.start()
         size, start = len(rows), rows.reshape(-1)
@@ -184,7 +192,7 @@ class Chain:
         return self.subspace.remove(rows.view(-1, self.slice.model.d_model)).view(-1)
 
     def add(self, solution: Solution) -> list[SteeringVector]:
-        """Certify a solution's vectors and take their directions; those that were not stored already."""
+        """Certify a solution's vectors and add them to the subspace; returns those that were not stored before."""
         seconds = (time.perf_counter() - self.started) / len(solution.theta)
         first = self.index
         found = [self._certify(theta, solution, first + i, seconds) for i, theta in enumerate(solution.theta)]
@@ -192,9 +200,9 @@ class Chain:
         return [vector for vector in found if len(self.stored) < vector.index <= self.options.num_vectors]
 
     def _certify(self, theta: Tensor, solution: Solution, index: int, seconds: float) -> SteeringVector:
-        """The vector made exactly orthogonal and rounded to float32, with its certificate; its direction is taken.
+        """Orthogonalise θ exactly, round it to float32, add it to the subspace, and compute its certificate.
 
-        One that is stored stands as it is, whatever another machine's last bits are.
+        A stored vector is kept as it is, even if its last bits differ on this machine.
         """
         if index <= len(self.stored):
             self.subspace.add(self.stored[index - 1].theta)

@@ -1,4 +1,4 @@
-"""The one loop that drives solvers: every evaluation of all of them is a pass through the slice for all."""
+"""The loop that drives solvers in lockstep: each pass through the slice evaluates the requests of all solvers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from melbo_ray.search.solvers import BlockSolver, Solution
 
 
 class Goal(Protocol):
-    """What vectors are sought for, such as a `Chain`.
+    """An optimisation problem for vectors, such as a `Chain`.
 
     Attributes:
-        slice: what θ goes through, the same for all that are sought together.
-        row: of the prompt in the slice.
-        z_base: (d_model,) float32, the z to come near to.
-        options: how z and the loss are defined, the same for all.
+        slice: the slice, common to all goals of a lockstep.
+        row: row of the prompt in the slice.
+        z_base: target z, (d_model,) float32.
+        options: definition of z and of the loss, common to all goals.
     """
 
     slice: Slice
@@ -34,13 +34,13 @@ G = TypeVar("G", bound=Goal)
 
 @dataclass(frozen=True)
 class Step(Generic[G]):
-    """An evaluation for a goal's solver.
+    """One evaluation of a solver.
 
     Attributes:
-        goal: whose.
-        theta: (block, d_model) float32, what was evaluated.
-        losses: (block,) float32, ‖z(θ) − z(θ₀)‖ + λ‖θ‖.
-        solution: what the solver ended with; None where it goes on.
+        goal: goal of the solver.
+        theta: the evaluated vectors, (block, d_model) float32.
+        losses: their losses ‖z(θ) − z(θ₀)‖ + λ‖θ‖, (block,) float32.
+        solution: solution of the solver if it has ended, else None.
     """
 
     goal: G
@@ -50,9 +50,9 @@ class Step(Generic[G]):
 
 
 def steps(solvers: dict[G, BlockSolver]) -> Iterator[Step[G]]:
-    """Drive solvers in lockstep to their ends, a batch of all their requests at a time: every evaluation, in order.
+    """Run solvers in lockstep until all have ended, with their requests in one batch; yields every evaluation.
 
-    A solver that ends leaves `solvers`; the next one of its goal may be put there before the next step is asked for.
+    A solver that ends is removed from `solvers`; the caller may insert its goal's next solver before resuming.
     """
     requests: dict[G, Tensor] = {}
     while solvers:
@@ -81,7 +81,7 @@ def value_and_grad(
     rows: Int[Tensor, " batch"],
     options: ChainOptions,
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch d_model"]]:
-    """‖z(θ) − z(θ₀)‖ + λ‖θ‖ of each row and its gradient, on the CPU; a longer θ is first shortened to `max_norm`."""
+    """The loss ‖z(θ) − z(θ₀)‖ + λ‖θ‖ of each row and its gradient, on the CPU; θ is first shortened to `max_norm`."""
     inputs = (value.to(slice.model.device) for value in (theta, z_base, rows))
     losses, gradient = slice.value_and_grad(
         *inputs, z_from=options.z_from, norm_penalty=options.norm_penalty, max_norm=options.max_norm

@@ -1,7 +1,7 @@
-"""The radius R, calibrated: how far random vectors can go before their effect departs from its linear part.
+"""The calibration of the radius R: the norm at which the effect of random vectors departs from its linear part.
 
-Source: the calibration of Mack's DCT (2024, "Deep causal transcoding"), which solves for a ratio of 0.5. Three
-tenths give usable base vectors on the two models that this was tried on; 0.5 breaks both, at a quarter few hold.
+Source: the calibration of Mack's DCT (2024, "Deep causal transcoding"), which solves for a ratio of 0.5. A ratio of 0.3
+gives usable base vectors on the two models tested; 0.5 breaks both, and at 0.25 few vectors show the concept.
 """
 
 import math
@@ -17,22 +17,22 @@ from melbo_ray.model.residual_slice import Slice
 
 TARGET = 0.3
 _DIRECTIONS = 16
-# Norms tried, relative to the residual stream's: from far below every usable one to the stream itself, √2 apart.
+# The norms of the curve, relative to the residual stream's, a factor √2 apart, up to the stream's own.
 _RELATIVE = [2 ** (step / 2) for step in range(-16, 1)]
-# A difference quotient over this share of the stream's norm: the linear part, far above the rounding of float32.
+# Step of the difference quotient for the linear part, relative to the stream's norm: far above float32 rounding.
 _LINEAR = 1e-3
 _ROWS = 8
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The radius, and the curve that it was read from.
+    """The calibrated radius and its curve.
 
     Attributes:
-        radius: R at which the curve passes `TARGET` (residual-stream units), by interpolation in log R.
-        radii: norms tried, rising (residual-stream units).
-        nonlinearity: at each of them √ mean(‖Δ(Rv) − R·Jv‖² / ‖R·Jv‖²) over random unit vectors v; infinite where
-            the model's activations are not finite.
+        radius: R at which the curve crosses `TARGET`, by interpolation in log R (residual-stream units).
+        radii: norms of the curve, increasing (residual-stream units).
+        nonlinearity: √ mean(‖Δ(Rv) − R·Jv‖² / ‖R·Jv‖²) over random unit vectors v at each norm; infinite if the model's
+            activations are not finite.
     """
 
     radius: float
@@ -41,12 +41,12 @@ class Calibration:
 
 
 def calibrate(slice: Slice, seed: int) -> Calibration:
-    """The radius for one prompt and two layers: some hundred forward passes of the slice.
+    """Calibrate the radius for the slice's prompt and layers, in about a hundred forward passes of the slice.
 
-    Δ(θ) is what θ changes of the target layer's residual stream, without the first position, J its Jacobian at 0.
+    Δ(θ) is the change of the target layer's residual stream, without the first position; J is its Jacobian at 0.
 
     Raises:
-        UserError: the response is not near-linear at the smallest norm tried, or near-linear at the largest.
+        UserError: the response is not near-linear at the smallest norm, or still near-linear at the largest.
     """
     generator = torch.Generator().manual_seed(seed)
     units = normalize(torch.randn(_DIRECTIONS, slice.model.d_model, generator=generator)).to(slice.model.device)
@@ -71,7 +71,7 @@ def _departure(change: Tensor, linear: Tensor) -> float:
 
 
 def _crossing(radii: list[float], ratios: list[float]) -> float:
-    """Where the curve first passes `TARGET`, between two norms by interpolation in their logarithm."""
+    """The norm at which the curve first crosses `TARGET`, interpolated in the logarithm of the norm."""
     above = next((i for i, ratio in enumerate(ratios) if ratio >= TARGET), None)
     if not above:
         side = "below" if above is None else "above"

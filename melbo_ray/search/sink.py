@@ -1,4 +1,4 @@
-"""Whether the displacement that a chain is to match is the base's effect, or an attention sink's massive activation."""
+"""The share of an attention sink's massive activation in the displacement that a chain matches."""
 
 import torch
 from jaxtyping import Float
@@ -9,11 +9,11 @@ from melbo_ray.model.residual_slice import Slice
 
 @torch.no_grad()
 def target_shares(slice: Slice, base: Float[Tensor, " d_model"], row: int = 0) -> dict[str, float]:
-    """Whether the target displacement z(θ₀) − z(0), z over every position, is more than an attention sink's activation.
+    """The composition of the target displacement z(θ₀) − z(0), with z over all positions.
 
-    `sink_share`: ‖first position's part‖² over the sum of that and of ‖the other positions' part‖². `coordinate_share`:
-    the largest coordinate's share of the squared norm. Where either is large, a solver can lower the post's loss far
-    without what the base does to the text.
+    `sink_share` is ‖first position's part‖² over the sum of that and ‖the other positions' part‖²; `coordinate_share`
+    is the largest coordinate's share of the squared norm. If either is large, a solver can lower the post's loss
+    without copying the base's effect on the text.
     """
     device = slice.model.device
     thetas, rows = torch.stack([torch.zeros_like(base), base]).to(device), torch.full((2,), row, device=device)

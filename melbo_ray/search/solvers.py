@@ -1,7 +1,7 @@
-"""The ways to minimise a vector's loss: the post's Adam, and L-BFGS inside the complement; in blocks.
+"""Solvers for a vector's loss: the post's Adam, and L-BFGS in the orthogonal complement; for blocks of vectors.
 
-A solver is a coroutine: it yields the θ it wants evaluated and is sent back (loss, gradient), so that whoever drives
-several of them can evaluate all their requests in one pass through the model. Its return value is a `Solution`.
+A solver is a coroutine: it yields the θ to evaluate and receives (loss, gradient), so that a loop over several solvers
+can evaluate all their requests in one pass through the model. Its return value is a `Solution`.
 """
 
 import dataclasses
@@ -30,7 +30,13 @@ _LEAST = 1e-30
 
 @dataclass(frozen=True)
 class Solution:
-    """The best θ a solver saw (a row for each of a block), how many evaluations it took, and why it stopped."""
+    """The result of a solver.
+
+    Attributes:
+        theta: the final θ, (d_model,), or (block, d_model) from a `BlockSolver`.
+        evaluations: number of loss-and-gradient evaluations.
+        stop_reason: `converged`, `max_evaluations` or `line_search`.
+    """
 
     theta: Tensor
     evaluations: int
@@ -38,9 +44,10 @@ class Solution:
 
 
 def adam(start: Vector, *, steps: int, lr: float, remove: Callable[[Vector], Vector]) -> Solver:
-    """The post's solver: Adam with `remove` (the projection onto the complement) after every step; `steps` steps.
+    """The post's solver: `steps` steps of Adam, with the projection `remove` onto the complement after each.
 
-    Source: "MELBO-ortho" in the post; lr is 0.01 at R = 7. Always runs all its steps and returns the last θ, as there.
+    Source: "MELBO-ortho" in the post, where lr is 0.01 at R = 7. As there, all steps are run and the last θ is
+    returned.
     """
     theta = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([theta], lr=lr)
@@ -55,18 +62,18 @@ def adam(start: Vector, *, steps: int, lr: float, remove: Callable[[Vector], Vec
 def lbfgs(
     start: Vector, *, budget: int, tolerance: float, first_step: float, remove: Callable[[Vector], Vector]
 ) -> Solver:
-    """L-BFGS on the complement: the gradient is projected, so every iterate lies in it if `start` does.
+    """L-BFGS in the complement: the gradient is projected, so all iterates stay in it if `start` does.
 
-    It minimises ½ loss², smooth where the loss is 0. The first step has length `first_step`; from then on the inverse
-    Hessian starts from γI, γ = sᵀy / yᵀy of the newest pair, so that neither the scale of the loss nor that of θ
-    matters. Armijo backtracking; a pair whose curvature is not positive is left out (Nocedal and Wright 2006,
-    algorithms 7.5 and 3.1, equation 7.20).
+    The objective is ½ loss², which is smooth at loss 0. The first step has length `first_step`; later the inverse
+    Hessian starts from γI, γ = sᵀy / yᵀy of the newest pair, so the scales of loss and θ do not matter. The line search
+    is Armijo backtracking; pairs without positive curvature are skipped (Nocedal and Wright 2006, algorithms 7.5 and
+    3.1, equation 7.20).
 
     Args:
-        start: first θ, in the complement.
-        budget: evaluations at most.
-        tolerance: stop when the last ten evaluations lowered the loss by less than this fraction; 0 never does.
-        first_step: ‖θ₁ − θ₀‖ of the first trial (residual-stream units).
+        start: initial θ, in the complement.
+        budget: maximum number of evaluations.
+        tolerance: relative decrease of the loss over ten evaluations below which the solver stops; 0 disables this.
+        first_step: length of the first trial step (residual-stream units).
         remove: projection onto the complement.
     """
     x, pairs, losses = start.double(), deque(maxlen=_HISTORY), []
@@ -95,7 +102,7 @@ def lbfgs(
                 break
             if len(losses) >= budget:
                 return Solution(x.float(), len(losses), "max_evaluations")
-            # The minimum of the parabola through what is known, kept away from both ends; NaN halves the step.
+            # Minimum of the interpolating parabola, safeguarded at both ends; NaN halves the step.
             parabola = -slope * step**2 / (2 * (trial_value - value - slope * step))
             step = min(max(parabola, 0.1 * step), 0.5 * step) if math.isfinite(parabola) else 0.5 * step
             if step < _SMALLEST_STEP:
@@ -108,10 +115,10 @@ def lbfgs(
 
 
 def block(solver: Solver, size: int) -> BlockSolver:
-    """`size` mutually orthogonal vectors sought at once by a solver of one long vector, their rows end to end.
+    """Optimise `size` mutually orthogonal vectors jointly, with a solver for their concatenation.
 
-    The solver's loss is the root of the sum of their squared losses; what is evaluated are its rows made orthogonal
-    (`disentangle`), and the gradient goes back through that. A block of one is the solver itself.
+    The solver's loss is the root of the sum of the squared losses. The rows are orthogonalised (`disentangle`) before
+    evaluation, and the gradient is propagated through that. A block of one is the solver itself.
     """
     theta = next(solver)
     while True:

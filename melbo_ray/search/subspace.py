@@ -1,4 +1,4 @@
-"""The directions a chain has already taken, and what is left of the space."""
+"""The subspace spanned by the vectors of a chain, and projections onto its complement."""
 
 import torch
 from jaxtyping import Float
@@ -9,15 +9,15 @@ _SCHULZ_STEPS = 24
 
 
 class Subspace:
-    """The span of the vectors added so far, with an orthonormal basis that keeps float32 orthogonality.
+    """The span of the added vectors, with an orthonormal basis.
 
-    The basis is grown by Gram-Schmidt, twice over in float64 (Giraud, Langou and Rozložník 2005, "twice is
-    enough"), and kept in float32 on `device` for the projections of the inner loop.
+    The basis is extended by Gram-Schmidt, applied twice in float64 (Giraud, Langou and Rozložník 2005, "twice is
+    enough"), with a float32 copy on `device` for the projections of the inner loop.
 
     Args:
         d_model: dimension of the space.
-        capacity: most vectors it will hold; at most d_model.
-        device: where `remove` computes.
+        capacity: maximum number of vectors, at most d_model.
+        device: device on which `remove` computes.
     """
 
     def __init__(self, d_model: int, capacity: int, device: torch.device | str = "cpu") -> None:
@@ -33,24 +33,24 @@ class Subspace:
         return self._basis[: self.size]
 
     def remove(self, vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """The part of each vector orthogonal to the span, float32, computed on the basis' device and given back."""
+        """The part of each vector orthogonal to the span, float32, on the vectors' device."""
         rest = vectors.to(self._basis)
         for _ in range(2):
             rest = rest - (rest @ self.basis.T) @ self.basis
         return rest.to(vectors.device)
 
     def remove_exact(self, vector: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
-        """As `remove`, in float64 on the CPU: for the value that is stored."""
+        """Like `remove`, in float64 on the CPU, for vectors that are stored."""
         exact, basis = vector.to("cpu", torch.float64), self._exact[: self.size]
         for _ in range(2):
             exact = exact - (exact @ basis.T) @ basis
         return exact
 
     def add(self, vector: Float[Tensor, " d_model"]) -> float:
-        """Take the direction of `vector` into the span; the largest |cos| it had with any earlier direction.
+        """Extend the span by `vector`; returns its largest |cos| with any earlier direction.
 
         Raises:
-            ValueError: the vector is zero or not finite, lies within the span, or the subspace is full.
+            ValueError: the vector is zero or not finite, lies in the span, or the subspace is full.
         """
         if self.size == len(self._exact):
             raise ValueError(f"the subspace is full: it was made for {self.size} vectors")
@@ -70,14 +70,14 @@ class Subspace:
 
 
 def disentangle(vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
-    """Vectors of the same norms along the orthonormal directions nearest to theirs, differentiable, in float64.
+    """Vectors of the same norms along the nearest orthonormal directions; differentiable, in float64.
 
-    Symmetric orthonormalisation (Löwdin 1950), which treats all rows alike: the orthogonal polar factor of the
-    directions, by Newton and Schulz' iteration. The rows must be linearly independent.
+    This is symmetric orthonormalisation (Löwdin 1950), which treats all rows alike: the orthogonal polar factor of the
+    directions, computed by Newton-Schulz iteration. The rows must be linearly independent.
     """
     norms = vectors.double().norm(dim=-1, keepdim=True)
     units = vectors.double() / norms
-    # The iteration converges from singular values up to √3; of n unit vectors none is above √n.
+    # The iteration converges for singular values below √3; those of n unit vectors are at most √n.
     factor = units / len(units) ** 0.5
     for _ in range(_SCHULZ_STEPS):
         factor = 1.5 * factor - 0.5 * (factor @ factor.T) @ factor
@@ -85,6 +85,6 @@ def disentangle(vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model
 
 
 def max_abs_cos(vectors: Float[Tensor, "n d_model"]) -> float:
-    """The largest |cos| between two different rows, over the complete Gram matrix, in float64; 0 for one row."""
+    """The largest |cos| between two different rows, from the complete Gram matrix in float64; 0 for one row."""
     units = torch.nn.functional.normalize(vectors.to("cpu", torch.float64), dim=-1)
     return float((units @ units.T).fill_diagonal_(0).abs().max())

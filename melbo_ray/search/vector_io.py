@@ -1,4 +1,4 @@
-"""Steering vectors in files; reading one runs no code."""
+"""Reading steering vectors from files, without executing code from them."""
 
 from pathlib import Path
 
@@ -10,7 +10,9 @@ from melbo_ray.errors import UserError
 
 
 def read_vectors(path: str, d_model: int) -> Float[Tensor, "n d_model"]:
-    """The vectors in a `.safetensors`, `.npy` or `.pt` file (one tensor, (d_model,) or (n, d_model)); no code is run.
+    """Read the single tensor, (d_model,) or (n, d_model), of a `.safetensors`, `.npy` or `.pt` file, as float32.
+
+    Code in the file is never executed.
 
     Raises:
         UserError: no such file, another format, or another shape.

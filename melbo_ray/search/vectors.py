@@ -1,6 +1,6 @@
-"""Steering vectors as the code has them, and as rows of the table `vectors`: the one place that turns them about.
+"""Steering vectors, and their conversion to and from rows of the table `vectors`.
 
-The code says `theta`, the table `vector`: one column of float32 lists, copied from and to Arrow's buffers.
+A vector is `theta` in code and the column `vector` in the table, a list of float32, copied from and to Arrow's buffers.
 """
 
 from dataclasses import dataclass, fields
@@ -17,7 +17,7 @@ from melbo_ray.runs.schema import Certificate
 
 @dataclass(frozen=True)
 class BaseVector:
-    """θ₀, which a chain starts from.
+    """The base vector θ₀ of a chain.
 
     Attributes:
         theta: (d_model,) float32 on the CPU.
@@ -46,11 +46,11 @@ class SteeringVector(Certificate):
 
 @dataclass(frozen=True)
 class StoredVectors:
-    """The vectors of a concept that any worker has made durable.
+    """The stored vectors of a concept.
 
     Attributes:
         base: θ₀; None until it is found.
-        chain: in order, from index 1.
+        chain: the chain's vectors in order, from index 1.
     """
 
     base: BaseVector | None
@@ -58,7 +58,7 @@ class StoredVectors:
 
 
 def row(run_id: str, kind: str, vector: BaseVector | SteeringVector) -> dict[str, Any]:
-    """The vector's row in the table `vectors`; a base has index 0 and, of a certificate, its norm alone."""
+    """The vector's row in the table `vectors`; a base has index 0, and only its norm of the certificate's columns."""
     names = [field.name for field in fields(Certificate)]
     if isinstance(vector, BaseVector):
         index, certificate = 0, dict.fromkeys(names) | {"norm": vector.norm}
@@ -68,7 +68,7 @@ def row(run_id: str, kind: str, vector: BaseVector | SteeringVector) -> dict[str
 
 
 def stored_vectors(run: Run, concept: str) -> StoredVectors:
-    """The base and the chain of a concept, published or not."""
+    """The stored base and chain of a concept, published or not."""
     rows = run.read("vectors", concept)
     values = rows["vector"].combine_chunks().flatten().to_numpy().reshape(max(len(rows), 1), -1)
     base, chain = None, []
@@ -82,5 +82,5 @@ def stored_vectors(run: Run, concept: str) -> StoredVectors:
 
 
 def _tensor(values: Float[np.ndarray, " d_model"]) -> Float[Tensor, " d_model"]:
-    # A copy: Arrow's buffers are read-only, and aligned as it likes; the last bits of a product may depend on that.
+    # Copied: Arrow's buffers are read-only, and their alignment may change the last bits of products.
     return torch.tensor(values)

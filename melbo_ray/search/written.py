@@ -1,4 +1,4 @@
-"""What a model writes under a vector, greedily, and how sound that is."""
+"""Greedy texts under a vector, and their soundness."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,26 +13,25 @@ from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import AnswerOptions
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.residual_slice import Slice
-from melbo_ray.model.sampling import Job, generate
+from melbo_ray.model.sampling import Request, generate
 from melbo_ray.model.steering import Prompts, target_log_probs
 
-# Below this the unsteered model finds a text senseless, nats per token. Readable texts of candidates lie at −0.1 to
-# −3.4 on the embedded model and at −0.1 to −2.6 on Qwen2.5-Coder-0.5B; the embedded model's noise at 2 and 4 times R at
-# −5.0 to −7.0.
+# Coherence below which a text is senseless, nats per token. Readable texts of candidates have −0.1 to −3.4 on the
+# embedded model and −0.1 to −2.6 on Qwen2.5-Coder-0.5B; the embedded model's noise at 2 and 4 times R −5.0 to −7.0.
 _SENSE = -3.5
-# A text with a smaller share of distinct trigrams goes round in circles; the unsteered model finds that likely.
+# Share of distinct trigrams below which a text loops; the unsteered model finds loops likely, so coherence misses them.
 _LOOP = 0.4
 
 
 @dataclass(frozen=True)
 class Written:
-    """A greedy text, and how it was judged.
+    """A greedy text and its judgement.
 
     Attributes:
-        text: what the model wrote.
-        detected: whether the concept's detector finds it there.
+        text: the text.
+        detected: whether the detector finds the concept in it.
         coherence: mean log-probability per token of the text under the unsteered model, after the same prompt (nats).
-        distinct: share of its trigrams of tokens that are distinct, 0 … 1.
+        distinct: share of distinct token trigrams, 0 … 1.
     """
 
     text: str
@@ -42,38 +41,38 @@ class Written:
 
     @property
     def senseless(self) -> bool:
-        """The unsteered model would hardly write it."""
+        """Whether the text is very unlikely under the unsteered model."""
         return not self.coherence >= _SENSE
 
     @property
     def loops(self) -> bool:
-        """It goes round in circles."""
+        """Whether the text repeats itself."""
         return self.distinct < _LOOP
 
     @property
     def sound(self) -> bool:
-        """Neither senseless nor a loop."""
+        """Whether the text is neither senseless nor repetitive."""
         return not (self.senseless or self.loops)
 
     @property
     def shows(self) -> bool:
-        """The concept is there, in a sound text."""
+        """Whether the text is sound and shows the concept."""
         return self.detected and self.sound
 
 
-# Under a vector whose logits are not finite.
+# The text under a vector whose logits are not finite.
 NOTHING = Written("", False, -inf, 1.0)
 
 
 def write(
-    slice: Slice, concept: Concept, options: AnswerOptions, jobs: Sequence[tuple[Int[Tensor, " seq"], Tensor]]
+    slice: Slice, concept: Concept, options: AnswerOptions, requests: Sequence[tuple[Int[Tensor, " seq"], Tensor]]
 ) -> list[Written]:
-    """The greedy text of each prompt and vector, judged; all in one batch, and one pass for their coherence."""
-    model, wanted = slice.model, [Job(prompt, theta, temperature=0) for prompt, theta in jobs]
+    """Generate and judge the greedy text of each (prompt, vector); texts and coherence are batched."""
+    model, wanted = slice.model, [Request(prompt, theta, temperature=0) for prompt, theta in requests]
     texts = [text.tokens for text in generate(model, wanted, slice.source, max_new_tokens=options.max_new_tokens)]
     decoded = [str(model.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in texts]
-    pairs = [(tuple(job.tokens.tolist()), tuple(text)) for job, text in zip(wanted, texts, strict=True)]
-    # Many candidates write the same, a refusal above all.
+    pairs = [(tuple(request.tokens.tolist()), tuple(text)) for request, text in zip(wanted, texts, strict=True)]
+    # Many candidates give the same text, typically a refusal.
     unlike = list(dict.fromkeys(pairs))
     read = coherence(model, slice.source, *zip(*unlike, strict=True)) if unlike else []
     sense = dict(zip(unlike, read, strict=True))
@@ -86,7 +85,7 @@ def write(
 def coherence(
     model: LanguageModel, source: int, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
 ) -> list[float]:
-    """Mean log-probability per token (nats) of each text after its prompt, unsteered; of an empty one its end's."""
+    """Mean unsteered log-probability per token of each text after its prompt, nats; for an empty text, of its end."""
     forced = [[torch.tensor(list(tokens) or model.end_tokens[:1])] for tokens in texts]
     rows = Prompts(model, [torch.tensor(prompt) for prompt in prompts], source, forced)
     logits = rows.logits(torch.zeros(len(texts), model.d_model, device=model.device))
@@ -95,6 +94,6 @@ def coherence(
 
 
 def distinct(tokens: Sequence[int]) -> float:
-    """The share of trigrams that are distinct: 1 where none comes twice, or there is none."""
+    """The share of distinct trigrams; 1 if there are no trigrams."""
     trigrams = [tuple(tokens[i : i + 3]) for i in range(len(tokens) - 2)]
     return len(set(trigrams)) / len(trigrams) if trigrams else 1.0

@@ -14,7 +14,7 @@ from melbo_ray.runs.manifest import Manifest, Outcome
 from melbo_ray.runs.work_unit import WHOLE, Coverage, Unit, count, covers, progress
 
 if TYPE_CHECKING:  # a look at a run's storage needs neither
-    from melbo_ray.cluster.backlog import Agenda
+    from melbo_ray.cluster.backlog import Backlog
     from melbo_ray.search.vectors import SteeringVector
 
 _LINE_EVERY, _BAR_EVERY = 5.0, 0.5
@@ -58,39 +58,39 @@ class Display:
         """One line above the bars."""
         self._console.print(text, highlight=False, soft_wrap=True)
 
-    def update(self, agendas: Mapping[str, "Agenda"], last: Mapping[str, "SteeringVector"], evaluators: int) -> None:
+    def update(self, backlogs: Mapping[str, "Backlog"], last: Mapping[str, "SteeringVector"], evaluators: int) -> None:
         """Show where things stand."""
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + (_LINE_EVERY if self._bars is None else _BAR_EVERY)
-        for name, agenda in agendas.items():
-            text = self._describe(agenda, last.get(name), evaluators)
-            goal = agenda.found if agenda.stop_reason else self._num_vectors
+        for name, backlog in backlogs.items():
+            text = self._describe(backlog, last.get(name), evaluators)
+            goal = backlog.found if backlog.stop_reason else self._num_vectors
             if self._bars is not None:
                 if name not in self._tasks:
                     self._tasks[name] = self._bars.add_task(name, total=goal, text=text)
-                self._bars.update(self._tasks[name], completed=agenda.found, total=goal, text=text)
+                self._bars.update(self._tasks[name], completed=backlog.found, total=goal, text=text)
             elif self._lines.get(name) != text:
                 self._lines[name] = text
                 self.say(f"{name}: {text}")
 
-    def _describe(self, agenda: "Agenda", vector: "SteeringVector | None", evaluators: int) -> str:
-        if agenda.base is None:
+    def _describe(self, backlog: "Backlog", vector: "SteeringVector | None", evaluators: int) -> str:
+        if backlog.base is None:
             return "finding the base vector" + ("" if evaluators else " as soon as an evaluator is there")
-        parts = [f"vector {agenda.found} of {self._num_vectors}"]
+        parts = [f"vector {backlog.found} of {self._num_vectors}"]
         if vector is not None:
             parts.append(f"loss {vector.loss:.3g} ({vector.relative_loss:.1%} of unsteered), norm {vector.norm:.3g}")
-        goal = agenda.found if agenda.stop_reason else self._num_vectors
-        done, wanted = agenda.evaluations(goal)
+        goal = backlog.found if backlog.stop_reason else self._num_vectors
+        done, wanted = backlog.evaluations(goal)
         parts.append(f"{done} of {wanted} evaluations by {evaluators}")
-        parts.append(self._time_left(agenda, goal))
+        parts.append(self._time_left(backlog, goal))
         return ", ".join(parts)
 
-    def _time_left(self, agenda: "Agenda", goal: int) -> str:
+    def _time_left(self, backlog: "Backlog", goal: int) -> str:
         """By the newest rates of the chain and of its evaluations; the slower one rules."""
         now, slowest = time.monotonic(), 0.0
-        for what, (done, wanted) in (("chain", (agenda.found, goal)), ("evaluations", agenda.units(goal))):
-            steps = self._steps.setdefault((agenda.concept, what), deque(maxlen=_STEPS))
+        for what, (done, wanted) in (("chain", (backlog.found, goal)), ("evaluations", backlog.units(goal))):
+            steps = self._steps.setdefault((backlog.concept, what), deque(maxlen=_STEPS))
             if not steps or steps[-1][1] != done:
                 steps.append((now, done))
             if done >= wanted:
@@ -119,13 +119,13 @@ def status(manifest: Manifest, fresh: Iterable[Unit], driver: Mapping[str, Any] 
     done = progress(manifest.done, fresh)
     title = f"Run {manifest.run_id}: {state} (as of {manifest.updated})"
     table = Table("", *manifest.definitions, title=title, title_justify="left")
-    columns = [_standing(done, concept, manifest) for concept in manifest.definitions]
+    columns = [_concept_status(done, concept, manifest) for concept in manifest.definitions]
     for name in columns[0]:
         table.add_row(name, *(column[name] for column in columns))
     return table
 
 
-def _standing(done: Coverage, concept: str, manifest: Manifest) -> dict[str, str]:
+def _concept_status(done: Coverage, concept: str, manifest: Manifest) -> dict[str, str]:
     config, outcome = manifest.config, manifest.concepts.get(concept, Outcome())
     found = count(done, concept, "chain", "chain")
     evaluated = {

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from melbo_ray.cluster.backlog import UNFINISHED, Agenda
+from melbo_ray.cluster.backlog import UNFINISHED, Backlog
 from melbo_ray.cluster.driver import Driver
 from melbo_ray.cluster.resources import lay_out
 from melbo_ray.cluster.session import connected
@@ -66,14 +66,14 @@ def _run(checked: Checked, console: Console, chains: bool) -> tuple[Run, Manifes
             chains_due = len(checked.concepts) if chains else 0
             layout = lay_out(config, chains_due, checked.demands, *resources, allowed=allowed)
             if layout.packed != allowed:
-                console.print(_given_up(layout.packed), highlight=False, soft_wrap=True)
-            job = _Job(stored, checked, _begin(stored, checked, layout.packed), lease, console)
-            with Display(console, config.num_vectors) as job.display:
-                job.drive(layout, chains)
-        return stored, job.manifest
+                console.print(_unpacked_line(layout.packed), highlight=False, soft_wrap=True)
+            study = _StudyRun(stored, checked, _start_manifest(stored, checked, layout.packed), lease, console)
+            with Display(console, config.num_vectors) as study.display:
+                study.drive(layout, chains)
+        return stored, study.manifest
 
 
-class _Job:
+class _StudyRun:
     """One driver's time with a run: drive, publish every few seconds, finish or leave it resumable."""
 
     def __init__(self, run: Run, checked: Checked, manifest: Manifest, lease: Lease, console: Console) -> None:
@@ -82,14 +82,14 @@ class _Job:
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._publishing: Future | None = None
         # Concepts whose base was told, and lines of the self-check.
-        self._told: set[str] = set()
+        self._announced: set[str] = set()
         self._next_publication = time.monotonic() + _PUBLISH_EVERY
 
     def drive(self, layout: Any, chains: bool) -> None:
         started, before = time.time(), self.manifest.seconds
         config = self.checked.config
-        agendas = {concept.name: self._agenda(concept.name, chains) for concept in self.checked.concepts}
-        driver = Driver(self.run, str(config.run_id), config, self.checked.concepts, agendas, layout, self._tick)
+        backlogs = {concept.name: self._backlog(concept.name, chains) for concept in self.checked.concepts}
+        driver = Driver(self.run, str(config.run_id), config, self.checked.concepts, backlogs, layout, self._tick)
         driver.fingerprints = {name: known for name in _FINGERPRINTS if (known := getattr(self.manifest, name))}
         driver.checks = copy.deepcopy(self.manifest.checks)
         finished = False
@@ -99,50 +99,50 @@ class _Job:
         finally:
             self._publisher.shutdown(wait=True)
             with contextlib.nullcontext() if finished else contextlib.suppress(UserError):
-                self._note(driver)
+                self._update_manifest(driver)
                 self.manifest.status = "finished" if finished else "interrupted"
                 self.manifest.seconds = before + time.time() - started
                 self._finish()
 
-    def _agenda(self, concept: str, chains: bool) -> Agenda:
+    def _backlog(self, concept: str, chains: bool) -> Backlog:
         config = self.checked.config
         done = progress(self.manifest.done, self.run.fresh())
-        agenda = Agenda(concept, config.evals, config.eval_batch, done, config.sample, config.num_vectors)
-        agenda.retry(self.run.read("failures", concept).to_pylist())
-        agenda.learn_stored(stored_vectors(self.run, concept))
+        backlog = Backlog(concept, config.evals, config.eval_batch, done, config.sample, config.num_vectors)
+        backlog.retry(self.run.read("failures", concept).to_pylist())
+        backlog.add_stored(stored_vectors(self.run, concept))
         stopped = self.manifest.concepts.get(concept, Outcome()).stop_reason
-        if agenda.found >= config.num_vectors:
-            agenda.stop_reason = "num_vectors"
+        if backlog.found >= config.num_vectors:
+            backlog.stop_reason = "num_vectors"
         elif stopped not in (None, "num_vectors", UNFINISHED):
-            agenda.stop_reason = stopped
+            backlog.stop_reason = stopped
         elif not chains:
-            agenda.stop_reason = UNFINISHED
-        return agenda
+            backlog.stop_reason = UNFINISHED
+        return backlog
 
     def _tick(self, driver: Driver) -> None:
-        for name, agenda in driver.agendas.items():
-            if agenda.base is not None and name not in self._told:
-                self._told.add(name)
+        for name, backlog in driver.backlogs.items():
+            if backlog.base is not None and name not in self._announced:
+                self._announced.add(name)
                 if reason := base_reason(self.run, name):
                     self.display.say(f"{name}: the base is {reason}")
                 if figures := base_figures(self.run, name):
-                    self.display.say(_told_of_base(name, figures))
+                    self.display.say(_base_line(name, figures))
         for reason in checks.reasons(driver.checks):
-            if reason not in self._told:
-                self._told.add(reason)
+            if reason not in self._announced:
+                self._announced.add(reason)
                 self.display.say(f"self-check: {reason}")
-        self.display.update(driver.agendas, driver.last, driver.pool.ready)
-        if (line := driver.silence()) is not None:
+        self.display.update(driver.backlogs, driver.last, driver.pool.ready)
+        if (line := driver.wait_notice()) is not None:
             self.display.say(line)
         if self._publishing is not None and self._publishing.done():
             self._publishing.result()
             self._publishing = None
         if self._publishing is None and time.monotonic() > self._next_publication:
             self._next_publication = time.monotonic() + _PUBLISH_EVERY
-            self._note(driver)
+            self._update_manifest(driver)
             self._publishing = self._publisher.submit(self._publish)
 
-    def _note(self, driver: Driver) -> None:
+    def _update_manifest(self, driver: Driver) -> None:
         """What the driver has learnt, into the manifest; only while nobody publishes."""
         manifest = self.manifest
         for name, fingerprint in driver.fingerprints.items():
@@ -151,9 +151,9 @@ class _Job:
         manifest.checks = copy.deepcopy(driver.checks)
         peaks = manifest.peak_memory
         peaks |= {role: max(peak, peaks.get(role, 0)) for role, peak in driver.peak_memory.items()}
-        for name, agenda in driver.agendas.items():
+        for name, backlog in driver.backlogs.items():
             outcome = manifest.concepts.setdefault(name, Outcome())
-            outcome.vectors, outcome.stop_reason = agenda.found, agenda.stop_reason
+            outcome.vectors, outcome.stop_reason = backlog.found, backlog.stop_reason
 
     def _publish(self) -> None:
         self.lease.check()
@@ -173,14 +173,14 @@ class _Job:
         self.run.write_manifest(self.manifest)
 
 
-def _told_of_base(concept: str, figures: Mapping[str, float]) -> str:
+def _base_line(concept: str, figures: Mapping[str, float]) -> str:
     line = f"{concept}: R = {figures['radius']:.4g}, {figures['sink_share']:.0%} of the target at the first position"
     if figures["sink_share"] < SINK:
         return line
     return f"{line}, an attention sink's activation: z from 0 (--z-from 0) would mostly match that"
 
 
-def _given_up(packed: Packed) -> str:
+def _unpacked_line(packed: Packed) -> str:
     """What is said where some weights are not packed: slower, and other last bits than where they are."""
     without = " and ".join(name for name, yes in dataclasses.asdict(packed).items() if not yes)
     return f"memory is short for packed copies of the weights: none for {without}, which costs time only"
@@ -199,7 +199,7 @@ def _lease(run: Run) -> Generator[Lease]:
                 run.storage.prune()
 
 
-def _begin(run: Run, checked: Checked, packed: Packed) -> Manifest:
+def _start_manifest(run: Run, checked: Checked, packed: Packed) -> Manifest:
     """The manifest of a run that begins or goes on."""
     config = checked.config
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import ray
 
-from melbo_ray.cluster.backlog import Agenda
+from melbo_ray.cluster.backlog import Backlog
 from melbo_ray.cluster.driver import Driver
 from melbo_ray.cluster.memory import Demand, Demands
 from melbo_ray.cluster.resources import lay_out
@@ -47,10 +47,10 @@ def drive(evaluators: int, units: int, seconds: float) -> float:
         run.storage.put("seconds", str(seconds).encode())
         run.storage.put("together", str(evaluators).encode())
         config = Config(eval_batch=1, evals=["kl"], min_evaluators=evaluators, max_evaluators=evaluators)
-        agenda = Agenda("code", config.evals, 1, {}, stop_reason="num_vectors")
-        agenda.learn("base", 0, np.ones(D_MODEL, np.float32))
+        backlog = Backlog("code", config.evals, 1, {}, stop_reason="num_vectors")
+        backlog.add_vector("base", 0, np.ones(D_MODEL, np.float32))
         for index in range(1, units - 1):  # the base and the unsteered model are two more
-            agenda.learn("chain", index, np.full(D_MODEL, index, np.float32))
+            backlog.add_vector("chain", index, np.full(D_MODEL, index, np.float32))
         begun: list[float] = []
 
         def tick(driver: Driver) -> None:
@@ -59,7 +59,7 @@ def drive(evaluators: int, units: int, seconds: float) -> float:
 
         cluster = {"CPU": 64.0, "memory": 64 << 30}
         Driver(
-            run, "run", config, [], {"code": agenda}, lay_out(config, 1, NO_DEMANDS, cluster, False), tick, Sleeper
+            run, "run", config, [], {"code": backlog}, lay_out(config, 1, NO_DEMANDS, cluster, False), tick, Sleeper
         ).drive()
         return time.perf_counter() - begun[0]
 

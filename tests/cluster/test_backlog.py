@@ -3,17 +3,17 @@
 import numpy as np
 import pytest
 
-from melbo_ray.cluster.backlog import Agenda
+from melbo_ray.cluster.backlog import Backlog
 from melbo_ray.runs.work_unit import WHOLE, Unit, cover
 
 
 @pytest.fixture
-def agenda():
+def backlog():
     """Twenty vectors, every one with `kl` and, as a chain, with `geometry`."""
-    found = Agenda("code", ["kl", "geometry"], 8, {}, stop_reason="num_vectors")
-    found.learn("base", 0, np.ones(2))
+    found = Backlog("code", ["kl", "geometry"], 8, {}, stop_reason="num_vectors")
+    found.add_vector("base", 0, np.ones(2))
     for index in range(1, 21):
-        found.learn("chain", index, np.ones(2))
+        found.add_vector("chain", index, np.ones(2))
     for unit in found.due():
         cover(found.done, unit)
     assert found.due() == []
@@ -24,9 +24,9 @@ def failure(evaluation, kind, index):
     return {"evaluation": evaluation, "kind": kind, "index": index, "attempts": 2}
 
 
-def test_what_has_failed_is_due_again_and_nothing_else(agenda):
-    agenda.retry([failure("kl", "chain", index) for index in (3, 4, 12)] + [failure("kl", "unsteered", 0)])
-    assert agenda.due() == [
+def test_what_has_failed_is_due_again_and_nothing_else(backlog):
+    backlog.retry([failure("kl", "chain", index) for index in (3, 4, 12)] + [failure("kl", "unsteered", 0)])
+    assert backlog.due() == [
         Unit("code", "kl", "unsteered", 0, 0),
         Unit("code", "kl", "chain", 3, 4),
         Unit("code", "kl", "chain", 12, 12),
@@ -34,44 +34,44 @@ def test_what_has_failed_is_due_again_and_nothing_else(agenda):
 
 
 @pytest.mark.parametrize("index", [0, 7])
-def test_an_evaluation_of_the_whole_chain_that_failed_is_due_as_a_whole(agenda, index):
-    agenda.retry([failure("geometry", "chain", index)])
-    assert agenda.due() == [Unit("code", "geometry", WHOLE, 1, 20)]
+def test_an_evaluation_of_the_whole_chain_that_failed_is_due_as_a_whole(backlog, index):
+    backlog.retry([failure("geometry", "chain", index)])
+    assert backlog.due() == [Unit("code", "geometry", WHOLE, 1, 20)]
 
 
-def test_how_often_a_unit_has_failed_before_is_known(agenda):
-    agenda.retry([failure("kl", "chain", 3), failure("kl", "unsteered", 0), failure("geometry", "chain", 0)])
-    assert agenda.failed(Unit("code", "kl", "chain", 1, 8)) == {3: 2}
-    assert agenda.failed(Unit("code", "kl", "unsteered", 0, 0)) == {0: 2}
-    assert agenda.failed(Unit("code", "geometry", WHOLE, 1, 20)) == {0: 2}
-    assert agenda.failed(Unit("code", "kl", "chain", 9, 16)) == {}
+def test_how_often_a_unit_has_failed_before_is_known(backlog):
+    backlog.retry([failure("kl", "chain", 3), failure("kl", "unsteered", 0), failure("geometry", "chain", 0)])
+    assert backlog.failed(Unit("code", "kl", "chain", 1, 8)) == {3: 2}
+    assert backlog.failed(Unit("code", "kl", "unsteered", 0, 0)) == {0: 2}
+    assert backlog.failed(Unit("code", "geometry", WHOLE, 1, 20)) == {0: 2}
+    assert backlog.failed(Unit("code", "kl", "chain", 9, 16)) == {}
 
 
-def test_what_has_failed_and_is_not_asked_any_more_is_not_due(agenda):
-    agenda.retry([failure("dose", "chain", 3)])
-    assert agenda.due() == []
+def test_what_has_failed_and_is_not_asked_any_more_is_not_due(backlog):
+    backlog.retry([failure("dose", "chain", 3)])
+    assert backlog.due() == []
 
 
 def sampled(sample, most, found, ended=None, evals=("kl", "greedy", "dose")):
     """A concept whose chain has `found` vectors of `most`, and evaluations of a sample."""
-    agenda = Agenda("code", list(evals), 8, {}, sample, most, stop_reason=ended)
-    agenda.learn("base", 0, np.ones(2))
+    backlog = Backlog("code", list(evals), 8, {}, sample, most, stop_reason=ended)
+    backlog.add_vector("base", 0, np.ones(2))
     for index in range(1, found + 1):
-        agenda.learn("chain", index, np.ones(2))
-    return agenda
+        backlog.add_vector("chain", index, np.ones(2))
+    return backlog
 
 
-def asked(agenda, name):
+def asked(backlog, name):
     """The vectors of the chain in what is due."""
-    units = [unit for unit in agenda.due() if (unit.evaluation, unit.kind) == (name, "chain")]
+    units = [unit for unit in backlog.due() if (unit.evaluation, unit.kind) == (name, "chain")]
     return [index for unit in units for index in range(unit.first, unit.last + 1)]
 
 
 @pytest.mark.parametrize(("sample", "most"), [(64, 895), (64, 100), (7, 24), (1, 24), (24, 24), (99, 24)])
 def test_a_sample_is_even_and_of_the_size_asked_for_and_kl_and_greedy_texts_are_of_all(sample, most):
-    agenda = sampled(sample, most, most, "num_vectors")
-    chosen = asked(agenda, "dose")
-    assert asked(agenda, "kl") == asked(agenda, "greedy") == list(range(1, most + 1))
+    backlog = sampled(sample, most, most, "num_vectors")
+    chosen = asked(backlog, "dose")
+    assert asked(backlog, "kl") == asked(backlog, "greedy") == list(range(1, most + 1))
     assert (len(chosen), chosen[0]) == (min(sample, most), 1)
     gaps = set(np.diff([*chosen, most + 1]))
     assert max(gaps) - min(gaps) <= 1
@@ -80,15 +80,15 @@ def test_a_sample_is_even_and_of_the_size_asked_for_and_kl_and_greedy_texts_are_
 def test_a_sample_does_not_depend_on_when_it_is_asked_for_and_no_unit_is_handed_out_twice():
     """As the driver does: whatever is new of what is due at every vector, done late or at once."""
     for at_once in (True, False):
-        agenda, issued = sampled(20, 50, 0), []
+        backlog, issued = sampled(20, 50, 0), []
         for index in range(1, 51):
-            agenda.learn("chain", index, np.ones(2))
+            backlog.add_vector("chain", index, np.ones(2))
             if index == 50:
-                agenda.stop_reason = "num_vectors"
-            new = [unit for unit in agenda.due() if unit not in issued]
+                backlog.stop_reason = "num_vectors"
+            new = [unit for unit in backlog.due() if unit not in issued]
             issued += new
             for unit in new if at_once else ():
-                cover(agenda.done, unit)
+                cover(backlog.done, unit)
         done = [i for u in issued if (u.evaluation, u.kind) == ("dose", "chain") for i in range(u.first, u.last + 1)]
         assert done == asked(sampled(20, 50, 50, "num_vectors"), "dose")
 
@@ -115,27 +115,27 @@ def test_a_chain_that_may_go_on_has_its_sample_not_filled_up():
 
 
 def test_progress_counts_what_is_asked_for():
-    agenda = sampled(5, 20, 20, "num_vectors", ["kl", "dose", "geometry"])
-    assert agenda.evaluations(20) == (0, 2 + 20 + 2 + 5 + 20)
-    assert agenda.units(20) == (0, 2 + 20 / 8 + 2 + 5 / 8 + 1)
-    assert agenda.evaluated() == 0
-    for unit in agenda.due():
+    backlog = sampled(5, 20, 20, "num_vectors", ["kl", "dose", "geometry"])
+    assert backlog.evaluations(20) == (0, 2 + 20 + 2 + 5 + 20)
+    assert backlog.units(20) == (0, 2 + 20 / 8 + 2 + 5 / 8 + 1)
+    assert backlog.evaluated() == 0
+    for unit in backlog.due():
         if unit.evaluation == "kl":
-            cover(agenda.done, unit)
-    assert agenda.evaluated() == 15
-    for unit in agenda.due():
-        cover(agenda.done, unit)
-    assert agenda.evaluated() == 20
-    assert agenda.evaluations(20) == (49, 49)
-    done, wanted = agenda.units(20)
+            cover(backlog.done, unit)
+    assert backlog.evaluated() == 15
+    for unit in backlog.due():
+        cover(backlog.done, unit)
+    assert backlog.evaluated() == 20
+    assert backlog.evaluations(20) == (49, 49)
+    done, wanted = backlog.units(20)
     assert done == wanted
 
 
 def test_a_larger_sample_asks_for_what_is_missing_only():
-    agenda = sampled(5, 20, 20, "num_vectors")
-    for unit in agenda.due():
-        cover(agenda.done, unit)
-    agenda.sample = 10
-    assert asked(agenda, "dose") == [3, 7, 11, 15, 19]
-    agenda.sample = None
-    assert len(asked(agenda, "dose")) == 15
+    backlog = sampled(5, 20, 20, "num_vectors")
+    for unit in backlog.due():
+        cover(backlog.done, unit)
+    backlog.sample = 10
+    assert asked(backlog, "dose") == [3, 7, 11, 15, 19]
+    backlog.sample = None
+    assert len(asked(backlog, "dose")) == 15

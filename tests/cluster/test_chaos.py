@@ -5,7 +5,7 @@ import uuid
 
 import pytest
 
-from melbo_ray.cluster.backlog import Agenda
+from melbo_ray.cluster.backlog import Backlog
 from melbo_ray.cluster.worker import Worker
 from melbo_ray.config import Config
 from melbo_ray.runs.run_store import Run
@@ -35,12 +35,12 @@ def by_one_worker(tiny, storage, study):
     worker.find_base("code")
     list(worker.chains(["code"]))
     config = checked.config
-    agenda = Agenda(
+    backlog = Backlog(
         "code", config.evals, config.eval_batch, {}, config.sample, config.num_vectors, stop_reason="num_vectors"
     )
-    agenda.learn_stored(stored_vectors(Run.open(f"{storage}/run"), "code"))
-    for unit in agenda.due():
-        worker.evaluate(unit, agenda.vectors(unit), agenda.base, agenda.failed(unit))
+    backlog.add_stored(stored_vectors(Run.open(f"{storage}/run"), "code"))
+    for unit in backlog.due():
+        worker.evaluate(unit, backlog.vectors(unit), backlog.base, backlog.failed(unit))
     return rows(f"{storage}/run")
 
 

@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from melbo_ray.cluster import driver, pool, session
-from melbo_ray.cluster.backlog import Agenda
+from melbo_ray.cluster.backlog import Backlog
 from melbo_ray.cluster.driver import Driver
 from melbo_ray.cluster.memory import Demand, Demands
 from melbo_ray.cluster.resources import lay_out
@@ -52,12 +52,12 @@ def drive(ray_here, tmp_path):
         if trouble:
             run.storage.put("trouble", trouble.encode())
         config = Config(eval_batch=1, evals=list(evals), **options)
-        agendas = {concept: Agenda(concept, config.evals, 1, {}, stop_reason=stop_reason) for concept in concepts}
-        for agenda in agendas.values():
+        backlogs = {concept: Backlog(concept, config.evals, 1, {}, stop_reason=stop_reason) for concept in concepts}
+        for backlog in backlogs.values():
             if base:
-                agenda.learn("base", 0, np.ones(D_MODEL, np.float32))
+                backlog.add_vector("base", 0, np.ones(D_MODEL, np.float32))
             for index in range(1, vectors + 1):
-                agenda.learn("chain", index, np.full(D_MODEL, index, np.float32))
+                backlog.add_vector("chain", index, np.full(D_MODEL, index, np.float32))
         layout = lay_out(config, len(concepts), NO_DEMANDS, {"CPU": 8.0, "memory": 64 << 30}, roles=False)
         layout = dataclasses.replace(
             layout,
@@ -68,7 +68,7 @@ def drive(ray_here, tmp_path):
         while ray.available_resources().get("CPU") != 8:  # what the last test's actors had is not free at once
             time.sleep(0.05)
         driving = Driver(
-            run, "run", config, [], agendas, layout, tick or (lambda d: sizes.append(d.pool.ready)), Sleeper
+            run, "run", config, [], backlogs, layout, tick or (lambda d: sizes.append(d.pool.ready)), Sleeper
         )
         driving.drive()
         return run, sizes, driving
@@ -168,7 +168,7 @@ def test_a_cluster_that_has_room_for_nobody_is_told_of(drive, monkeypatch):
     with pytest.raises(
         UserError, match=r"worker for \d+ s: it takes 100 CPUs.*; the cluster has 1 node alive, with 8 of 8 CPUs"
     ):
-        drive(2, 0.0, evaluator_cpus=100, tick=lambda driven: fail(driven.silence()))
+        drive(2, 0.0, evaluator_cpus=100, tick=lambda driven: fail(driven.wait_notice()))
 
 
 def fail(line):
@@ -179,7 +179,7 @@ def fail(line):
 def test_a_cluster_at_work_is_not(drive, monkeypatch):
     monkeypatch.setattr(session, "_QUIET", 0.3)
     lines = []
-    drive(3, 0.5, max_evaluators=1, tick=lambda driven: lines.append(driven.pool.ready and driven.silence()))
+    drive(3, 0.5, max_evaluators=1, tick=lambda driven: lines.append(driven.pool.ready and driven.wait_notice()))
     assert not any(lines)
 
 

@@ -12,7 +12,7 @@ from melbo_ray.cluster.memory import demands
 from melbo_ray.concepts.loader import load_concept
 from melbo_ray.config import Config
 from melbo_ray.host import resident_peak
-from melbo_ray.model.kv_cache import Job
+from melbo_ray.model.kv_cache import Request
 from melbo_ray.model.partial import lower, sketch
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.model.sampling import generate
@@ -61,7 +61,7 @@ def test_packed_copies_are_those_of_the_slice_forward_and_backward(family):
 def test_packed_copies_of_an_evaluator_are_those_of_every_layer_and_the_head(family):
     # A model of its own: what generate keeps of one is for all its uses.
     model = dataclasses.replace(tiny(family))
-    generate(model, [Job(torch.arange(40, 60), directions(1)[0])] * 2, 1, max_new_tokens=6)
+    generate(model, [Request(torch.arange(40, 60), directions(1)[0])] * 2, 1, max_new_tokens=6)
     assert demanded(model).evaluator.packed == pytest.approx(4 * packed_values(model.kept["batch"].decode), rel=0.01)
 
 
@@ -89,7 +89,7 @@ def test_what_the_backward_pass_keeps_is_near_what_autograd_saves(family):
 
 def test_a_batch_of_texts_and_its_logits_are_counted_to_the_byte():
     model = dataclasses.replace(tiny("qwen2"))
-    generate(model, [Job(model.tokenize(CODE.prompt), directions(1)[0])] * 2, 1, max_new_tokens=48)
+    generate(model, [Request(model.tokenize(CODE.prompt), directions(1)[0])] * 2, 1, max_new_tokens=48)
     cache = model.kept["batch"].cache
     here = sum(value.nbytes for part in (cache.keys, cache.values) for value in part.values())
     shorter, longer = (demanded(model, candidates=1, max_new_tokens=count).evaluator.work for count in (48, 48 + 128))

@@ -4,7 +4,7 @@ import torch
 
 from melbo_ray.evals.control import random_directions
 from melbo_ray.evals.runner import evaluate
-from melbo_ray.model.sampling import Job, generate
+from melbo_ray.model.sampling import Request, generate
 from melbo_ray.seeds import derive_seed
 from tests.evals import reference
 from tests.evals.reference import rows_of
@@ -71,6 +71,6 @@ def test_ablating_projects_the_mean_out_of_the_stream_under_the_base(study, chai
             assert row["text"] is None
             continue
         seed = derive_seed(study.config.seed, "code", row["index"], "generations/composition/training/ablated")
-        job = Job(reference.prompt_tokens(study), study.base, seed, unit)
-        (text,) = generate(study.model, [job], 1, max_new_tokens=8)
+        request = Request(reference.prompt_tokens(study), study.base, seed, unit)
+        (text,) = generate(study.model, [request], 1, max_new_tokens=8)
         assert row["text"] == study.model.tokenizer.decode(text.tokens, skip_special_tokens=True)

@@ -7,7 +7,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BertConfig
 from melbo_ray.errors import UserError
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.residual_slice import Slice
-from melbo_ray.model.sampling import Job, generate
+from melbo_ray.model.sampling import Request, generate
 from melbo_ray.model.steering import Prompts
 from tests.architectures import CHECKS, LAYERS, SOURCE, TARGET, families, judge, tiny
 from tests.families import byte_tokenizer, directions
@@ -50,7 +50,7 @@ def test_a_model_that_reads_both_ways_is_refused_in_a_line(decoder):
     uses = [
         lambda model: Slice(model, [tokens], 0, 1),
         lambda model: Prompts(model, [tokens], 0),
-        lambda model: generate(model, [Job(tokens, thetas[0])], 0, max_new_tokens=2),
+        lambda model: generate(model, [Request(tokens, thetas[0])], 0, max_new_tokens=2),
     ]
     for use in uses:
         model = LanguageModel.wrap(network, byte_tokenizer())

@@ -6,7 +6,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from melbo_ray.model import packed_linear
 from melbo_ray.model.compiled_step import Recorded
-from melbo_ray.model.kv_cache import Job
+from melbo_ray.model.kv_cache import Request
 from melbo_ray.model.packed_linear import opaque, pack
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.model.sampling import generate
@@ -139,7 +139,7 @@ def test_a_model_says_whether_its_slice_and_its_texts_are_packed(told):
     model = dataclasses.replace(tiny(), packed=told)
     slice = Slice(model, [torch.arange(40, 60)], source=1, target=2)
     slice.value_and_grad(directions(1), directions(1, seed=1), torch.tensor([0]))
-    generate(model, [Job(torch.arange(40, 60), directions(1)[0])], 1, max_new_tokens=4)
+    generate(model, [Request(torch.arange(40, 60), directions(1)[0])], 1, max_new_tokens=4)
     for recorded in (slice.value_and_grad, model.kept["batch"].decode):
         (module,) = recorded._recordings.values()
         assert bool(count(module, "linear_pointwise")) is told

@@ -15,27 +15,27 @@ from transformers import (
 )
 
 from melbo_ray.model.language_model import LanguageModel
-from melbo_ray.model.sampling import Job, choose, generate
+from melbo_ray.model.sampling import Request, choose, generate
 from tests.families import D_MODEL, END, byte_tokenizer, directions, every_family, tiny
 
 SOURCE = 1
 PROMPTS = ["How are you?", "Hi", "A longer prompt than the others, by far", "Why?"]
 
 
-def jobs_of(model, count=8, norm=3.0, temperature=0.0):
+def requests_of(model, count=8, norm=3.0, temperature=0.0):
     thetas, units = directions(count, norm), directions(count, seed=5)
     units = units / units.norm(dim=-1, keepdim=True)
     return [
-        Job(model.tokenize(PROMPTS[i % len(PROMPTS)]), thetas[i], i, None if i % 3 else units[i], temperature)
+        Request(model.tokenize(PROMPTS[i % len(PROMPTS)]), thetas[i], i, None if i % 3 else units[i], temperature)
         for i in range(count)
     ]
 
 
-def transformers_greedy(model, job, max_new_tokens):
+def transformers_greedy(model, request, max_new_tokens):
     def add(_layer, _args, output):
-        h = (output[0] if isinstance(output, tuple) else output) + job.theta
-        if job.ablated is not None:
-            h = h - (h @ job.ablated)[..., None] * job.ablated
+        h = (output[0] if isinstance(output, tuple) else output) + request.theta
+        if request.ablated is not None:
+            h = h - (h @ request.ablated)[..., None] * request.ablated
         return (h, *output[1:]) if isinstance(output, tuple) else h
 
     handle = model.layers[SOURCE].register_forward_hook(add)
@@ -43,20 +43,20 @@ def transformers_greedy(model, job, max_new_tokens):
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=model.end_tokens, pad_token_id=257
     )
     ids = model.network.generate(
-        job.tokens[None], attention_mask=torch.ones(1, len(job.tokens)).long(), generation_config=settings
+        request.tokens[None], attention_mask=torch.ones(1, len(request.tokens)).long(), generation_config=settings
     )
     handle.remove()
-    return ids[0, len(job.tokens) :].tolist()
+    return ids[0, len(request.tokens) :].tolist()
 
 
 @pytest.mark.filterwarnings("error:.*costs time only")
 @every_family
 def test_greedy_texts_are_token_for_token_those_of_transformers_with_a_hook(family):
     model = tiny(family)
-    jobs = jobs_of(model)
-    ours = generate(model, jobs, SOURCE, max_new_tokens=12, places=4)
-    for job, text in zip(jobs, ours, strict=True):
-        theirs = transformers_greedy(model, job, 12)
+    requests = requests_of(model)
+    ours = generate(model, requests, SOURCE, max_new_tokens=12, slots=4)
+    for request, text in zip(requests, ours, strict=True):
+        theirs = transformers_greedy(model, request, 12)
         assert text.tokens == [token for token in theirs if token != END]
         assert text.finish_reason == ("stop" if END in theirs else "length")
 
@@ -64,10 +64,10 @@ def test_greedy_texts_are_token_for_token_those_of_transformers_with_a_hook(fami
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3"])
 def test_greedy_texts_agree_beyond_a_sliding_window(family):
     model = tiny(family, sliding_window=8)
-    jobs = jobs_of(model)
-    ours = generate(model, jobs, SOURCE, max_new_tokens=12, places=3)
-    for job, text in zip(jobs, ours, strict=True):
-        assert text.tokens == [token for token in transformers_greedy(model, job, 12) if token != END]
+    requests = requests_of(model)
+    ours = generate(model, requests, SOURCE, max_new_tokens=12, slots=3)
+    for request, text in zip(requests, ours, strict=True):
+        assert text.tokens == [token for token in transformers_greedy(model, request, 12) if token != END]
 
 
 @pytest.mark.parametrize("config", [BloomConfig, GPTNeoConfig, Llama4TextConfig], ids=lambda config: config.model_type)
@@ -86,33 +86,33 @@ def test_a_model_whose_attention_is_of_another_kind_reads_everything_anew(config
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
     model = LanguageModel.wrap(network, byte_tokenizer())
-    jobs = jobs_of(model, 4)
-    ours = generate(model, jobs, SOURCE, max_new_tokens=12, places=3)
+    requests = requests_of(model, 4)
+    ours = generate(model, requests, SOURCE, max_new_tokens=12, slots=3)
     assert any("keys and values are not kept, which costs time only" in str(told.message) for told in recwarn)
-    for job, text in zip(jobs, ours, strict=True):
-        assert text.tokens == [token for token in transformers_greedy(model, job, 12) if token != END]
+    for request, text in zip(requests, ours, strict=True):
+        assert text.tokens == [token for token in transformers_greedy(model, request, 12) if token != END]
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.6])
 def test_a_sampled_text_depends_on_its_job_alone(top_p):
     model = tiny()
-    jobs = jobs_of(model, temperature=1.0)
+    requests = requests_of(model, temperature=1.0)
     options = {"max_new_tokens": 10, "top_p": top_p}
-    alone = [generate(model, [job], SOURCE, **options)[0] for job in jobs]
-    assert generate(model, jobs, SOURCE, places=3, **options) == alone
-    assert generate(model, jobs[::-1], SOURCE, **options) == alone[::-1]
-    other = [dataclasses.replace(job, seed=job.seed + 100) for job in jobs]
+    alone = [generate(model, [request], SOURCE, **options)[0] for request in requests]
+    assert generate(model, requests, SOURCE, slots=3, **options) == alone
+    assert generate(model, requests[::-1], SOURCE, **options) == alone[::-1]
+    other = [dataclasses.replace(request, seed=request.seed + 100) for request in requests]
     assert generate(model, other, SOURCE, **options) != alone
 
 
 def test_rows_that_stop_early_make_room_for_those_that_wait():
     model = tiny("qwen2")
     # A prompt's first greedy token declared an end token stops that prompt at once, and maybe others.
-    jobs = jobs_of(model, 12)
-    free = generate(model, jobs, SOURCE, max_new_tokens=6)
+    requests = requests_of(model, 12)
+    free = generate(model, requests, SOURCE, max_new_tokens=6)
     model.network.generation_config.eos_token_id = ends = [free[0].tokens[0], free[1].tokens[2], END]
     try:
-        stopped = generate(model, jobs, SOURCE, max_new_tokens=6, places=4)
+        stopped = generate(model, requests, SOURCE, max_new_tokens=6, slots=4)
     finally:
         model.network.generation_config.eos_token_id = END
     assert stopped[0].tokens == []
@@ -125,7 +125,7 @@ def test_rows_that_stop_early_make_room_for_those_that_wait():
 def test_the_models_context_bounds_the_text():
     model = tiny("gpt2", max_position_embeddings=20)
     tokens = model.tokenize("a prompt of 15.")
-    (text,) = generate(model, [Job(tokens, directions(1)[0], temperature=0)], SOURCE, max_new_tokens=50)
+    (text,) = generate(model, [Request(tokens, directions(1)[0], temperature=0)], SOURCE, max_new_tokens=50)
     assert (len(text.tokens), text.finish_reason) == (5, "length")
 
 
@@ -137,7 +137,7 @@ def test_a_vector_that_is_not_finite_is_an_error_and_leaves_no_hook():
     model = tiny()
     before = list(model.layers[SOURCE]._forward_hooks)
     with pytest.raises(FloatingPointError, match="not finite"):
-        generate(model, [Job(model.tokenize("Hi"), torch.full((32,), torch.nan))], SOURCE, max_new_tokens=3)
+        generate(model, [Request(model.tokenize("Hi"), torch.full((32,), torch.nan))], SOURCE, max_new_tokens=3)
     assert list(model.layers[SOURCE]._forward_hooks) == before
 
 

@@ -6,7 +6,7 @@ import torch
 
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.residual_slice import Slice
-from melbo_ray.model.sampling import Job, generate
+from melbo_ray.model.sampling import Request, generate
 from melbo_ray.model.steering import Prompts, continuation_score
 from tests.families import directions, every_family, tiny
 from tests.pretended import DEVICES, pretending, spread
@@ -18,10 +18,10 @@ PROMPTS = ["How are you?", "Hi", "A longer prompt than the others"]
 def figures(model):
     """Logits, scores and greedy texts of a model, steered, on the CPU."""
     prompts, thetas = [model.tokenize(text) for text in PROMPTS], directions(5)
-    jobs = [Job(prompts[i % 3], theta, temperature=0) for i, theta in enumerate(thetas)]
+    requests = [Request(prompts[i % 3], theta, temperature=0) for i, theta in enumerate(thetas)]
     logits = Prompts(model, prompts, SOURCE).logits(thetas, torch.tensor([0, 1, 2, 2, 0]))
     score = continuation_score(model, prompts[0], ["def f", "x"], SOURCE, thetas)
-    texts = generate(model, jobs, SOURCE, max_new_tokens=5, places=3)
+    texts = generate(model, requests, SOURCE, max_new_tokens=5, slots=3)
     return [row.cpu() for row in logits], score, texts
 
 

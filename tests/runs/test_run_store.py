@@ -18,7 +18,7 @@ import pytest
 
 import melbo_ray.runs.lease
 import melbo_ray.runs.storage
-from melbo_ray.cluster.backlog import Agenda
+from melbo_ray.cluster.backlog import Backlog
 from melbo_ray.errors import UserError
 from melbo_ray.runs.lease import TIME_TO_LIVE, Lease, LeaseLostError, holder
 from melbo_ray.runs.manifest import Manifest, RenderedPrompt
@@ -571,9 +571,9 @@ def test_units_of_two_batch_sizes_are_not_doubled_across_the_border_of_two_parts
     """A resume with another --eval-batch, then an evaluator that lingers from before it."""
     run, state = Run.open(str(tmp_path / "one")), manifest()
     for batch in (before, after, before):
-        agenda = Agenda("code", ["dose"], batch, {}, stop_reason="num_vectors")
-        agenda.theta = {"base": {0: np.ones(1)}, "chain": dict.fromkeys(range(1, 601), np.ones(1))}
-        for due in agenda.due():
+        backlog = Backlog("code", ["dose"], batch, {}, stop_reason="num_vectors")
+        backlog.theta = {"base": {0: np.ones(1)}, "chain": dict.fromkeys(range(1, 601), np.ones(1))}
+        for due in backlog.due():
             if due.kind == "chain" and due.last > 490 and due.first < 530:
                 run.commit(due, rows(due.first, due.last))
         run.publish(state, lambda: None)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from melbo_ray.cluster.backlog import Agenda
+from melbo_ray.cluster.backlog import Backlog
 from melbo_ray.report.intervals import median_interval
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.work_unit import cover
@@ -23,37 +23,37 @@ EVALS = ["kl", "generations", "dose", "control", "geometry"]
 def told(monkeypatch):
     """(concept at the start, steps of (seconds, what happens to it)) → what the line says after every step."""
 
-    def call(agenda, steps):
+    def call(backlog, steps):
         clock, out = [1000.0], StringIO()
         monkeypatch.setattr(display.time, "monotonic", lambda: clock[0])
         shown = Display(Console(file=out, width=300), VECTORS)
         for seconds, happens in steps:
-            shown.update({"code": agenda}, {}, 1)
+            shown.update({"code": backlog}, {}, 1)
             clock[0] += seconds
-            happens(agenda)
-        shown.update({"code": agenda}, {}, 1)
+            happens(backlog)
+        shown.update({"code": backlog}, {}, 1)
         return [line.rpartition(", ")[2].strip() for line in out.getvalue().splitlines()]
 
     return call
 
 
 def concept(vectors):
-    found = Agenda("code", EVALS, BATCH, {})
+    found = Backlog("code", EVALS, BATCH, {})
     for index in range(vectors + 1):
-        found.learn("chain" if index else "base", index, np.ones(2))
+        found.add_vector("chain" if index else "base", index, np.ones(2))
     return found
 
 
-def find(agenda):
-    agenda.learn("chain", agenda.found + 1, np.ones(2))
+def find(backlog):
+    backlog.add_vector("chain", backlog.found + 1, np.ones(2))
 
 
-def evaluate(agenda):
-    cover(agenda.done, agenda.due()[0])
+def evaluate(backlog):
+    cover(backlog.done, backlog.due()[0])
 
 
-def end(agenda):
-    agenda.stop_reason = "num_vectors"
+def end(backlog):
+    backlog.stop_reason = "num_vectors"
 
 
 def seconds(text):
@@ -63,10 +63,10 @@ def seconds(text):
 
 def test_the_time_left_is_told_once_it_is_worth_something_and_then_about_right(told):
     """Where units take as long each, be they of one vector (the controls), of eight, or of the whole chain."""
-    agenda = concept(VECTORS)
-    end(agenda)
-    units = len(agenda.due())
-    lines = told(agenda, [(10, evaluate)] * units)
+    backlog = concept(VECTORS)
+    end(backlog)
+    units = len(backlog.due())
+    lines = told(backlog, [(10, evaluate)] * units)
     assert lines[:3] == ["time left not known yet"] * 3
     truth = [10 * (units - done) for done in range(3, units + 1)]
     assert [seconds(line) for line in lines[3:]] == pytest.approx(truth, abs=30)
@@ -82,11 +82,11 @@ def test_the_slower_of_chain_and_evaluations_rules(told):
 
 def test_the_time_left_follows_what_has_changed_of_late(told):
     """A second evaluator has come: from half of the units on, they take half the time."""
-    agenda = concept(VECTORS)
-    agenda.batch = 1
-    end(agenda)
-    units = len(agenda.due())
-    lines = told(agenda, [(20, evaluate)] * (units // 2) + [(10, evaluate)] * (units // 4))
+    backlog = concept(VECTORS)
+    backlog.batch = 1
+    end(backlog)
+    units = len(backlog.due())
+    lines = told(backlog, [(20, evaluate)] * (units // 2) + [(10, evaluate)] * (units // 4))
     assert seconds(lines[-1]) == pytest.approx(10 * (units - units // 2 - units // 4), rel=0.1)
 
 
