@@ -18,7 +18,7 @@ _RANDOM_SUBSETS = 2
 
 
 def run(study: Study, chain: Vectors) -> Rows:
-    """Evaluate the mean of the first k vectors (rule `first`) and of k seeded random vectors (`random`), k = 2, 3, 5, ….
+    """Evaluate the mean of the first k vectors (rule `first`) and of k seeded random ones (`random`), k = 2, 3, 5, ….
 
     `scale` is `own` (the mean itself), `typical` (rescaled to the chain's median norm), or `ablated` (the base steers,
     and the mean's direction is projected out of the stream after the source layer). `norm` is that of the added vector,
