@@ -32,7 +32,7 @@ _FILL = 5
 
 @dataclass(frozen=True)
 class Trace:
-    """What a solver saw.
+    """The trace of a solver.
 
     Attributes:
         losses: the least loss until each evaluation, relative to the unsteered one.
@@ -86,7 +86,7 @@ def _cells(bench: Bench, chain: Chain, concept: Concept, case: str) -> Iterator[
 
 
 def _trace(chain: Chain, solver: str, budget: int) -> tuple[Trace, Solution]:
-    """What a solver sees of the chain's next vector, and what it ends with; the chain stays as it is."""
+    """Run a solver for the chain's next vector, without changing the chain; returns its trace and solution."""
     losses, norms, thetas, best = [], [], {}, float("inf")
     options = chain.options.model_copy(update={"solver": solver, "max_evaluations": budget})
     solution = None
