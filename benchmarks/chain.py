@@ -55,7 +55,7 @@ def steps(bench: Bench) -> Iterator[Row]:
 
 
 def _told(step: Callable[[], object]) -> str:
-    """Take the first step; what an engine that could not be had says of it."""
+    """Run the first step; returns the warnings about engines that failed."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UserWarning)
@@ -95,7 +95,7 @@ def equal_loss(bench: Bench) -> Iterator[Row]:
 
 
 def _until(wanted: float, chain: Chain) -> Solution:
-    """Seek the chain's next vector until its loss is `wanted` or the solver ends."""
+    """Run the chain's next solver until its loss is at most `wanted` or it ends."""
     for count, step in enumerate(lockstep.steps({chain: chain.solver()}), 1):
         if step.losses[0] <= wanted:
             return Solution(step.theta, count, "reached")

@@ -1,6 +1,6 @@
-"""The benchmark of memory: what the formula asks for each worker, against what it holds (see bench.py).
+"""The benchmark of memory: the formula's estimate for each kind of worker against its resident peak (see bench.py).
 
-Every worker is a fresh process that does all that its kind of worker does, once; its largest resident size counts.
+Every worker is a fresh process that performs each task of its kind once.
 """
 
 import contextlib

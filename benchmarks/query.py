@@ -1,4 +1,4 @@
-"""How long the documented queries take on a study of one million evaluation rows.
+"""The benchmark of queries: the time of the documented queries on a study of one million rows.
 
 python -m benchmarks.query    (also `query` in benchmarks/bench.py)
 """

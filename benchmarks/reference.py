@@ -1,4 +1,4 @@
-"""What is measured, and against what: the published algorithm, and this machine's limits (see bench.py)."""
+"""The inputs and references of the benchmarks: the published algorithm, and this machine's limits (see bench.py)."""
 
 import statistics
 import time
@@ -29,14 +29,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured.
+    """The inputs of a benchmark.
 
     Attributes:
         model: the model.
         tokens: the prompt, (seq,) int64.
         base: θ₀, (d_model,) float32.
         config: layers, radius and the other options.
-        repeats: how often each case is timed; its median counts.
+        repeats: number of timings per case, of which the median is reported.
         quick: smaller sizes, fewer cases.
     """
 
@@ -155,8 +155,8 @@ def limits(device: torch.device, dtype: torch.dtype) -> Limits:
     size, count = (8192, 1 << 29) if device.type == "cuda" else (1536, 1 << 25)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     source = torch.empty(count, dtype=torch.uint8, device=device)
-    place = torch.empty_like(source)
-    work = {"matrix product": lambda: a @ b, "copy": lambda: place.copy_(source)}
+    target = torch.empty_like(source)
+    work = {"matrix product": lambda: a @ b, "copy": lambda: target.copy_(source)}
     return Limits(work, 2.0 * size**3, 2.0 * count)
 
 

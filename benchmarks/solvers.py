@@ -1,6 +1,6 @@
-"""The solvers' matrix: bases x seeds x places in the chain, the default beside the post's Adam (see bench.py).
+"""The solvers' matrix: bases x seeds x positions in the chain, the default beside the post's Adam (see bench.py).
 
-Nothing here is timed: evaluations are counted, so that it may run beside anything. Every place's vectors before it are
+Evaluations are counted and nothing is timed, so other processes may run beside it. The vectors before each position are
 found by the default solver in few evaluations.
 """
 
@@ -26,13 +26,13 @@ BUDGETS = (20, 40, 80)
 _BASES = (("code", "melbo"), ("jailbreak", "melbo"), ("code", "contrast"))
 _SEEDS = {0: (1, 2, 4, 8, 100, 300), 1: (1, 100), 2: (1, 100)}
 _STEPS = 300
-# Evaluations for each vector that stands before a place: the subspace taken matters, not how well it was fitted.
+# Evaluations for each vector that stands before a position: the subspace taken matters, not how well it was fitted.
 _FILL = 5
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What a solver saw.
+    """The trace of a solver.
 
     Attributes:
         losses: the least loss until each evaluation, relative to the unsteered one.
@@ -59,16 +59,16 @@ def solvers(bench: Bench) -> Iterator[Row]:
         concept = load_concept(name)
         if bench.config.prompt:
             concept = concept.model_copy(update={"prompt": bench.config.prompt})
-        for seed, places in seeds.items():
+        for seed, positions in seeds.items():
             options = {"seed": seed, "base": kind, "radius": "auto", "max_evaluations": _FILL, "tolerance": 0.0}
             config = bench.config.model_copy(update={**options, "num_vectors": bench.model.d_model - 1})
             slice = bench.slice(bench.model.tokenize(concept.prompt, config.system_prompt))
             found = base_vector(slice, concept, config)
             chain = Chain(slice, 0, found.theta, config, name)
-            for place in (place for place in places if place < bench.model.d_model - 1):
-                while chain.index < place:
+            for position in (position for position in positions if position < bench.model.d_model - 1):
+                while chain.index < position:
                     chain.add(_trace(chain, config.solver, _FILL)[1])
-                yield from _cells(bench, chain, concept, f"{name}, {kind}, seed {seed}, vector {place}")
+                yield from _cells(bench, chain, concept, f"{name}, {kind}, seed {seed}, vector {position}")
 
 
 def _cells(bench: Bench, chain: Chain, concept: Concept, case: str) -> Iterator[Row]:
@@ -86,7 +86,7 @@ def _cells(bench: Bench, chain: Chain, concept: Concept, case: str) -> Iterator[
 
 
 def _trace(chain: Chain, solver: str, budget: int) -> tuple[Trace, Solution]:
-    """What a solver sees of the chain's next vector, and what it ends with; the chain stays as it is."""
+    """Run a solver for the chain's next vector, without changing the chain; returns its trace and solution."""
     losses, norms, thetas, best = [], [], {}, float("inf")
     options = chain.options.model_copy(update={"solver": solver, "max_evaluations": budget})
     solution = None

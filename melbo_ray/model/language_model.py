@@ -147,7 +147,7 @@ class LanguageModel:
             UserError: the prompt is empty or exceeds the model's context, or the chat template does not fit (`chat`).
         """
         if not prompt.strip():
-            raise UserError("the prompt is empty: give the text that the model shall answer")
+            raise UserError("the prompt is empty: give the text that the model should answer")
         text = self.rendered(prompt, system_prompt) + answer
         templated = self.tokenizer.chat_template is not None
         ids = self.tokenizer(text, add_special_tokens=not templated, return_tensors="pt")["input_ids"][0]

@@ -1,4 +1,4 @@
-"""The chain beside its nulls: medians and shares over vectors with 95 % intervals, for every figure and kind.
+"""The chain compared with its nulls: medians and shares over vectors with 95 % intervals, by measure and kind.
 
 from melbo_ray.report import comparison
 from melbo_ray.runs import queries
@@ -15,7 +15,7 @@ from melbo_ray.runs.queries import EXAMPLES, select
 
 _KINDS = ("base", "chain", "random", "shuffled", "contrast", "unsteered")
 
-# One row a vector and figure; of prompts the median over them, so that every vector counts once.
+# One row per vector and measure; over prompts the median is taken, so that every vector counts once.
 _MEDIANS = {
     "KL from the base, nats": "SELECT *, kl_from_base AS value FROM kl WHERE prompt_id = 'training' AND scale = 'own'",
     "KL at the radius": "SELECT *, kl_from_base AS value FROM kl WHERE prompt_id = 'training' AND scale = 'radius'",
@@ -49,10 +49,10 @@ _SCHEMA = pa.schema(
 
 
 def compare(db: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyRelation:
-    """A row for every figure, concept and kind of direction: `value` (median, or share) and its 95 % interval.
+    """A row for every measure (column `figure`), concept and kind: `value` (median or share) and its 95 % interval.
 
-    `vectors` says of how many; of one there is no interval. Figures of means (`composition`) count subsets, which
-    share vectors: their intervals are too narrow by that.
+    `vectors` is the number of vectors; a single one has no interval. Measures of means (`composition`) count subsets,
+    which share vectors, so their intervals are too narrow.
     """
     rows = []
     for figure, sql in (_MEDIANS | _SHARES).items():
@@ -70,9 +70,9 @@ def compare(db: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyRelation:
 
 
 def cells(db: duckdb.DuckDBPyConnection, concept: str) -> tuple[list[str], dict[str, list[str]]]:
-    """The kinds of direction a concept has, and for each figure what to write under each kind: value, interval, count.
+    """The kinds of a concept, and for each measure the text of its cell under each kind: value, interval and count.
 
-    – where it was not measured.
+    The text is – if the measure is missing.
     """
     rows = [row for row in compare(db).to_arrow_table().to_pylist() if row["concept"] == concept]
     kinds = [kind for kind in _KINDS if any(row["kind"] == kind for row in rows)]

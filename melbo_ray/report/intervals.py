@@ -1,4 +1,4 @@
-"""How sure the figures are that groups of vectors are compared by: 95 % intervals of a median and of a share."""
+"""95 % confidence intervals of a median and of a share over vectors."""
 
 import math
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ _Z = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
 
 def median_interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of the median over vectors, by the percentile bootstrap; NaN of fewer than two values.
+    """The 95 % interval of the median over vectors, by the percentile bootstrap; NaN for fewer than two values.
 
-    10,000 times as many vectors are drawn anew, with replacement, and 2.5 % of their medians lie beyond each end
-    (Efron 1979). It covers which vectors were found, not which prompt or model was taken.
+    The vectors are resampled 10,000 times with replacement, and the interval is between the 2.5 % and 97.5 % quantiles
+    of their medians (Efron 1979). It covers variation over vectors, not over prompts or models.
     """
     values = np.asarray(values, np.float64)
     if len(values) < 2:
@@ -29,7 +29,7 @@ def median_interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> tupl
 
 
 def share_interval(hits: int, total: int) -> tuple[float, float]:
-    """The 95 % interval of a share of vectors (Wilson 1927), which has a width at none and all of them, too."""
+    """The 95 % interval of a share of vectors (Wilson 1927), which has a positive width at 0 and 1 too."""
     if not total:
         return math.nan, math.nan
     share, weight = hits / total, _Z**2 / total

@@ -1,6 +1,6 @@
-"""The report of a run: one HTML file that needs no network, with its figures, key numbers and every text to look at.
+"""The report of a run: one self-contained HTML file with figures, key numbers and an explorer of all texts.
 
-Model text is untrusted: it travels as data (compressed, base64) and meets the page as text nodes only.
+Model text is untrusted: it is embedded as data (compressed, base64) and inserted into the page as text nodes only.
 """
 
 import base64
@@ -31,16 +31,16 @@ from melbo_ray.runs.schema import SINK
 from melbo_ray.runs.storage import Storage
 
 _ROOM = 24_000_000
-"""Bytes of the page that its texts may take, compressed: with Plotly and the figures it stays below 30 MB."""
+"""Maximum bytes of compressed texts in the page, which with Plotly and the figures stays below 30 MB."""
 
 
 def render(run_url: str) -> str:
-    """Write `report.html` into the run at `run_url`, a directory or fsspec URL; returns where it is.
+    """Write `report.html` into the run at `run_url`, a directory or fsspec URL; returns its location.
 
-    One file, no network: every figure for every concept, a comparison, and an explorer of every text.
+    The file has all figures of every concept, a comparison of the concepts, and an explorer of all texts.
 
     Raises:
-        UserError: no run there, storage that cannot be read or written, a corrupt part, another schema version.
+        UserError: no run there, unreadable or unwritable storage, a corrupt part, or another schema version.
     """
     storage = Storage(run_url, patient=False)
     manifest = Run(storage).manifest()
@@ -54,10 +54,10 @@ def render(run_url: str) -> str:
 
 
 def export(run_url: str, folder: str) -> list[str]:
-    """Write every figure of the run as PNG and SVG for papers, on white: `<folder>/<concept>-<figure>.png`.
+    """Write every figure of the run as PNG and SVG on white, `<folder>/<concept>-<figure>.png`; returns the paths.
 
     Raises:
-        UserError: kaleido or the Chrome it drives is missing, or what `render` raises.
+        UserError: kaleido or Chrome is missing, or an error as in `render`.
     """
     db = queries.connect(run_url)
     with queries.reading(run_url):
@@ -118,7 +118,7 @@ def _json(fig: go.Figure) -> dict[str, Any]:
 
 
 def _facts(manifest: Manifest) -> dict[str, str]:
-    """What the run is: the head of the page."""
+    """The facts about the run at the head of the page."""
     config = manifest.config
     facts = {
         "run": manifest.run_id,
@@ -213,7 +213,7 @@ def _share(value: float) -> str:
 
 
 def _texts(db: duckdb.DuckDBPyConnection, concept: str, prompts: dict[str, str], room: int) -> str:
-    """What the explorer shows of a concept, compressed, in at most `room` bytes."""
+    """The explorer's data of a concept, compressed to at most `room` bytes."""
     limit = 2 * room
     while len(packed := _pack(_explorer(db, concept, prompts, limit))) > room and limit:
         limit = int(0.95 * limit * room / len(packed))
@@ -221,7 +221,7 @@ def _texts(db: duckdb.DuckDBPyConnection, concept: str, prompts: dict[str, str],
 
 
 def _explorer(db: duckdb.DuckDBPyConnection, concept: str, prompts: dict[str, str], limit: int) -> dict[str, Any]:
-    """All numbers and texts of a concept, by column; of texts beyond `limit` bytes the highest samples stay out."""
+    """All numbers and texts of a concept, by column; of texts beyond `limit` bytes the highest samples are left out."""
     vectors = select(
         db,
         """SELECT kind, index AS n, coalesce(v.norm, k.norm) AS norm, loss, relative_loss, kl_from_base, kl_to_base,
@@ -249,7 +249,7 @@ def _explorer(db: duckdb.DuckDBPyConnection, concept: str, prompts: dict[str, st
 
 
 def _plain(column: np.ndarray) -> list[Any]:
-    """A column as JSON can hold it: six digits are enough to read, and what is no number is null."""
+    """A column as JSON values, with six significant digits and null for NaN and infinities."""
     if column.dtype.kind == "f":
         return [float(f"{x:.6g}") if math.isfinite(x) else None for x in column.tolist()]
     return [_plain(np.asarray(x)) if isinstance(x, (np.ndarray, list)) else x for x in column.tolist()]

@@ -1,6 +1,6 @@
-"""The figures of a study, drawn with Plotly; each function gives None where its table has no rows.
+"""The figures of a study, drawn with Plotly; each function returns None if its table has no rows.
 
-Numbers come from a DuckDB connection (`melbo_ray.runs.queries.connect`); no text of a model enters a figure.
+The data come from a DuckDB connection (`melbo_ray.runs.queries.connect`); model texts never enter a figure.
 """
 
 import html
@@ -15,7 +15,7 @@ from melbo_ray.runs.queries import WINDOW, Columns, along_chain, select, unsteer
 
 CHAIN, AVERAGE, BASE, UNSTEERED, CONTROL = "#4f86f7", "#f59e0b", "#10b981", "#ef4444", "#94a3b8"
 CONTRAST = "#a855f7"
-"""One colour for one idea, in every figure, readable on white and on black."""
+"""The colours are the same in all figures, and readable on white and on black."""
 _SHADES = ["#4f86f7", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#06b6d4", "#ec4899", "#84cc16"]
 
 
@@ -218,7 +218,7 @@ def _figure(x: str, y: str) -> go.Figure:
 
 
 def _dots_and_average(fig: go.Figure, chain: Columns, concept: str | None = None, colour: str | None = None) -> None:
-    """`concept`: one of several in a figure, in its colour and under its name alone."""
+    """Draw vectors and their moving average; with `concept`, as one of several concepts in its own colour."""
     size = 7 if len(chain["n"]) < 100 else 4
     fig.add_scatter(
         x=chain["n"], y=chain["value"].astype(np.float32), mode="markers", name="vector", legendgroup=concept,
@@ -253,5 +253,5 @@ def _colours() -> list:
 
 
 def _along(share: float) -> str:
-    """Viridis, which keeps its order for the colour-blind and in grey."""
+    """The Viridis colour at `share`; its order is visible to the colour-blind and in grey."""
     return sample_colorscale("Viridis", [share])[0]

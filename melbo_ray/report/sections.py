@@ -1,4 +1,4 @@
-"""The figures that the report has of every concept, in their order: what the template loops over."""
+"""The sections of the report, one figure each per concept, in the order of the page."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from melbo_ray.report import plots
 
 @dataclass(frozen=True)
 class Section:
-    """A figure of a concept, and how to read it.
+    """A figure of a concept with its caption.
 
     Attributes:
-        name: of its place in the page, `<concept>-<name>`, and of its files, `<concept>-<name>.png`.
-        title: what stands above it.
-        table: the table that it shows; without rows there the page says how to measure them.
-        evaluation: what writes them, as in the option `evals`.
-        draw: asks the run's views for the figure of a concept; None where there is nothing to draw.
-        caption: how to read it, HTML: what the axes are, what 0, the lines, and the bands mean.
-        along_n: its x axis is n: a click moves the explorer there, and a line follows the explorer.
+        name: name of the figure, in the page as `<concept>-<name>` and in files as `<concept>-<name>.png`.
+        title: heading of the section.
+        table: table of the data; if it has no rows, the page says how to measure them.
+        evaluation: the evaluation that writes the table, as in the option `evals`.
+        draw: draws the figure of a concept from the run's views; returns None if there are no data.
+        caption: HTML that explains the axes, the value 0, lines and bands.
+        along_n: whether the x axis is n, which links the figure with the explorer by clicks and a cursor line.
     """
 
     name: str
@@ -79,6 +79,6 @@ SECTIONS = (
 
 
 def figures(db: duckdb.DuckDBPyConnection, concept: str) -> dict[str, go.Figure]:
-    """The figures of a concept, by the names of their sections; without those that there is nothing for."""
+    """The figures of a concept by section name, without those that have no data."""
     drawn = {section.name: section.draw(db, concept) for section in SECTIONS}
     return {name: figure for name, figure in drawn.items() if figure is not None}

@@ -1,4 +1,4 @@
-"""How fast this machine is: large products, large copies, and each evaluation on a few layers of the model's shape."""
+"""The speed of this machine: large products, large copies, and each evaluation on a few layers of the model's shape."""
 
 import time
 from collections.abc import Callable
@@ -18,25 +18,25 @@ from melbo_ray.model.loading import load_config, pick_device
 from melbo_ray.model.partial import sketch
 from melbo_ray.study.preflight import Checked
 
-# Layers of the two models that are timed: the difference between them is what a layer costs.
+# Layers of the two timed models, whose difference gives the time per layer.
 _DEPTHS = (2, 10)
-# Bytes of the larger one at most: no plan shall need the memory that it is there to count.
+# Maximum bytes of the larger model: a plan must not need the memory that it estimates.
 _ROOM = {"cpu": 4e9, "cuda": 20e9}
-# Vectors in a timed batch: on the CPU a row costs much the same in any batch.
+# Vectors in a timed batch: on the CPU the time per row hardly depends on the batch.
 _CPU_BATCH = 2
 
 
 @dataclass(frozen=True)
 class Machine:
-    """How fast this machine is, measured.
+    """The measured speed of this machine.
 
     Attributes:
-        device: where.
-        flops: floating-point operations a second of a large matrix product in the model's dtype.
-        bandwidth: bytes a second that a large copy reads and writes.
-        evaluations: seconds a vector of each evaluation of single vectors on the whole model, extrapolated; on the CPU
-            with one thread, as evaluators have it. Empty where a few layers are too large for this machine.
-        measured: what that was measured on.
+        device: the device.
+        flops: floating-point operations per second of a large matrix product in the model's dtype.
+        bandwidth: bytes per second that a large copy reads and writes.
+        evaluations: seconds per vector of each per-vector evaluation, extrapolated to the whole model; on the CPU with
+            one thread, like evaluators. Empty if a few layers are too large for this machine.
+        measured: description of the timed models.
     """
 
     device: str
@@ -47,7 +47,7 @@ class Machine:
 
 
 def calibrate(checked: Checked, seconds: float = 0.3) -> Machine:
-    """Measure this machine: about a second, and what a few vectors take through every evaluation on a few layers."""
+    """Measure this machine: about a second, plus the time of a few vectors in every evaluation on a few layers."""
     model = sketch(checked.config)
     device = pick_device(checked.config.device)
     size = 4096 if device.type == "cuda" else 1024
@@ -82,13 +82,13 @@ def _evaluations(checked: Checked, model: LanguageModel, device: torch.device) -
 
 
 def extrapolate(one: tuple[int, float], other: tuple[int, float], layers: int) -> float:
-    """The time at `layers` on the line through two (layers, time); a time never falls with more layers."""
+    """The time at `layers`, on the line through two points (layers, time), whose slope is at least 0."""
     each = max(0.0, (other[1] - one[1]) / (other[0] - one[0]))
     return max(0.0, one[1] + each * (layers - one[0]))
 
 
 def _time(checked: Checked, whole: LanguageModel, layers: int, batch: int, device: torch.device) -> dict[str, float]:
-    """Seconds a vector of each evaluation of single vectors, θ added after the first of so many layers."""
+    """Seconds per vector of each per-vector evaluation on a model of `layers` layers, with θ added after the first."""
     config: Config = checked.config
     shape = load_config(config.model, config.revision, config.trust_remote_code)
     shape = truncate(shape, layers, of=len(whole.layers))
@@ -100,7 +100,7 @@ def _time(checked: Checked, whole: LanguageModel, layers: int, batch: int, devic
     study = Study(model, config.model_copy(update={"source_layer": 0}), checked.concepts[0], "plan", base)
     found = {}
     for name in PER_VECTOR:
-        evaluate(name, study, Vectors("chain", [1], first[None]))  # what is computed once, and the warming up
+        evaluate(name, study, Vectors("chain", [1], first[None]))  # warm-up, with the values that are computed once
         start = time.perf_counter()
         evaluate(name, study, Vectors("chain", range(2, batch + 2), thetas[2:]))
         found[name] = (time.perf_counter() - start) / batch
@@ -108,7 +108,7 @@ def _time(checked: Checked, whole: LanguageModel, layers: int, batch: int, devic
 
 
 def _rate(work: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """How many times a second `work` runs."""
+    """Number of runs of `work` per second."""
 
     def wait() -> None:
         if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""How a run is going, on a terminal as bars that live, elsewhere as plain lines; and where it stands."""
+"""The progress of a run, as live bars on a terminal and as plain lines elsewhere; and the status of a stored run."""
 
 import time
 from collections import deque
@@ -22,11 +22,11 @@ _FEWEST_STEPS, _STEPS = 4, 16
 
 
 class Display:
-    """Shows where every concept stands, with the time left; a context manager.
+    """Context manager that shows the progress of every concept and the time left.
 
     Args:
-        console: a terminal gets bars, anything else a line of text every few seconds where something changed.
-        num_vectors: vectors each chain shall find.
+        console: a terminal shows bars; any other console gets a line every few seconds if something changed.
+        num_vectors: number of vectors to find per chain.
     """
 
     def __init__(self, console: Console, num_vectors: int) -> None:
@@ -55,11 +55,11 @@ class Display:
             self._bars.stop()
 
     def say(self, text: str) -> None:
-        """One line above the bars."""
+        """Print a line above the bars."""
         self._console.print(text, highlight=False, soft_wrap=True)
 
     def update(self, backlogs: Mapping[str, "Backlog"], last: Mapping[str, "SteeringVector"], evaluators: int) -> None:
-        """Show where things stand."""
+        """Show the current progress, at limited intervals."""
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + (_LINE_EVERY if self._bars is None else _BAR_EVERY)
@@ -87,7 +87,7 @@ class Display:
         return ", ".join(parts)
 
     def _time_left(self, backlog: "Backlog", goal: int) -> str:
-        """By the newest rates of the chain and of its evaluations; the slower one rules."""
+        """The time left at the recent rates of the chain and of its evaluations, whichever is longer."""
         now, slowest = time.monotonic(), 0.0
         for what, (done, wanted) in (("chain", (backlog.found, goal)), ("evaluations", backlog.units(goal))):
             steps = self._steps.setdefault((backlog.concept, what), deque(maxlen=_STEPS))
@@ -103,14 +103,14 @@ class Display:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person reads them."""
+    """Format seconds in a suitable unit."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def status(manifest: Manifest, fresh: Iterable[Unit], driver: Mapping[str, Any] | None) -> Table:
-    """Where a run stands: a row for each concept, a column for each evaluation with the vectors that have it."""
+    """The status of a run: a column per concept, with the number of vectors that have each evaluation."""
     state: str = manifest.status
     if driver is not None:
         state = f"running, driven by process {driver['pid']} on {driver['host']}"

@@ -1,4 +1,4 @@
-"""What a study will take before anything of it starts: memory, GPUs, time, bytes."""
+"""The plan of a study: its estimated memory, GPUs, time and storage."""
 
 import math
 from collections import Counter
@@ -25,9 +25,9 @@ _VECTOR_BYTES = 4.3
 
 
 def plan(checked: Checked, machine: Machine | None = None) -> Table:
-    """A table of what the study needs and takes; times are for machines like this one.
+    """A table of the study's estimated memory, time and storage, with times for machines like this one.
 
-    The chain's time counts every vector at its most evaluations, so it is an upper bound.
+    The chain's time assumes the maximum number of loss evaluations for every vector.
     """
     config, model = checked.config, sketch(checked.config)
     machine = machine or calibrate(checked)
@@ -64,12 +64,12 @@ def _count(modules: Iterable[nn.Module]) -> int:
 
 
 def _on_cpu(demand: Demand) -> str:
-    """What a worker on the CPU is asked for: with packed copies of the weights, and without."""
+    """The memory of a worker on the CPU, with and without packed copies of the weights."""
     return f"{demand.on_cpu(True) / 1e9:.1f} GB on a CPU, {demand.on_cpu(False) / 1e9:.1f} where more is not to be had"
 
 
 def _gpus(needed: float, most: int = 8) -> str:
-    """On how many GPUs of each size it fits, for the sizes where it needs no more than `most`."""
+    """The number of GPUs of each size that hold `needed` bytes, for sizes that need at most `most` GPUs."""
     counts = {size: math.ceil(needed / (_USABLE * size * 1e9)) for size in _GPU_SIZES}
     fitting = " or ".join(f"{count} x {size} GB" for size, count in counts.items() if count <= most)
     return fitting or f"more than {most} x {_GPU_SIZES[-1]} GB"
@@ -82,7 +82,7 @@ def _span(config: Config, needed: float) -> str:
 
 
 def _evaluations(config: Config, machine: Machine, vectors: int, concepts: int) -> str:
-    """Their time on one evaluator and on those that this machine has room for, and what is not in it."""
+    """The evaluations' time on one evaluator and on this machine's maximum, and the evaluations not included."""
     if not machine.evaluations:
         return machine.measured
     runs = runs_of_evaluations(config.evals, vectors // concepts, config.sample)
@@ -97,7 +97,7 @@ def _evaluations(config: Config, machine: Machine, vectors: int, concepts: int) 
 
 
 def runs_of_evaluations(names: Iterable[str], vectors: int, sample: int | None = None) -> Counter[str]:
-    """How many vectors go through each evaluation of single vectors, also as part of one of whole chains."""
+    """The number of vectors in each per-vector evaluation, including those evaluated for a whole chain."""
     runs: Counter[str] = Counter()
     for name in names:
         evaluation = EVALUATIONS[name]

@@ -1,4 +1,4 @@
-"""Whether a configuration can run, before anything is written or started; and whether a run began with it."""
+"""Checks of a configuration before anything is written or started, also against an existing run."""
 
 import datetime
 import os
@@ -23,7 +23,7 @@ from melbo_ray.runs.manifest import Manifest, Rendered, RenderedPrompt
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.work_unit import Unit, covers, progress
 
-# What may differ when a run goes on: where and with how much it runs, and what more is asked of its vectors.
+# Options that may change when a run resumes: storage, resources and evaluations.
 _FREE = {
     "config", "run_id", "storage", "device", "evals", "sample", "eval_batch", "min_evaluators", "max_evaluators",
     "eval_gpus", "chain_gpus",
@@ -32,14 +32,14 @@ _FREE = {
 
 @dataclass(frozen=True)
 class Checked:
-    """A configuration that can run.
+    """A configuration that has passed all checks.
 
     Attributes:
         config: the options, with a run id and the evaluations by name.
-        concepts: what is studied.
-        demands: what memory its workers take.
-        rendered: every prompt by concept and name, as `text` in the model's chat template and its `tokens`.
-        naming: what the command lacks to resume this run: " with --run-id …" where it was not given.
+        concepts: the concepts under study.
+        demands: memory of the workers.
+        rendered: every prompt by concept and name, as `text` in the model's chat template and as `tokens`.
+        naming: " with --run-id …" if the command needs it to resume this run, else empty.
     """
 
     config: Config
@@ -50,12 +50,12 @@ class Checked:
 
 
 def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
-    """Everything about the configuration that can be wrong, before anything is written or started.
+    """Check a configuration before anything is written or started.
 
-    `concepts` stand in for those that the configuration names.
+    `concepts` replace those named in the configuration.
 
     Raises:
-        UserError: what is wrong.
+        UserError: the configuration cannot run.
     """
     concepts = list(concepts) or [load_concept(name) for name in config.concepts]
     if config.prompt is not None:
@@ -105,7 +105,7 @@ def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
 
 
 def prompts(concepts: Sequence[Concept]) -> dict[str, dict[str, str]]:
-    """The text of every prompt by concept and name."""
+    """The texts of all prompts by concept and name."""
     return {concept.name: {"training": concept.prompt, **concept.held_out} for concept in concepts}
 
 
@@ -113,7 +113,7 @@ def _rendered(shape: LanguageModel, config: Config, concepts: Sequence[Concept])
     kept = shape.kept.setdefault("rendered", {})
 
     def of(prompt: str) -> RenderedPrompt:
-        # Once, whatever the time is that a template writes.
+        # Rendered once, because a template may insert the time.
         text = kept.setdefault((prompt, config.system_prompt), shape.rendered(prompt, config.system_prompt))
         return RenderedPrompt(text=text, tokens=shape.tokenize(prompt, config.system_prompt).tolist())
 
@@ -121,16 +121,16 @@ def _rendered(shape: LanguageModel, config: Config, concepts: Sequence[Concept])
 
 
 def _trained_on(concept: Concept, prompt: str) -> Concept:
-    """The concept with another training prompt, which then is not held out."""
+    """The concept with another training prompt, which is removed from the held-out prompts."""
     held_out = {name: text for name, text in concept.held_out.items() if text != prompt}
     return concept.model_copy(update={"prompt": prompt, "held_out": held_out})
 
 
 def recheck(url: str, options: dict[str, Any]) -> Checked:
-    """The configuration and concepts of the run at `url`, with `options` changed and their `evals` added.
+    """Check the configuration of the run at `url`, with `options` changed and their `evals` added.
 
     Raises:
-        UserError: no run there, or an option that is wrong.
+        UserError: no run there, or an invalid option.
     """
     run = Run.open(url, patient=False)
     manifest = run.manifest()
@@ -151,10 +151,10 @@ def recheck(url: str, options: dict[str, Any]) -> Checked:
 
 
 def compare(manifest: Manifest, checked: Checked) -> None:
-    """Refuse to go on with a run under another configuration; a chain may become longer.
+    """Compare a configuration with that of an existing run, whose chains must not become shorter than they are.
 
     Raises:
-        UserError: with every difference.
+        UserError: the configurations differ; the message lists every difference.
     """
     before, options = manifest.config, recorded(checked.config)
     found = max((outcome.vectors for outcome in manifest.concepts.values()), default=0)
@@ -177,17 +177,17 @@ def compare(manifest: Manifest, checked: Checked) -> None:
 
 
 def recorded(config: Config) -> dict[str, Any]:
-    """The options as the manifest keeps them, and a resumed run is held to them."""
+    """The options as stored in the manifest, with which a resumed run is compared."""
     return config.model_dump(mode="json", exclude={"config", "plan"})
 
 
 def defined(concepts: Sequence[Concept]) -> dict[str, dict[str, Any]]:
-    """The concepts as the manifest keeps them, and a resumed run is held to them."""
+    """The concepts as stored in the manifest, with which a resumed run is compared."""
     return {concept.name: concept.model_dump(mode="json") for concept in concepts}
 
 
 def _check_base(config: Config, concepts: Sequence[str]) -> None:
-    """A file of vectors must be there, unless the run has all the bases already that it is to give."""
+    """Raise if the file of base vectors is missing, unless the run has stored all its bases already."""
     if config.base in ("melbo", "contrast") or Path(config.base).is_file():
         return
     if config.run_id is not None:

@@ -1,4 +1,4 @@
-"""A whole run from a configuration: check everything, take the lease, drive, publish, audit, sum up."""
+"""Executing a run from a checked configuration: acquire the lease, drive, publish, audit."""
 
 import contextlib
 import copy
@@ -38,13 +38,16 @@ _PACKAGES = ("melbo_ray", "torch", "transformers", "ray", "pyarrow", "numpy", "s
 
 
 def run(checked: Checked, console: Console, chains: bool = True) -> tuple[Run, Manifest]:
-    """Begin or resume the run and do everything that is due; the run and its manifest.
+    """Start or resume a run and complete its backlog; returns the run and its manifest.
 
-    `chains`: run the chains on as well, not only the evaluations of what they have found.
+    Args:
+        checked: the checked configuration.
+        console: output.
+        chains: whether to extend the chains, and not only to evaluate their vectors.
 
     Raises:
-        UserError: the run is another driver's, was begun with another configuration, or cannot go on.
-        KeyboardInterrupt: it was stopped; with how to resume it.
+        UserError: another driver holds the lease, the run has another configuration, or it cannot continue.
+        KeyboardInterrupt: the run was stopped; the message says how to resume it.
     """
     try:
         return _run(checked, console, chains)
@@ -74,14 +77,14 @@ def _run(checked: Checked, console: Console, chains: bool) -> tuple[Run, Manifes
 
 
 class _StudyRun:
-    """One driver's time with a run: drive, publish every few seconds, finish or leave it resumable."""
+    """One driver's execution of a run: drive, publish every few seconds, and finish it or leave it resumable."""
 
     def __init__(self, run: Run, checked: Checked, manifest: Manifest, lease: Lease, console: Console) -> None:
         self.run, self.checked, self.manifest, self.lease = run, checked, manifest, lease
         self.display = Display(console, checked.config.num_vectors)
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._publishing: Future | None = None
-        # Concepts whose base was told, and lines of the self-check.
+        # Concepts whose base was printed, and printed lines of the self-check.
         self._announced: set[str] = set()
         self._next_publication = time.monotonic() + _PUBLISH_EVERY
 
@@ -143,7 +146,7 @@ class _StudyRun:
             self._publishing = self._publisher.submit(self._publish)
 
     def _update_manifest(self, driver: Driver) -> None:
-        """What the driver has learnt, into the manifest; only while nobody publishes."""
+        """Copy the driver's state into the manifest; not safe while a publication is running."""
         manifest = self.manifest
         for name, fingerprint in driver.fingerprints.items():
             setattr(manifest, name, fingerprint)
@@ -161,7 +164,7 @@ class _StudyRun:
         self.run.write_manifest(self.manifest)
 
     def _finish(self) -> None:
-        """Publish what is left and audit the complete Gram matrices."""
+        """Publish the remaining units and audit the complete Gram matrices."""
         self.run.publish(self.manifest, self.lease.check)
         for name, outcome in self.manifest.concepts.items():
             stored = stored_vectors(self.run, name)
@@ -181,7 +184,7 @@ def _base_line(concept: str, figures: Mapping[str, float]) -> str:
 
 
 def _unpacked_line(packed: Packed) -> str:
-    """What is said where some weights are not packed: slower, and other last bits than where they are."""
+    """The line printed if some weights are not packed, which is slower and changes the last bits of results."""
     without = " and ".join(name for name, yes in dataclasses.asdict(packed).items() if not yes)
     return f"memory is short for packed copies of the weights: none for {without}, which costs time only"
 
@@ -194,13 +197,13 @@ def _lease(run: Run) -> Generator[Lease]:
     finally:
         lease.release()
         with contextlib.suppress(StorageError):
-            if run.storage.get("run.json") is None:  # refused before it began: nothing is left of it
+            if run.storage.get("run.json") is None:  # the run was refused before it began, so leave nothing behind
                 run.storage.delete(run.storage.names("lease"))
                 run.storage.prune()
 
 
 def _start_manifest(run: Run, checked: Checked, packed: Packed) -> Manifest:
-    """The manifest of a run that begins or goes on."""
+    """Write and return the manifest of a run that starts or resumes."""
     config = checked.config
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     manifest = run.manifest() or Manifest(

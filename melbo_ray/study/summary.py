@@ -1,4 +1,4 @@
-"""What a run has found, on a terminal: its summary, its candidates for the base, and where its results lie."""
+"""Results of a run on a terminal: summary, candidates for the base, and location of the data."""
 
 import math
 import statistics
@@ -17,7 +17,7 @@ from melbo_ray.runs.schema import SINK
 
 
 def summary(run: Run, manifest: Manifest) -> Table:
-    """What was found, of what is published: a row for each concept.
+    """The summary of a run's published results, a column per concept.
 
     KL is KL(P_n ‖ P_base) at the vector's own norm, counted below 10 % and 50 % of that of the unsteered model.
     """
@@ -55,13 +55,13 @@ def _facts(run: Run, db: duckdb.DuckDBPyConnection, concept: str, outcome: Outco
 
 
 def base_reason(run: Run, concept: str) -> str:
-    """Which candidate the base is, and why, in one line; empty where there were none."""
+    """One line on the candidate that is the base, and why it was taken; empty if there are no candidates."""
     taken = [row for row in run.read("candidates", concept).to_pylist() if row["taken"]]
     return f"candidate {taken[0]['index']}: {taken[0]['reason']}" if taken else ""
 
 
 def base_figures(run: Run, concept: str) -> dict[str, float]:
-    """What `summary` has of the base: `radius`, `sink_share`, `coordinate_share`."""
+    """The base's statistics in the table `summary`: `radius`, `sink_share`, `coordinate_share`."""
     return {row["figure"]: row["value"] for row in run.read("summary", concept).to_pylist() if row["kind"] == "base"}
 
 
@@ -74,10 +74,10 @@ def _of_base(run: Run, concept: str) -> str:
 
 
 def candidates(run: Run, concept: str) -> Table:
-    """All the candidates for the base, the best first: how each was judged, what it writes, why it was taken or not.
+    """The candidates for the base, best first, with their scores, texts and reasons.
 
-    `coherence` is in nats a token under the unsteered model; `held out` counts the held-out prompts on which it newly
-    shows the concept.
+    `coherence` is in nats per token under the unsteered model; `held out` counts the held-out prompts on which only the
+    steered model shows the concept.
     """
     columns = ("", "objective", "concept score", "coherence", "held out", "greedy text", "why")
     table = Table(*columns, title=f"{concept} (→ the base)", title_justify="left")
@@ -85,18 +85,18 @@ def candidates(run: Run, concept: str) -> Table:
         numbers = (f"{row['objective']:.4g}", f"{row['concept_score']:.3f}", f"{row['coherence']:.2f}")
         gained = "–" if row["held_out_texts"] is None else f"{row['held_out_gained']} of {len(row['held_out_texts'])}"
         index = f"{'→ ' if row['taken'] else ''}{row['index']}"
-        # A model's text is no markup, and commands nobody's terminal.
+        # A model's text is untrusted: neither rich markup nor terminal escapes may take effect.
         table.add_row(index, *numbers, gained, Text(printable(row["text"])), row["reason"])
     return table
 
 
 def printable(text: str) -> str:
-    """The text with every control or format character but the line break shown as �: escapes, bells, reversed order."""
+    """The text with every non-printable character except line breaks replaced by �."""
     return "".join(mark if mark.isprintable() or mark == "\n" else "�" for mark in text)
 
 
 def _median_kl(run: Run, concept: str, kind: str) -> str:
-    """At the vectors' own norms, with its interval over vectors."""
+    """The median KL from the base at the vectors' own norms, with its 95 % interval over vectors."""
     rows = run.read("kl", concept).filter((pc.field("kind") == kind) & (pc.field("scale") == "own"))
     values = [value for value in rows["kl_from_base"].to_pylist() if math.isfinite(value)]
     if not values:
@@ -106,7 +106,7 @@ def _median_kl(run: Run, concept: str, kind: str) -> str:
 
 
 def _greedy_texts(run: Run, concept: str) -> str:
-    """On the training prompt at the vectors' own norms, by the heuristic that `detected` is."""
+    """The number of greedy texts on the training prompt in which the concept was detected, at the own norms."""
     wanted = {"kind": "chain", "prompt_id": "training", "scale": "own", "temperature": 0}
     rows = run.read("generations", concept).to_pylist()
     found = [row["detected"] for row in rows if all(row[name] == value for name, value in wanted.items())]
@@ -114,7 +114,7 @@ def _greedy_texts(run: Run, concept: str) -> str:
 
 
 def epilogue(console: Console, run: Run, manifest: Manifest) -> None:
-    """The summary, what memory it took, where the results lie, and a query to paste."""
+    """Print the summary, peak memory, self-check, location of the results, and a query to paste."""
     console.print(summary(run, manifest))
     if peaks := manifest.peak_memory:
         told = ", ".join(f"{role} {peak / 1e9:.1f} GB" for role, peak in sorted(peaks.items()))
