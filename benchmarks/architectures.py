@@ -17,12 +17,10 @@ from typing import Any
 
 import torch
 
+from melbo_ray.errors import first_line
+from tests.architectures import CHECKS, families, judge
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from melbo_ray.errors import first_line  # noqa: E402 - the folder above must be known first
-from tests.architectures import CHECKS, families, judge  # noqa: E402
-
 # Torch is imported once for all.
 _FORK = multiprocessing.get_context("fork")
 VERDICTS = ("exact", "plain way", "refused", "wrong")

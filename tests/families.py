@@ -30,6 +30,7 @@ from transformers import (
 from melbo_ray.model.language_model import LanguageModel
 
 D_MODEL, NUM_LAYERS, END = 32, 4, 256
+PROMPT = torch.arange(40, 60)
 _COMMON = {
     "vocab_size": 260, "max_position_embeddings": 256, "initializer_range": 0.3, "pad_token_id": 257,
     "bos_token_id": 258, "eos_token_id": END,
@@ -118,3 +119,25 @@ def plain_logits(model: LanguageModel, tokens: torch.Tensor, source: int, theta:
         logits = model.network(tokens[None].to(model.device)).logits[0]
     handle.remove()
     return logits
+
+
+def plain_hidden_states(
+    model: LanguageModel, tokens: torch.Tensor, source: int, theta: torch.Tensor
+) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
+    """Hidden states of transformers under a hook of the test's own; entry ℓ + 1 is the output of block ℓ."""
+
+    def add(_layer, _args, output):
+        return (output[0] + theta, *output[1:]) if isinstance(output, tuple) else output + theta
+
+    handle = model.layers[source].register_forward_hook(add)
+    captured = []
+    # The last entry of hidden_states has passed the final norm, so block outputs are read by hooks.
+    handles = [
+        layer.register_forward_hook(lambda _m, _a, out: captured.append(out[0] if isinstance(out, tuple) else out))
+        for layer in model.layers
+    ]
+    with torch.no_grad():
+        states = model.network(tokens[None], output_hidden_states=True).hidden_states
+    for h in [handle, *handles]:
+        h.remove()
+    return captured, states

@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.storage import StorageError
-from tests.cluster.conftest import REPOSITORY
+from tests.cluster.tiny_study import REPOSITORY
 from tests.s3 import Faults
 
 NODES = ({"num_cpus": 2}, {"num_cpus": 1})

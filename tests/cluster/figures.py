@@ -30,9 +30,9 @@ from melbo_ray.runs import schema
 from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.work_unit import Unit
-from tests.cluster.conftest import REPOSITORY
 from tests.cluster.head import head, submission
 from tests.cluster.simulated import D_MODEL, Sleeper
+from tests.cluster.tiny_study import REPOSITORY
 
 GPU_SECONDS = 4.0
 NO_DEMANDS = Demands(Demand(0, 0, 0, 0, 0), Demand(0, 0, 0, 0, 0))

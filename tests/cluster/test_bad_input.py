@@ -9,7 +9,7 @@ import ray
 import torch
 
 from melbo_ray.cli import exit_code
-from tests.cluster.conftest import REPOSITORY
+from tests.cluster.tiny_study import REPOSITORY
 from tests.s3 import environment, serve
 
 BAD = {

@@ -12,7 +12,7 @@ from melbo_ray.runs.run_store import Run
 from melbo_ray.search.vectors import stored_vectors
 from melbo_ray.study.preflight import check
 from tests.cluster.chaos import Chaos, cluster
-from tests.cluster.conftest import rows
+from tests.cluster.tiny_study import rows
 from tests.s3 import environment, faulty, serve
 
 STUDY = {

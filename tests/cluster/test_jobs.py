@@ -21,7 +21,7 @@ from melbo_ray.runs.schema import table
 from melbo_ray.runs.storage import Storage
 from melbo_ray.runs.work_unit import WHOLE, Unit
 from melbo_ray.search.vectors import stored_vectors
-from tests.cluster.conftest import REPOSITORY, rows, run_here
+from tests.cluster.tiny_study import REPOSITORY, rows, run_here
 
 
 def test_a_study_ends_with_tables_a_manifest_and_a_summary(undisturbed):

@@ -17,7 +17,7 @@ from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
 from melbo_ray.runs.run_store import Run
 from tests.cluster.chaos import SHORT_PATIENCE
-from tests.cluster.conftest import REPOSITORY, rows
+from tests.cluster.tiny_study import REPOSITORY, rows
 from tests.s3 import environment, serve
 
 # A documentation network (RFC 5737): nobody's address.
