@@ -82,7 +82,7 @@ def page(rows: dict[str, dict]) -> str:
     return "\n\n".join(block.rstrip() for block in blocks) + "\n"
 
 
-def _judged(family: str) -> dict[str, dict[str, str]]:
+def _judged(family: str) -> dict[str, dict[str, Any]]:
     """Its row, from a process of its own."""
     ours, theirs = _FORK.Pipe(duplex=False)
     process = _FORK.Process(target=_send, args=(theirs, family))

@@ -18,7 +18,7 @@ from melbo_ray.config import Config
 from melbo_ray.errors import Terminated, UserError
 
 
-def exit_code(main: Callable[[], None]) -> int:
+def exit_code(main: Callable[[], object]) -> int:
     """Run a job's main function, in the main thread.
 
     Returns 0; or after one line that says what was wrong, or how to go on: 2, 130 for Ctrl-C, 143 for SIGTERM.

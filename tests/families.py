@@ -1,6 +1,7 @@
 """Tiny language models of every family, with random weights and a tokenizer of bytes: no download, no weights."""
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -31,11 +32,11 @@ from melbo_ray.model.language_model import LanguageModel
 
 D_MODEL, NUM_LAYERS, END = 32, 4, 256
 PROMPT = torch.arange(40, 60)
-_COMMON = {
+_COMMON: dict[str, Any] = {
     "vocab_size": 260, "max_position_embeddings": 256, "initializer_range": 0.3, "pad_token_id": 257,
     "bos_token_id": 258, "eos_token_id": END,
 }  # fmt: skip
-_LLAMA = _COMMON | {
+_LLAMA: dict[str, Any] = _COMMON | {
     "hidden_size": D_MODEL, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 64, "head_dim": 8,
 }  # fmt: skip
@@ -43,7 +44,7 @@ _SIZES = {
     "gpt2": _COMMON | {"n_embd": D_MODEL, "n_layer": NUM_LAYERS, "n_head": 4},
     "gpt_neox": _LLAMA,
 }
-_CONFIGS = {
+_CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig,
     "gemma2": Gemma2Config, "gemma3": Gemma3TextConfig, "phi3": Phi3Config, "gpt2": GPT2Config,
     "gpt_neox": GPTNeoXConfig,
@@ -53,7 +54,7 @@ _TYPES = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 _PER_LAYER = _LLAMA | _TYPES | {
     "vocab_size_per_layer_input": 260, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0,
 }  # fmt: skip
-_OTHERS = {
+_OTHERS: dict[str, Any] = {
     "bloom": (BloomConfig, _COMMON | {"hidden_size": D_MODEL, "n_layer": NUM_LAYERS, "n_head": 4}),
     "gemma3n": (Gemma3nTextConfig, _PER_LAYER | {
         "laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4,

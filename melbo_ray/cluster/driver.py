@@ -1,5 +1,6 @@
 """The driver of a run: chain actors and a pool of evaluators in one `ray.wait` loop."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,7 @@ class Driver:
         layout: what the actors take of the cluster.
         tick: called in every turn of the loop; raises where the run must end.
         worker: what the actors are.
+        clock: seconds, from any beginning.
 
     Attributes:
         pool: the evaluators.
@@ -68,6 +70,7 @@ class Driver:
         layout: Layout,
         tick: Callable[["Driver"], None],
         worker: type = Worker,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.run, self.run_id, self.config, self.agendas, self.layout = run, run_id, config, agendas, layout
         self.last: dict[str, SteeringVector] = {}
@@ -76,8 +79,8 @@ class Driver:
         self.fingerprints: dict[str, str] = {}
         self.peak_memory: dict[str, int] = {}
         self._tick, self._worker, self._concepts = tick, worker, list(concepts)
-        self._deaths, self._silence = Deaths(), Silence()
-        self.pool = Pool(self._start_evaluator, self._evaluate, config.min_evaluators, self._deaths)
+        self._deaths, self._silence = Deaths(), Silence(clock)
+        self.pool = Pool(self._start_evaluator, self._evaluate, config.min_evaluators, self._deaths, clock)
         self._chains: list[_Chain] = []
         self._issued: set[Unit] = set()
         self.failures = self._evaluations = 0

@@ -4,7 +4,7 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -19,18 +19,13 @@ _FIRST_PATIENCE, _PATIENCE_FACTOR, _LEAST_PATIENCE = 7200.0, 5.0, 60.0
 
 @dataclass(eq=False)
 class _Evaluator:
-    """An actor of the pool: `ref` is its `ready` probe, then what it has in hand."""
+    """An actor of the pool: `ref` is its `ready` probe, then what it has in hand, begun at `since`."""
 
     actor: Any
     ref: Any
+    since: float
     work: Unit | None = None
     ready: bool = False
-    since: float = field(default_factory=time.monotonic)
-
-    @property
-    def age(self) -> float:
-        """Seconds since it began what it is at."""
-        return time.monotonic() - self.since
 
 
 @dataclass(frozen=True)
@@ -49,10 +44,18 @@ class Pool:
         call: hands a unit to an actor; the reference to its answer.
         least: evaluators kept even when there is nothing to do.
         deaths: the driver's count of actors that die.
+        clock: seconds, from any beginning.
     """
 
-    def __init__(self, start: Callable[[], Any], call: Callable[[Any, Unit], Any], least: int, deaths: Deaths) -> None:
-        self._start, self._call, self._least, self._deaths = start, call, least, deaths
+    def __init__(
+        self,
+        start: Callable[[], Any],
+        call: Callable[[Any, Unit], Any],
+        least: int,
+        deaths: Deaths,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._start, self._call, self._least, self._deaths, self._clock = start, call, least, deaths, clock
         self._members: list[_Evaluator] = []
         self._queue: deque[Unit] = deque()
         self._attempts: Counter[Unit] = Counter()
@@ -82,8 +85,8 @@ class Pool:
         wanted = min(max(math.ceil(self.backlog * each / _DRAIN_SECONDS), self._least), most)
         while len(self._members) < wanted:
             actor = self._start()
-            self._members.append(_Evaluator(actor, actor.ready.remote()))
-        for member in [m for m in self._members if m.work is None and m.age > _DRAIN_SECONDS]:
+            self._members.append(_Evaluator(actor, actor.ready.remote(), self._clock()))
+        for member in [m for m in self._members if m.work is None and self._age(m) > _DRAIN_SECONDS]:
             if len(self._members) > wanted and not self._queue:
                 self._dismiss(member)
 
@@ -91,7 +94,7 @@ class Pool:
         """A unit for everybody who has none."""
         for member in self._members:
             if self._queue and member.ready and member.work is None:
-                member.work, member.since = self._queue.popleft(), time.monotonic()
+                member.work, member.since = self._queue.popleft(), self._clock()
                 member.ref = self._call(member.actor, member.work)
 
     def refs(self) -> dict[Any, _Evaluator]:
@@ -112,9 +115,9 @@ class Pool:
             return None
         self._deaths.none()
         if member.work is not None:
-            self._seconds.setdefault(member.work.evaluation, []).append(member.age)
+            self._seconds.setdefault(member.work.evaluation, []).append(self._age(member))
         done = Done(member.work, result)
-        member.ready, member.ref, member.work, member.since = True, None, None, time.monotonic()
+        member.ready, member.ref, member.work, member.since = True, None, None, self._clock()
         return done
 
     def drop_stragglers(self) -> None:
@@ -122,7 +125,7 @@ class Pool:
         for member, unit in [(m, m.work) for m in self._members if m.work is not None]:
             known = self._seconds.get(unit.evaluation) if unit.kind != WHOLE else None
             patience = max(_LEAST_PATIENCE, _PATIENCE_FACTOR * max(known)) if known else _FIRST_PATIENCE
-            if member.age > patience * 2 ** self._attempts[unit]:
+            if self._age(member) > patience * 2 ** self._attempts[unit]:
                 self._dismiss(member)
 
     def hopeless(self) -> list[Unit]:
@@ -136,6 +139,10 @@ class Pool:
         """End every evaluator."""
         for member in self._members:
             ray.kill(member.actor)
+
+    def _age(self, member: _Evaluator) -> float:
+        """Seconds since it began what it is at."""
+        return self._clock() - member.since
 
     def _dismiss(self, member: _Evaluator) -> None:
         self._members.remove(member)

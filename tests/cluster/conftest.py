@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def beginning(request, ray_of_our_own, tiny, tmp_path_factory) -> Iterator[tuple
         yield None
         return
     storage = tmp_path_factory.mktemp("undisturbed")
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipe: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(tiny.command("ortho", str(storage), "run"), cwd=REPOSITORY, **pipe) as job:
         yield job, str(storage / "run")
         job.kill()

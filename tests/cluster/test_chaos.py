@@ -39,6 +39,7 @@ def by_one_worker(tiny, storage, study):
         "code", config.evals, config.eval_batch, {}, config.sample, config.num_vectors, stop_reason="num_vectors"
     )
     agenda.learn_stored(stored_vectors(Run.open(f"{storage}/run"), "code"))
+    assert agenda.base is not None
     for unit in agenda.due():
         worker.evaluate(unit, agenda.vectors(unit), agenda.base, agenda.failed(unit))
     return rows(f"{storage}/run")

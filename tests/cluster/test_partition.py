@@ -12,8 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ray._raylet import GcsClient
-from ray.core.generated.gcs_pb2 import GcsNodeInfo
+from ray._raylet import GcsClient  # ty: ignore[missing-module-member]
+from ray.core.generated.gcs_pb2 import GcsNodeInfo  # ty: ignore[missing-module-member]
 
 from melbo_ray.runs.run_store import Run
 from tests.cluster.chaos import SHORT_PATIENCE

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -33,7 +34,7 @@ class Tiny:
 
     folder: Path
 
-    def options(self, storage: str, run_id: str, concepts: str = "code", **options: object) -> dict[str, object]:
+    def options(self, storage: str, run_id: str, concepts: str = "code", **options: Any) -> dict[str, object]:
         """Options of a study, by name."""
         files = ",".join(str(self.folder / f"{name}.toml") for name in concepts.split(","))
         return {
@@ -43,7 +44,7 @@ class Tiny:
             "storage": storage, "run_id": run_id, **options,
         }  # fmt: skip
 
-    def command(self, job: str, storage: str, run_id: str, **options: object) -> list[str]:
+    def command(self, job: str, storage: str, run_id: str, **options: Any) -> list[str]:
         """The command line of a job."""
         named = self.options(storage, run_id, **options)
         return [sys.executable, f"jobs/{job}.py", *(f"--{k.replace('_', '-')}={v}" for k, v in named.items())]
@@ -59,7 +60,7 @@ def run_here(command: list[str], **environment: str) -> subprocess.CompletedProc
             patch.setenv(name, value)
         with pytest.raises(SystemExit) as end:
             runpy.run_path(command[1], run_name="__main__")
-    return subprocess.CompletedProcess(command, end.value.code, out.getvalue(), err.getvalue())
+    return subprocess.CompletedProcess(command, cast(int, end.value.code), out.getvalue(), err.getvalue())
 
 
 def rows(url: str, concepts: tuple[str, ...] = ("code",)) -> dict[tuple[str, str], list[dict]]:

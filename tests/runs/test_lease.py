@@ -9,11 +9,13 @@ import uuid
 
 import pytest
 
-import melbo_ray.runs.lease
 from melbo_ray.errors import UserError
 from melbo_ray.runs.lease import TIME_TO_LIVE, Lease, LeaseLostError, holder
 from melbo_ray.runs.storage import Storage, StorageError
+from tests.clock import Clock
 from tests.s3 import environment, faulty
+
+NEVER = threading.TIMEOUT_MAX
 
 
 def test_the_second_driver_is_refused_until_the_first_releases(url):
@@ -61,13 +63,10 @@ def _hold(url):
 
 
 def test_a_driver_whose_lease_ran_out_and_was_taken_stops(url):
-    storage = Storage(url)
-    first = Lease(storage)
-    first._stop.set()  # its process hangs: nobody renews
-    first._thread.join()
-    _age(storage, "lease/000001.json", TIME_TO_LIVE + 1)
-    first._expires -= TIME_TO_LIVE + 1
-    second = Lease(storage)
+    storage, clock = Storage(url), Clock()
+    first = Lease(storage, clock, NEVER)  # its process hangs: nobody renews
+    clock.add(TIME_TO_LIVE + 1)
+    second = Lease(storage, clock)
     with pytest.raises(LeaseLostError):
         first.check()
     second.check()
@@ -75,19 +74,18 @@ def test_a_driver_whose_lease_ran_out_and_was_taken_stops(url):
 
 
 def test_a_driver_whose_lease_ran_out_untaken_goes_on(url):
-    storage = Storage(url)
-    lease = Lease(storage)
-    lease._expires -= TIME_TO_LIVE + 1
+    storage, clock = Storage(url), Clock()
+    lease = Lease(storage, clock)
+    clock.add(TIME_TO_LIVE + 1)
     lease.check()
-    assert holder(storage) is not None
+    assert holder(storage, clock) is not None
     lease.release()
 
 
-def test_a_driver_that_is_cut_off_from_storage_does_not_believe_that_it_renews(tmp_path, monkeypatch):
-    monkeypatch.setattr(melbo_ray.runs.lease, "_RENEW_EVERY", 0.01)
-    storage, tries = Storage(str(tmp_path)), []
+def test_a_driver_that_is_cut_off_from_storage_does_not_believe_that_it_renews(tmp_path):
+    tries, clock = [], Clock()
     cut_off = Storage(str(tmp_path))
-    first = Lease(cut_off)
+    first = Lease(cut_off, clock, renew_every=0.01)
 
     def away(name, data):
         tries.append(name)
@@ -96,43 +94,34 @@ def test_a_driver_that_is_cut_off_from_storage_does_not_believe_that_it_renews(t
     cut_off.put = away
     while len(tries) < 5:
         time.sleep(0.01)
-    _age(storage, "lease/000001.json", TIME_TO_LIVE + 1)
-    first._expires -= TIME_TO_LIVE + 1  # so much later it is
-    Lease(storage).release()
+    clock.add(TIME_TO_LIVE + 1)
+    Lease(Storage(str(tmp_path)), clock).release()
     with pytest.raises(LeaseLostError):
         first.check()
+    first.release()
 
 
 def test_a_renewal_that_took_as_long_as_the_lease_lasts_is_renewed_again(tmp_path, monkeypatch):
-    clock = [time.time()]
-    lease = Lease(Storage(str(tmp_path)))
-    lease._stop.set()
-    lease._thread.join()
-    waits, put = [2 * TIME_TO_LIVE], lease._patient.put
+    storage, clock = Storage(str(tmp_path)), Clock()
+    lease = Lease(storage, clock, NEVER)
+    waits, put = [2 * TIME_TO_LIVE], Storage.put
 
-    def slow(name, data):
-        clock[0] += waits.pop() if waits else 0
-        put(name, data)
+    def slow(storage, name, data):
+        clock.add(waits.pop() if waits else 0)
+        put(storage, name, data)
 
-    monkeypatch.setattr(lease._patient, "put", slow)
-    monkeypatch.setattr(melbo_ray.runs.lease.time, "time", lambda: clock[0])
-    clock[0] += TIME_TO_LIVE
+    monkeypatch.setattr(Storage, "put", slow)
+    clock.add(TIME_TO_LIVE)
     lease.check()
-    assert json.loads(lease._storage.get("lease/000001.json"))["expires"] == clock[0] + TIME_TO_LIVE
+    assert json.loads(storage.get("lease/000001.json") or b"")["expires"] == clock() + TIME_TO_LIVE
     lease.release()
 
 
 def test_a_lease_outlives_a_storage_that_is_away_for_seconds(s3):
     with faulty(s3) as (through, faults), environment(through):
-        lease = Lease(Storage(f"s3://bucket/{uuid.uuid4().hex}", patient=False))
-        lease._stop.set()
-        lease._thread.join()
-        lease._expires -= TIME_TO_LIVE
+        clock = Clock()
+        lease = Lease(Storage(f"s3://bucket/{uuid.uuid4().hex}", patient=False), clock, NEVER)
+        clock.add(TIME_TO_LIVE)
         faults.waiting += [(503, "SlowDown")] * 4  # more than the brisk storage tries
         lease.check()
         lease.release()
-
-
-def _age(storage, name, seconds):
-    lease = json.loads(storage.get(name))
-    storage.put(name, json.dumps(lease | {"expires": lease["expires"] - seconds, "host": "elsewhere"}).encode())

@@ -166,7 +166,7 @@ def test_token_ids_stand_on_one_line_and_no_text_changes(tmp_path):
     run.write_manifest(told)
     found = run.manifest()
     assert found.model_dump(exclude={"updated"}) == told.model_dump(exclude={"updated"})
-    assert b'"tokens": [ 1, 22, 333 ]\n' in run.storage.get("run.json")
+    assert b'"tokens": [ 1, 22, 333 ]\n' in (run.storage.get("run.json") or b"")
 
 
 def test_a_driver_that_was_superseded_does_not_replace_the_manifest(run, url):

@@ -266,4 +266,4 @@ def test_an_evaluation_of_the_whole_chain_that_failed_can_be_done_again(run, pub
 
 def without(written, failures):
     """The rows of vectors that did not fail."""
-    return written | {"dose": written["dose"].filter(~pc.is_in(pc.field("index"), pa.array(failures, pa.int32())))}
+    return written | {"dose": written["dose"].filter(~pc.is_in(pc.field("index"), pa.array(failures, pa.int32())))}  # ty: ignore[missing-attribute]
