@@ -31,7 +31,7 @@ class Rows:
     groups: Int[Tensor, "rows width"]
     places: Int[Tensor, "rows width"]
     of: list[list[int]]
-    kept: list[Int[Tensor, " kept"]]
+    kept: list[Int[Tensor, " _kept"]]
     lengths: Int[Tensor, " rows"]
 
     @property
@@ -49,7 +49,7 @@ class Rows:
 
 
 def lay_out(
-    prompts: Sequence[Int[Tensor, " seq"]], branches: Sequence[Sequence[Int[Tensor, " seq"]]], shared: bool
+    prompts: Sequence[Int[Tensor, " _seq"]], branches: Sequence[Sequence[Int[Tensor, " _seq"]]], shared: bool
 ) -> Rows:
     """Rows of prompts and their continuations: one a prompt (`shared`), or one a continuation."""
     rows: list[tuple[Tensor, ...]] = []

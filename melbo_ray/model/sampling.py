@@ -105,7 +105,7 @@ def _batch(model: LanguageModel, source: int, places: int, length: int) -> Batch
 
 def _chosen(rows: list[Row], logits: Tensor, top_p: float) -> list[int]:
     uniforms = torch.stack([row.uniforms[len(row.tokens)] for row in rows])
-    temperatures = torch.tensor([row.job.temperature for row in rows])
+    temperatures = torch.tensor([row.job.temperature for row in rows], dtype=torch.float32)
     return choose(logits, uniforms, temperatures, top_p).tolist()
 
 

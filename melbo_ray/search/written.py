@@ -66,7 +66,7 @@ NOTHING = Written("", False, -inf, 1.0)
 
 
 def write(
-    slice: Slice, concept: Concept, options: AnswerOptions, jobs: Sequence[tuple[Int[Tensor, " seq"], Tensor]]
+    slice: Slice, concept: Concept, options: AnswerOptions, jobs: Sequence[tuple[Int[Tensor, " _seq"], Tensor]]
 ) -> list[Written]:
     """The greedy text of each prompt and vector, judged; all in one batch, and one pass for their coherence."""
     model, wanted = slice.model, [Job(prompt, theta, temperature=0) for prompt, theta in jobs]
