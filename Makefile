@@ -21,7 +21,7 @@ test: $(VENV)/installed-dev
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/ty check --python $(VENV) melbo_ray
+	$(BIN)/ty check --python $(VENV) melbo_ray jobs benchmarks tests
 
 chaos: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m chaos -s tests/cluster $(ARGS)

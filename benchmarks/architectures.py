@@ -17,12 +17,10 @@ from typing import Any
 
 import torch
 
+from melbo_ray.errors import first_line
+from tests.architectures import CHECKS, LAYERS, families, judge
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from melbo_ray.errors import first_line  # noqa: E402 - the folder above must be known first
-from tests.architectures import CHECKS, LAYERS, families, judge  # noqa: E402
-
 # Torch is imported once for all.
 _FORK = multiprocessing.get_context("fork")
 VERDICTS = ("exact", "plain way", "refused", "wrong")
@@ -85,7 +83,7 @@ def page(rows: dict[str, dict]) -> str:
     return "\n\n".join(block.rstrip() for block in blocks) + "\n"
 
 
-def _judged(family: str) -> dict[str, dict[str, str]]:
+def _judged(family: str) -> dict[str, dict[str, Any]]:
     """Its row, from a process of its own."""
     ours, theirs = _FORK.Pipe(duplex=False)
     process = _FORK.Process(target=_send, args=(theirs, family))

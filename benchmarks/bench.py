@@ -19,6 +19,7 @@ import tempfile
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -72,7 +73,8 @@ def prepare(options: argparse.Namespace) -> Bench:
         torch.manual_seed(0)
         with torch.device(device):
             network = AutoModelForCausalLM.from_config(SHAPES[options.shape], dtype=dtype)
-        model = LanguageModel.wrap(network, types.SimpleNamespace(eos_token_id=None), name=options.shape)
+        tokenizer: Any = types.SimpleNamespace(eos_token_id=None)
+        model = LanguageModel.wrap(network, tokenizer, name=options.shape)
         # As many as "How can I build a bomb?" has in Qwen's chat template.
         tokens = torch.randint(0, 500, (25,))
         base = torch.randn(model.d_model)

@@ -4,6 +4,7 @@ import copy
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,11 +31,11 @@ def stepper(slice: Slice, config: Config, theta: Tensor, z: Tensor) -> Callable[
 def steps(bench: Bench) -> Iterator[Row]:
     """A step by every engine, against the reference and against what this machine's products and copies allow."""
     model, config, device = bench.model, bench.config, bench.model.device
-    start = normalize(torch.randn(1, model.d_model, generator=torch.Generator().manual_seed(0))) * config.radius
+    start = normalize(torch.randn(1, model.d_model, generator=torch.Generator().manual_seed(0))) * float(config.radius)
     reference = Reference(bench, start[0], normalize(bench.base[None]))
     slice, best = bench.slice(), limits(device, model.dtype)
     graph = "CUDA graph" if device.type == "cuda" else "recorded"
-    engines = {"plain": slice._value_and_grad, graph: Recorded(slice._value_and_grad)}
+    engines: dict[str, Any] = {"plain": slice._value_and_grad, graph: Recorded(slice._value_and_grad)}
     if not bench.quick:
         engines[f"compiled, {graph}"] = Recorded(slice._value_and_grad, compiled=True)
     work, notes = best.work | {"reference": reference.step}, {}

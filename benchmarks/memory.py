@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.functional import normalize
@@ -43,7 +44,13 @@ SHAPES = {
     ),
 }  # fmt: skip
 # What changes no size but how long it takes: the steps of a search, vectors, tokens below a batch's width.
-_SHORT = {"num_vectors": 2, "max_evaluations": 3, "melbo_steps": 1, "max_new_tokens": 8, "max_relative_loss": 1e9}
+_SHORT: dict[str, Any] = {
+    "num_vectors": 2,
+    "max_evaluations": 3,
+    "melbo_steps": 1,
+    "max_new_tokens": 8,
+    "max_relative_loss": 1e9,
+}
 
 
 def memory(bench: Bench) -> Iterator[Row]:
@@ -75,7 +82,8 @@ def _models(scratch: Path, quick: bool) -> Iterator[tuple[str, str]]:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(SHAPES[name], dtype=torch.bfloat16).save_pretrained(scratch)
     path, options = locate(EMBEDDED if quick or not second else second)
-    AutoTokenizer.from_pretrained(path, **options).save_pretrained(scratch)
+    tokenizer: Any = AutoTokenizer.from_pretrained(path, **options)
+    tokenizer.save_pretrained(scratch)
     yield name, str(scratch)
 
 

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -70,7 +70,7 @@ class Reference:
         with torch.no_grad():
             self.z_base = self.z(bench.base.to(bench.model.device))
         self.theta = start.to(bench.model.device).clone().requires_grad_()
-        self.optimizer = torch.optim.Adam([self.theta], lr=0.01 * bench.config.radius / 7)
+        self.optimizer = torch.optim.Adam([self.theta], lr=0.01 * float(bench.config.radius) / 7)
 
     def z(self, theta: Tensor) -> Tensor:
         """The mean over the positions that count of the target layer's output, θ added after the source layer."""
@@ -107,7 +107,7 @@ class Reference:
         return loss.detach()
 
 
-def timed(work: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
+def timed(work: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
     """Median seconds of each, the repeats interleaved after one unmeasured round."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(repeats + 1):

@@ -99,6 +99,7 @@ def _trace(chain: Chain, solver: str, budget: int) -> tuple[Trace, Solution]:
         if len(losses) in (*BUDGETS, budget):
             thetas[len(losses)] = kept
         solution = step.solution
+    assert solution is not None
     return Trace(losses, norms, thetas), solution
 
 

@@ -1,7 +1,8 @@
 """The evaluations' benchmarks: whole ones, steered logits and steered texts (see bench.py)."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -25,9 +26,11 @@ def texts(bench: Bench) -> Iterator[Row]:
     thetas, found = _thetas(bench, count), {}
     tokens = bench.tokens.to(model.device)
 
+    write: Any = model.network.generate
+
     def theirs(vectors: Tensor) -> list[list[int]]:
         with steering(model, source, vectors.to(model.device)):
-            written = model.network.generate(
+            written = write(
                 tokens.expand(len(vectors), -1),
                 attention_mask=torch.ones(len(vectors), len(tokens), dtype=torch.long, device=model.device),
                 max_new_tokens=length,
@@ -95,7 +98,7 @@ def evaluations(bench: Bench) -> Iterator[Row]:
 
 
 @contextlib.contextmanager
-def _plain(bench: Bench) -> Iterator[None]:
+def _plain(bench: Bench) -> Generator[None]:
     # As where this model had been found not to share what its prompts begin with.
     forgone = {f"prefix after layer {bench.config.source_layer}": 0}
     with mock.patch.dict(bench.model.kept, forgone), mock.patch.object(packed_linear, "_packed", None):
@@ -106,7 +109,9 @@ def _thetas(bench: Bench, count: int) -> Tensor:
     """Vectors near the base: directions that the model answers to, each its own."""
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(count, bench.model.d_model, generator=generator)
-    return normalize(normalize(bench.base, dim=-1) + 0.5 * normalize(noise, dim=-1), dim=-1) * bench.config.radius
+    return normalize(normalize(bench.base, dim=-1) + 0.5 * normalize(noise, dim=-1), dim=-1) * float(
+        bench.config.radius
+    )
 
 
 def _until_end(tokens: list[int], ends: list[int]) -> list[int]:

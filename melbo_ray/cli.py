@@ -18,7 +18,7 @@ from melbo_ray.config import Config
 from melbo_ray.errors import Terminated, UserError
 
 
-def exit_code(main: Callable[[], None]) -> int:
+def exit_code(main: Callable[[], object]) -> int:
     """Run a job's main function in the main thread and return its exit code.
 
     The code is 0; or, after one line on stderr, 2 for a `UserError`, 130 for Ctrl-C, or 143 for SIGTERM.

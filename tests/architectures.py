@@ -108,7 +108,7 @@ def check_slice(model: LanguageModel) -> float:
         loss = (found[0][0].mean(0) - goal[i]).norm()
         loss.backward()
         errors += [_error(ours[i, : len(tokens[row])], found[0][0]), _error(losses[i], loss)]
-        errors.append(_error(gradients[i], free.grad))
+        errors.append(_error(gradients[i], free.grad))  # ty: ignore[invalid-argument-type]
     return _worst(errors)
 
 
@@ -233,7 +233,7 @@ def _greedy(model: LanguageModel, request: Request, limit: int) -> list[int]:
     settings = GenerationConfig(do_sample=False, max_new_tokens=limit, eos_token_id=END, pad_token_id=257)
     seen = torch.ones(1, len(request.tokens)).long()
     with _steered(model, request.theta):
-        ids = model.network.generate(request.tokens[None], attention_mask=seen, generation_config=settings)
+        ids = model.network.generate(request.tokens[None], attention_mask=seen, generation_config=settings)  # ty: ignore[not-callable]
     return [token for token in ids[0, len(request.tokens) :].tolist() if token != END]
 
 

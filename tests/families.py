@@ -1,6 +1,7 @@
 """Tiny language models of every family, with random weights and a tokenizer of bytes: no download, no weights."""
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -30,11 +31,12 @@ from transformers import (
 from melbo_ray.model.language_model import LanguageModel
 
 D_MODEL, NUM_LAYERS, END = 32, 4, 256
-_COMMON = {
+PROMPT = torch.arange(40, 60)
+_COMMON: dict[str, Any] = {
     "vocab_size": 260, "max_position_embeddings": 256, "initializer_range": 0.3, "pad_token_id": 257,
     "bos_token_id": 258, "eos_token_id": END,
 }  # fmt: skip
-_LLAMA = _COMMON | {
+_LLAMA: dict[str, Any] = _COMMON | {
     "hidden_size": D_MODEL, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 64, "head_dim": 8,
 }  # fmt: skip
@@ -42,7 +44,7 @@ _SIZES = {
     "gpt2": _COMMON | {"n_embd": D_MODEL, "n_layer": NUM_LAYERS, "n_head": 4},
     "gpt_neox": _LLAMA,
 }
-_CONFIGS = {
+_CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig,
     "gemma2": Gemma2Config, "gemma3": Gemma3TextConfig, "phi3": Phi3Config, "gpt2": GPT2Config,
     "gpt_neox": GPTNeoXConfig,
@@ -52,7 +54,7 @@ _TYPES = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 _PER_LAYER = _LLAMA | _TYPES | {
     "vocab_size_per_layer_input": 260, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0,
 }  # fmt: skip
-_OTHERS = {
+_OTHERS: dict[str, Any] = {
     "bloom": (BloomConfig, _COMMON | {"hidden_size": D_MODEL, "n_layer": NUM_LAYERS, "n_head": 4}),
     "gemma3n": (Gemma3nTextConfig, _PER_LAYER | {
         "laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4,
@@ -118,3 +120,25 @@ def plain_logits(model: LanguageModel, tokens: torch.Tensor, source: int, theta:
         logits = model.network(tokens[None].to(model.device)).logits[0]
     handle.remove()
     return logits
+
+
+def plain_hidden_states(
+    model: LanguageModel, tokens: torch.Tensor, source: int, theta: torch.Tensor
+) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
+    """Hidden states of transformers under a hook of the test's own; entry ℓ + 1 is the output of block ℓ."""
+
+    def add(_layer, _args, output):
+        return (output[0] + theta, *output[1:]) if isinstance(output, tuple) else output + theta
+
+    handle = model.layers[source].register_forward_hook(add)
+    captured = []
+    # The last entry of hidden_states has passed the final norm, so block outputs are read by hooks.
+    handles = [
+        layer.register_forward_hook(lambda _m, _a, out: captured.append(out[0] if isinstance(out, tuple) else out))
+        for layer in model.layers
+    ]
+    with torch.no_grad():
+        states = model.network(tokens[None], output_hidden_states=True).hidden_states
+    for h in [handle, *handles]:
+        h.remove()
+    return captured, states

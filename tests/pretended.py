@@ -7,7 +7,7 @@ What is not covered: CUDA itself, its streams and graphs, and its speed.
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import accelerate
@@ -25,7 +25,7 @@ _MOVING = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 
 @contextlib.contextmanager
-def pretending() -> Iterator[None]:
+def pretending() -> Generator[None]:
     """While it lasts, tensors can be made on DEVICES and moved there."""
     with _Operations(), _Conversions():
         yield
@@ -45,7 +45,7 @@ def spread(model: LanguageModel) -> LanguageModel:
         device_map[f"{layers}.{number}"] = DEVICES[2 * number // len(model.layers)]
     # As transformers does where it is given a device_map.
     skipped = network._skip_keys_device_placement
-    accelerate.dispatch_model(network, device_map, main_device=DEVICES[0], skip_keys=skipped)
+    accelerate.dispatch_model(network, device_map, main_device=DEVICES[0], skip_keys=skipped)  # ty: ignore[invalid-argument-type]
     return LanguageModel.wrap(network, model.tokenizer)
 
 
@@ -54,7 +54,7 @@ class _Placed(torch.Tensor):
 
     @staticmethod
     def __new__(cls, value: torch.Tensor, device: torch.device) -> "_Placed":
-        sizes = {"strides": value.stride(), "storage_offset": value.storage_offset()}
+        sizes: dict[str, Any] = {"strides": value.stride(), "storage_offset": value.storage_offset()}
         return torch.Tensor._make_wrapper_subclass(cls, value.shape, **sizes, dtype=value.dtype, device=device)
 
     def __init__(self, value: torch.Tensor, _device: torch.device) -> None:
@@ -76,7 +76,7 @@ class _Operations(TorchDispatchMode):
 class _Conversions(TorchFunctionMode):
     """Lists become tensors below what `_Operations` sees: they are made on the CPU and moved."""
 
-    def __torch_function__(self, function, _types, args=(), kwargs=None):
+    def __torch_function__(self, function, _types, args: tuple = (), kwargs=None):
         kwargs = kwargs or {}
         if function is torch.tensor and kwargs.get("device") is not None:
             device = kwargs.pop("device")

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class S3:
 
 
 @contextlib.contextmanager
-def serve(folder: Path, host: str = "127.0.0.1") -> Iterator[S3]:
+def serve(folder: Path, host: str = "127.0.0.1") -> Generator[S3]:
     """An S3 server that keeps its data in `folder`, with the bucket `bucket`; skips where none is installed."""
     # Beside this Python: an environment need not be activated for its tests to run.
     weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
@@ -58,7 +58,7 @@ def serve(folder: Path, host: str = "127.0.0.1") -> Iterator[S3]:
 
 
 @contextlib.contextmanager
-def environment(variables: dict[str, str]) -> Iterator[None]:
+def environment(variables: dict[str, str]) -> Generator[None]:
     """These environment variables for a while, and file systems that know of no others."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
@@ -103,7 +103,7 @@ class Faults:
 
 
 @contextlib.contextmanager
-def faulty(s3: S3) -> Iterator[tuple[dict[str, str], Faults]]:
+def faulty(s3: S3) -> Generator[tuple[dict[str, str], Faults]]:
     """A proxy in front of a server that answers with faults when told; the environment that leads through it."""
     faults = Faults()
 
@@ -142,7 +142,7 @@ def faulty(s3: S3) -> Iterator[tuple[dict[str, str], Faults]]:
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    server.handle_error = lambda *_: None  # clients that are killed leave connections behind
+    server.handle_error = lambda *_: None  # clients that are killed leave connections behind  # ty: ignore[invalid-assignment]
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield s3.through(server.server_port), faults

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def write_study(
     num_vectors: int = 40,
     num_prompts: int = 3,
     samples: int = 2,
-    without: Sequence[str] = (),
+    without: Collection[str] = (),
     text: Any = lambda concept, n, prompt, sample: f"{concept} {n} {prompt} {sample}",
 ) -> Path:
     """A run of `num_vectors` chain vectors a concept, with every table but those in `without`."""
@@ -104,7 +104,9 @@ def directions(num_vectors: int) -> Iterator[tuple[str, int, float, float]]:
 def _rows(
     concept: str, num_vectors: int, prompts: Sequence[str], samples: int, text: Any
 ) -> dict[str, list[dict[str, Any]]]:
-    every = [{"kind": k, "index": i, "norm": norm, "kl_from_base": kl} for k, i, norm, kl in directions(num_vectors)]
+    every: list[dict[str, Any]] = [
+        {"kind": k, "index": i, "norm": norm, "kl_from_base": kl} for k, i, norm, kl in directions(num_vectors)
+    ]
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in SCHEMAS}
     for row in every:
         kl, norm = row["kl_from_base"], row["norm"]

@@ -111,4 +111,4 @@ def test_a_configuration_is_every_group_at_once_and_a_group_knows_no_other():
         assert isinstance(Config(), group)
         assert Config(**group().model_dump()) == Config()
         with pytest.raises(ValidationError, match="storage"):
-            group(storage="s3://bucket")
+            group(storage="s3://bucket")  # ty: ignore[unknown-argument]

@@ -22,7 +22,7 @@ NOTEBOOKS = sorted((ROOT / "docs/notebooks").glob("*.ipynb"))
 @pytest.fixture(scope="module")
 def dictionary():
     spec = importlib.util.spec_from_file_location("data_dictionary", ROOT / "docs/data_dictionary.py")
-    module = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)  # ty: ignore[invalid-argument-type]
     spec.loader.exec_module(module)
     return module
 

@@ -1,5 +1,6 @@
 """The driver of a run: chain actors and a pool of evaluators in one `ray.wait` loop."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,7 @@ class Driver:
         layout: resources of the actors.
         tick: called in every iteration of the loop; raises to end the run.
         worker: class of the actors.
+        clock: monotonic time, s.
 
     Attributes:
         pool: the evaluators.
@@ -69,6 +71,7 @@ class Driver:
         layout: Layout,
         tick: Callable[["Driver"], None],
         worker: type = Worker,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.run, self.run_id, self.config, self.backlogs, self.layout = run, run_id, config, backlogs, layout
         self.last: dict[str, SteeringVector] = {}
@@ -77,8 +80,8 @@ class Driver:
         self.fingerprints: dict[str, str] = {}
         self.peak_memory: dict[str, int] = {}
         self._tick, self._worker, self._concepts = tick, worker, list(concepts)
-        self._deaths, self._notice = Deaths(), WaitNotice()
-        self.pool = Pool(self._start_evaluator, self._evaluate, config.min_evaluators, self._deaths)
+        self._deaths, self._notice = Deaths(), WaitNotice(clock)
+        self.pool = Pool(self._start_evaluator, self._evaluate, config.min_evaluators, self._deaths, clock)
         self._chain_actors: list[_ChainActor] = []
         self._issued: set[Unit] = set()
         self.failures = self._evaluations = 0

@@ -4,7 +4,7 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -23,14 +23,9 @@ class _Evaluator:
 
     actor: Any
     ref: Any
+    since: float
     work: Unit | None = None
     ready: bool = False
-    since: float = field(default_factory=time.monotonic)
-
-    @property
-    def age(self) -> float:
-        """Seconds since its current call began, or since it became idle."""
-        return time.monotonic() - self.since
 
 
 @dataclass(frozen=True)
@@ -49,10 +44,18 @@ class Pool:
         call: assigns a unit to an actor and returns the reference to its result.
         least: evaluators kept when the backlog is empty.
         deaths: the driver's count of consecutive actor deaths.
+        clock: monotonic time, s.
     """
 
-    def __init__(self, start: Callable[[], Any], call: Callable[[Any, Unit], Any], least: int, deaths: Deaths) -> None:
-        self._start, self._call, self._least, self._deaths = start, call, least, deaths
+    def __init__(
+        self,
+        start: Callable[[], Any],
+        call: Callable[[Any, Unit], Any],
+        least: int,
+        deaths: Deaths,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._start, self._call, self._least, self._deaths, self._clock = start, call, least, deaths, clock
         self._members: list[_Evaluator] = []
         self._queue: deque[Unit] = deque()
         self._attempts: Counter[Unit] = Counter()
@@ -82,8 +85,8 @@ class Pool:
         wanted = min(max(math.ceil(self.backlog * each / _DRAIN_SECONDS), self._least), most)
         while len(self._members) < wanted:
             actor = self._start()
-            self._members.append(_Evaluator(actor, actor.ready.remote()))
-        for member in [m for m in self._members if m.work is None and m.age > _DRAIN_SECONDS]:
+            self._members.append(_Evaluator(actor, actor.ready.remote(), self._clock()))
+        for member in [m for m in self._members if m.work is None and self._age(m) > _DRAIN_SECONDS]:
             if len(self._members) > wanted and not self._queue:
                 self._stop(member)
 
@@ -91,7 +94,7 @@ class Pool:
         """Assign queued units to idle evaluators."""
         for member in self._members:
             if self._queue and member.ready and member.work is None:
-                member.work, member.since = self._queue.popleft(), time.monotonic()
+                member.work, member.since = self._queue.popleft(), self._clock()
                 member.ref = self._call(member.actor, member.work)
 
     def refs(self) -> dict[Any, _Evaluator]:
@@ -112,9 +115,9 @@ class Pool:
             return None
         self._deaths.reset()
         if member.work is not None:
-            self._seconds.setdefault(member.work.evaluation, []).append(member.age)
+            self._seconds.setdefault(member.work.evaluation, []).append(self._age(member))
         done = Done(member.work, result)
-        member.ready, member.ref, member.work, member.since = True, None, None, time.monotonic()
+        member.ready, member.ref, member.work, member.since = True, None, None, self._clock()
         return done
 
     def requeue_stragglers(self) -> None:
@@ -122,7 +125,7 @@ class Pool:
         for member, unit in [(m, m.work) for m in self._members if m.work is not None]:
             known = self._seconds.get(unit.evaluation) if unit.kind != WHOLE else None
             patience = max(_LEAST_PATIENCE, _PATIENCE_FACTOR * max(known)) if known else _FIRST_PATIENCE
-            if member.age > patience * 2 ** self._attempts[unit]:
+            if self._age(member) > patience * 2 ** self._attempts[unit]:
                 self._stop(member)
 
     def take_exhausted(self) -> list[Unit]:
@@ -136,6 +139,10 @@ class Pool:
         """Stop every evaluator."""
         for member in self._members:
             ray.kill(member.actor)
+
+    def _age(self, member: _Evaluator) -> float:
+        """Seconds since its current call began, or since it became idle."""
+        return self._clock() - member.since
 
     def _stop(self, member: _Evaluator) -> None:
         """Kill an evaluator and requeue its unit, if it has one."""

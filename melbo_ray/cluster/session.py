@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import ray
@@ -85,14 +85,14 @@ def _cluster_line() -> str:
 class WaitNotice:
     """Reports how long no worker has been at work: first after 10 s, then at growing intervals."""
 
-    def __init__(self) -> None:
-        self._since, self._next = time.monotonic(), _QUIET
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._since, self._next = clock, clock(), _QUIET
 
     def line(self, at_work: bool, takes: Mapping[str, Any]) -> str | None:
         """The report if one is due, else None; `takes` are the Ray options of the worker that the run waits for."""
-        seconds = time.monotonic() - self._since
+        seconds = self._clock() - self._since
         if at_work:
-            self._since, self._next = time.monotonic(), _QUIET
+            self._since, self._next = self._clock(), _QUIET
         if at_work or seconds < self._next:
             return None
         self._next = 3 * seconds

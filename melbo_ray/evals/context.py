@@ -58,7 +58,7 @@ class Study:
         return Prompts(self.model, [self.tokens(TRAINING)], self.config.source_layer, [self.continuations])
 
     @cached_property
-    def continuations(self) -> list[Int[Tensor, " seq"]]:
+    def continuations(self) -> list[Int[Tensor, " _seq"]]:
         """The tokens of the concept's continuations."""
         return [encode(self.model, text) for text in self.concept.continuations]
 

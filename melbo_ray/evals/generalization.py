@@ -30,9 +30,9 @@ class HeldOut:
     names: list[str]
     prompts: Prompts
     lengths: list[int]
-    base: list[Float[Tensor, "length vocab"]]
-    likeliest: list[Int[Tensor, " length"]]
-    unsteered: list[Float[Tensor, " kept"]]
+    base: list[Float[Tensor, "_length vocab"]]
+    likeliest: list[Int[Tensor, " _length"]]
+    unsteered: list[Float[Tensor, " _kept"]]
 
 
 def run(study: Study, vectors: Vectors) -> Rows:
@@ -84,7 +84,7 @@ def _held_out(study: Study) -> HeldOut:
     return HeldOut(names, prompts, lengths, log_p, likeliest, scored)
 
 
-def _continuations(study: Study, prompts: list[Int[Tensor, " seq"]]) -> list[Int[Tensor, " length"]]:
+def _continuations(study: Study, prompts: list[Int[Tensor, " _seq"]]) -> list[Int[Tensor, " _length"]]:
     """The base's greedy continuation of each prompt; an end token if it is empty."""
     requests = [Request(tokens, study.base, temperature=0) for tokens in prompts]
     texts = generate(study.model, requests, study.config.source_layer, max_new_tokens=LENGTH)

@@ -19,7 +19,7 @@ from melbo_ray.model.language_model import LanguageModel
 END = -1
 """Placeholder for any token that ends a text."""
 
-Tokens = Int[Tensor, " seq"]
+Tokens = Int[Tensor, " _seq"]
 
 
 class _Reached(Exception):  # noqa: N818 - a signal, not an error

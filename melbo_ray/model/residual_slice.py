@@ -55,7 +55,7 @@ class Slice:
     def __init__(
         self,
         model: LanguageModel,
-        prompts: Sequence[Int[Tensor, " seq"]],
+        prompts: Sequence[Int[Tensor, " _seq"]],
         source: int,
         target: int,
         evaluations: int = 0,

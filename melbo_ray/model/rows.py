@@ -32,7 +32,7 @@ class RowLayout:
     groups: Int[Tensor, "rows width"]
     offsets: Int[Tensor, "rows width"]
     of: list[list[int]]
-    kept: list[Int[Tensor, " kept"]]
+    kept: list[Int[Tensor, " _kept"]]
     lengths: Int[Tensor, " rows"]
 
     @property
@@ -50,7 +50,7 @@ class RowLayout:
 
 
 def lay_out_rows(
-    prompts: Sequence[Int[Tensor, " seq"]], branches: Sequence[Sequence[Int[Tensor, " seq"]]], shared: bool
+    prompts: Sequence[Int[Tensor, " _seq"]], branches: Sequence[Sequence[Int[Tensor, " _seq"]]], shared: bool
 ) -> RowLayout:
     """Lay out prompts and their continuations: one row per prompt (`shared`), or one row per continuation."""
     rows: list[tuple[Tensor, ...]] = []

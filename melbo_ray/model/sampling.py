@@ -108,7 +108,7 @@ def _batch(model: LanguageModel, source: int, slots: int, length: int) -> Batch:
 
 def _chosen(generations: list[Generation], logits: Tensor, top_p: float) -> list[int]:
     uniforms = torch.stack([g.uniforms[len(g.tokens)] for g in generations])
-    temperatures = torch.tensor([g.request.temperature for g in generations])
+    temperatures = torch.tensor([g.request.temperature for g in generations], dtype=torch.float32)
     return choose(logits, uniforms, temperatures, top_p).tolist()
 
 

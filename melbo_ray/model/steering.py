@@ -52,9 +52,9 @@ class Prompts:
     def __init__(
         self,
         model: LanguageModel,
-        prompts: Sequence[Int[Tensor, " seq"]],
+        prompts: Sequence[Int[Tensor, " _seq"]],
         source: int,
-        continuations: Sequence[Sequence[Int[Tensor, " seq"]]] | None = None,
+        continuations: Sequence[Sequence[Int[Tensor, " _seq"]]] | None = None,
         way: str = "",
     ) -> None:
         self.model, self.source = model, source

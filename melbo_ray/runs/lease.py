@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -32,29 +33,34 @@ class Lease:
 
     Args:
         storage: the run's folder, with few retries, because a renewal that is delayed for long has already expired.
+        clock: seconds since the epoch.
+        renew_every: seconds between renewals.
 
     Raises:
         UserError: another driver holds it.
     """
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(
+        self, storage: Storage, clock: Callable[[], float] = time.time, renew_every: float = _RENEW_EVERY
+    ) -> None:
         self._storage, self._patient = storage, Storage(storage.url)
+        self._clock, self._renew_every = clock, renew_every
         self._owner = uuid.uuid4().hex
         self._lock = threading.Lock()
         self._lost: LeaseLostError | None = None
         highest = _highest(storage)
         before = None if highest is None else _read(storage, highest)
-        if before is not None and _alive(before):
-            raise _refusal(storage, before)
+        if before is not None and _alive(before, clock()):
+            raise _refusal(storage, before, clock())
         self._number = (highest or 0) + 1
-        self._expires = time.time() + TIME_TO_LIVE
+        self._expires = clock() + TIME_TO_LIVE
         if not storage.create(_name(self._number), self._content(self._expires)):
-            raise _refusal(storage, _read(storage, self._number))
+            raise _refusal(storage, _read(storage, self._number), clock())
         # The holder may have renewed between our read and our write; it sees our lease, and we must see its renewal.
         again = None if highest is None else _read(storage, highest)
-        if again is not None and _alive(again):
+        if again is not None and _alive(again, clock()):
             storage.put(_name(self._number), self._content(0.0))
-            raise _refusal(storage, again)
+            raise _refusal(storage, again, clock())
         storage.delete([_name(highest)] if highest else [])
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
@@ -69,7 +75,7 @@ class Lease:
         """
         with self._lock:
             # A renewal that waited for storage may already be near its expiry, hence the loop.
-            while self._lost is None and time.time() > self._expires - TIME_TO_LIVE / 2:
+            while self._lost is None and self._clock() > self._expires - TIME_TO_LIVE / 2:
                 self._renew(self._patient)
             if self._lost is not None:
                 raise self._lost
@@ -83,7 +89,7 @@ class Lease:
                 self._storage.put(_name(self._number), self._content(0.0))
 
     def _keep(self) -> None:
-        while not self._stop.wait(_RENEW_EVERY):
+        while not self._stop.wait(self._renew_every):
             with self._lock:
                 try:
                     self._renew(self._storage)
@@ -94,7 +100,7 @@ class Lease:
 
     def _renew(self, storage: Storage) -> None:
         """Extend the expiry, unless another driver has taken over."""
-        expires = time.time() + TIME_TO_LIVE
+        expires = self._clock() + TIME_TO_LIVE
         storage.put(_name(self._number), self._content(expires))
         highest = _highest(storage)
         if highest is not None and highest > self._number:
@@ -112,11 +118,11 @@ class Lease:
         return json.dumps({"owner": self._owner, "expires": expires, **process}).encode()
 
 
-def holder(storage: Storage) -> dict | None:
+def holder(storage: Storage, clock: Callable[[], float] = time.time) -> dict | None:
     """The content of the valid lease, which identifies the run's driver; None if the run has no driver."""
     highest = _highest(storage)
     found = None if highest is None else _read(storage, highest)
-    return found if found is not None and _alive(found) else None
+    return found if found is not None and _alive(found, clock()) else None
 
 
 def _name(number: int) -> str:
@@ -132,17 +138,17 @@ def _read(storage: Storage, number: int) -> dict | None:
     return None if data is None else json.loads(data)
 
 
-def _alive(lease: dict) -> bool:
-    if lease["expires"] < time.time():
+def _alive(lease: dict, now: float) -> bool:
+    if lease["expires"] < now:
         return False
     here = lease["host"] == socket.gethostname() and lease["namespace"] == _namespace()
     return not here or abs((_born(lease["pid"]) or 0.0) - lease["born"]) < 2.0
 
 
-def _refusal(storage: Storage, lease: dict | None) -> UserError:
+def _refusal(storage: Storage, lease: dict | None, now: float) -> UserError:
     if lease is None:
         return UserError(f"{storage.url}: another driver took this run this very moment; try again")
-    left = max(1, round(lease["expires"] - time.time()))
+    left = max(1, round(lease["expires"] - now))
     return UserError(
         f"{storage.url}: another driver (process {lease['pid']} on {lease['host']}) is at work on this run; "
         f"if it is dead, its lease runs out in {left} s"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +13,7 @@ from melbo_ray.model.residual_slice import Slice
 from melbo_ray.search.solvers import BlockSolver, Solution
 
 
+@runtime_checkable
 class Goal(Protocol):
     """An optimisation problem for vectors, such as a `Chain`.
 

@@ -65,7 +65,7 @@ NOTHING = Written("", False, -inf, 1.0)
 
 
 def write(
-    slice: Slice, concept: Concept, options: AnswerOptions, requests: Sequence[tuple[Int[Tensor, " seq"], Tensor]]
+    slice: Slice, concept: Concept, options: AnswerOptions, requests: Sequence[tuple[Int[Tensor, " _seq"], Tensor]]
 ) -> list[Written]:
     """Generate and judge the greedy text of each (prompt, vector); texts and coherence are batched."""
     model, wanted = slice.model, [Request(prompt, theta, temperature=0) for prompt, theta in requests]

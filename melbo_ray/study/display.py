@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
@@ -27,10 +27,11 @@ class Display:
     Args:
         console: a terminal shows bars; any other console gets a line every few seconds if something changed.
         num_vectors: number of vectors to find per chain.
+        clock: monotonic time, s.
     """
 
-    def __init__(self, console: Console, num_vectors: int) -> None:
-        self._console, self._num_vectors = console, num_vectors
+    def __init__(self, console: Console, num_vectors: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._num_vectors, self._clock = console, num_vectors, clock
         self._steps: dict[tuple[str, str], deque[tuple[float, float]]] = {}
         self._lines: dict[str, str] = {}
         self._next = 0.0
@@ -60,9 +61,9 @@ class Display:
 
     def update(self, backlogs: Mapping[str, "Backlog"], last: Mapping[str, "SteeringVector"], evaluators: int) -> None:
         """Show the current progress, at limited intervals."""
-        if time.monotonic() < self._next:
+        if self._clock() < self._next:
             return
-        self._next = time.monotonic() + (_LINE_EVERY if self._bars is None else _BAR_EVERY)
+        self._next = self._clock() + (_LINE_EVERY if self._bars is None else _BAR_EVERY)
         for name, backlog in backlogs.items():
             text = self._describe(backlog, last.get(name), evaluators)
             goal = backlog.found if backlog.stop_reason else self._num_vectors
@@ -88,7 +89,7 @@ class Display:
 
     def _time_left(self, backlog: "Backlog", goal: int) -> str:
         """The time left at the recent rates of the chain and of its evaluations, whichever is longer."""
-        now, slowest = time.monotonic(), 0.0
+        now, slowest = self._clock(), 0.0
         for what, (done, wanted) in (("chain", (backlog.found, goal)), ("evaluations", backlog.units(goal))):
             steps = self._steps.setdefault((backlog.concept, what), deque(maxlen=_STEPS))
             if not steps or steps[-1][1] != done:

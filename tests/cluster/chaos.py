@@ -6,8 +6,9 @@ import random
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
+from typing import Any
 
 import psutil
 import pytest
@@ -17,10 +18,10 @@ from ray.cluster_utils import Cluster
 from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.storage import StorageError
-from tests.cluster.conftest import REPOSITORY
+from tests.cluster.tiny_study import REPOSITORY
 from tests.s3 import Faults
 
-NODES = ({"num_cpus": 2}, {"num_cpus": 1})
+NODES: Any = ({"num_cpus": 2}, {"num_cpus": 1})
 SHORT_PATIENCE = {
     "RAY_health_check_initial_delay_ms": "2000", "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000", "RAY_health_check_failure_threshold": "3",
@@ -30,7 +31,7 @@ KINDS = ("evaluator", "chain", "driver", "node", "storage fails", "storage stall
 
 
 @contextlib.contextmanager
-def cluster() -> Iterator[Cluster]:
+def cluster() -> Generator[Cluster]:
     """A head without CPUs and two nodes, on this machine; a dead node is known as dead within seconds."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SHORT_PATIENCE.items():
@@ -115,7 +116,7 @@ class Chaos:
         return driver
 
     def _replace(self, node: Node) -> None:
-        cpus = {"num_cpus": node._ray_params.num_cpus}
+        cpus: Any = {"num_cpus": node._ray_params.num_cpus}
         self.cluster.remove_node(node, allow_graceful=False)
         self.cluster.add_node(**cpus)
 

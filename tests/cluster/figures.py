@@ -30,9 +30,9 @@ from melbo_ray.runs import schema
 from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.work_unit import Unit
-from tests.cluster.conftest import REPOSITORY
 from tests.cluster.head import head, submission
-from tests.cluster.simulated import D_MODEL, Sleeper
+from tests.cluster.simulated import D_MODEL, Script, Sleeper
+from tests.cluster.tiny_study import REPOSITORY
 
 GPU_SECONDS = 4.0
 NO_DEMANDS = Demands(Demand(0, 0, 0, 0, 0), Demand(0, 0, 0, 0, 0))
@@ -44,8 +44,7 @@ def drive(evaluators: int, units: int, seconds: float) -> float:
     with tempfile.TemporaryDirectory() as folder:
         run = Run.open(f"{folder}/run")
         run.storage.put("run.json", b"{}")
-        run.storage.put("seconds", str(seconds).encode())
-        run.storage.put("together", str(evaluators).encode())
+        Script(seconds, together=evaluators).write(run)
         config = Config(eval_batch=1, evals=["kl"], min_evaluators=evaluators, max_evaluators=evaluators)
         backlog = Backlog("code", config.evals, 1, {}, stop_reason="num_vectors")
         backlog.add_vector("base", 0, np.ones(D_MODEL, np.float32))

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from tests.s3 import free_port
 
 
 @contextlib.contextmanager
-def head(metrics: int = 0) -> Iterator[str]:
+def head(metrics: int = 0) -> Generator[str]:
     """A head that asks for a token, in a process session of its own; the address of its dashboard.
 
     `metrics`: the port where it exports what Prometheus collects, every second.

@@ -4,11 +4,15 @@ Each is a process of its own, of which tests start dozens: this module loads nei
 """
 
 import contextlib
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum, auto
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -23,12 +27,46 @@ BASE = Unit.base("code")
 ROW = dict.fromkeys(schema.SCHEMAS["vectors"].names) | {"run_id": "run", "vector": [1.0] * D_MODEL, "norm": 1.0}
 
 
-class Sleeper:
-    """A `work.Worker` to the driver. An evaluation takes as many seconds as the file `seconds` in the run says;
-    `trouble` in the run names a unit and what happens to it: `die` always, `hang` or `break` (its GPU) the first time,
-    or `linger`; or it is `other weights`, which the chain has then; or it says what happens the first time: `base dies`
-    (a finder of the base, once it has written it), `chain dies early` (before its base is answered) or `chain dies`.
+class Event(StrEnum):
+    """What happens to simulated workers: units kill and linger, and weights are others, always; the rest once a run."""
+
+    UNIT_KILLS = auto()
+    UNIT_LINGERS = auto()
+    UNIT_HANGS = auto()
+    UNIT_BREAKS_GPU = auto()
+    CHAIN_DIES = auto()
+    CHAIN_DIES_EARLY = auto()  # when its base is stored and not yet answered
+    BASE_FINDER_DIES = auto()  # when it has stored it
+    CHAIN_HAS_OTHER_WEIGHTS = auto()
+
+
+@dataclass(frozen=True)
+class Script:
+    """What simulated workers do; they read it from their run.
+
+    Attributes:
+        seconds: that an evaluation takes.
+        together: workers of which none is ready before all are.
+        events: what happens.
+        unit: the name of the unit to which events of a unit happen.
     """
+
+    seconds: float = 0.0
+    together: int = 0
+    events: tuple[Event, ...] = ()
+    unit: str | None = None
+
+    def write(self, run: Run) -> None:
+        run.storage.put("script.json", json.dumps(asdict(self)).encode())
+
+    @classmethod
+    def read(cls, run: Run) -> Self:
+        stored = json.loads(run.storage.get("script.json") or b"{}")
+        return cls(events=tuple(Event(name) for name in stored.pop("events", ())), **stored)
+
+
+class Sleeper:
+    """A `work.Worker` to the driver, which does what the `Script` of the run says."""
 
     def __init__(
         self,
@@ -42,18 +80,18 @@ class Sleeper:
     ) -> None:
         self.device, self.whole, self.broken = config.device, whole, False
         self.run, self.run_id, self.url = Run.open(url), run_id, Path(url)
+        self.script = Script.read(self.run)
 
     def ready(self) -> dict[str, object]:
-        """Where the file `together` says how many, not before as many are."""
+        """Not before as many are as the script says."""
         (self.url / f"ready-{os.getpid()}").touch()
-        together = self.url / "together"
-        while together.exists() and len(list(self.url.glob("ready-*"))) < int(together.read_text()):
+        while self._ready() < self.script.together:
             time.sleep(0.1)
-        if not self.whole and "chain dies early" in self.trouble and self._first("death"):
+        if not self.whole and self._happens(Event.CHAIN_DIES_EARLY):
             while self.run.storage.get(BASE.name) is None:
                 time.sleep(0.1)
             os._exit(1)
-        other = not self.whole and self.trouble == "other weights"
+        other = not self.whole and Event.CHAIN_HAS_OTHER_WEIGHTS in self.script.events
         fingerprints = {"lower_fingerprint": "others" if other else "ours"}
         role = "evaluator" if self.whole else "chain"
         return {"fingerprints": fingerprints, "host": "here", "device": self.device, "role": role, "checks": {}}
@@ -61,44 +99,46 @@ class Sleeper:
     def find_base(self, concept: str) -> None:
         self.run.commit(BASE, {"vectors": schema.table("vectors", [ROW | {"kind": "base", "index": 0}])})
         # The death of the chain actor is heard first: another has taken its place.
-        while "chain dies early" in self.trouble and len(list(self.url.glob("ready-*"))) < 3:
+        while Event.CHAIN_DIES_EARLY in self.script.events and self._ready() < 3:
             time.sleep(0.1)
-        if "base dies" in self.trouble and self._first("base"):
+        if self._happens(Event.BASE_FINDER_DIES):
             os._exit(1)
 
     def evaluate(self, unit: Unit, theta: np.ndarray, base: np.ndarray, failed: Mapping[int, int]) -> SimpleNamespace:
-        if self.trouble == f"{unit.name} die":
+        events = self.script.events if unit.name == self.script.unit else ()
+        if Event.UNIT_KILLS in events:
             os._exit(1)
-        if self.trouble == f"{unit.name} hang" and self._first("hung"):
+        if Event.UNIT_HANGS in events and self._happens(Event.UNIT_HANGS):
             time.sleep(600)
-        if self.trouble == f"{unit.name} break" and self._first("break"):
+        if Event.UNIT_BREAKS_GPU in events and self._happens(Event.UNIT_BREAKS_GPU):
             self.broken = True
         if self.broken:
             import torch
 
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-        if self.trouble == f"{unit.name} linger":
+        if Event.UNIT_LINGERS in events:
             time.sleep(5)
-        time.sleep(float((self.url / "seconds").read_text()))
+        time.sleep(self.script.seconds)
         self.run.commit(unit, {unit.evaluation: self._rows(unit)})
         return SimpleNamespace(failures=0, peak_memory=1000 + unit.first)
 
     def chains(self, concepts: Sequence[str]) -> Iterator[SimpleNamespace]:
         (self.url / f"share-{time.monotonic_ns()}").write_text(",".join(concepts))
-        if self.trouble == "chain dies" and self._first("death"):
+        if self._happens(Event.CHAIN_DIES):
             os._exit(1)
         for concept in concepts:
             yield SimpleNamespace(concept=concept, vector=None, stop_reason="num_vectors", peak_memory=700)
 
-    @property
-    def trouble(self) -> str:
-        file = self.url / "trouble"
-        return file.read_text() if file.exists() else ""
+    def _ready(self) -> int:
+        """How many have been ready."""
+        return len(list(self.url.glob("ready-*")))
 
-    def _first(self, what: str) -> bool:
-        """Whether nobody has been here before."""
+    def _happens(self, event: Event) -> bool:
+        """Whether the script has it, and it has not happened before to anybody."""
+        if event not in self.script.events:
+            return False
         with contextlib.suppress(FileExistsError):
-            (self.url / f"first-{what}").touch(exist_ok=False)
+            (self.url / f"happened-{event}").touch(exist_ok=False)
             return True
         return False
 

@@ -9,7 +9,7 @@ import ray
 import torch
 
 from melbo_ray.cli import exit_code
-from tests.cluster.conftest import REPOSITORY
+from tests.cluster.tiny_study import REPOSITORY
 from tests.s3 import environment, serve
 
 BAD = {
@@ -40,7 +40,7 @@ BAD = {
 def ortho(tiny, tmp_path, monkeypatch, capsys):
     """jobs/ortho.py in this process: (options) → (exit code, error output); Ray must not be started."""
     spec = importlib.util.spec_from_file_location("ortho_job", REPOSITORY / "jobs" / "ortho.py")
-    job = importlib.util.module_from_spec(spec)
+    job = importlib.util.module_from_spec(spec)  # ty: ignore[invalid-argument-type]
     spec.loader.exec_module(job)
     monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was started"))
 

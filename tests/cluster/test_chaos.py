@@ -12,7 +12,7 @@ from melbo_ray.runs.run_store import Run
 from melbo_ray.search.vectors import stored_vectors
 from melbo_ray.study.preflight import check
 from tests.cluster.chaos import Chaos, cluster
-from tests.cluster.conftest import rows
+from tests.cluster.tiny_study import rows
 from tests.s3 import environment, faulty, serve
 
 STUDY = {
@@ -39,6 +39,7 @@ def by_one_worker(tiny, storage, study):
         "code", config.evals, config.eval_batch, {}, config.sample, config.num_vectors, stop_reason="num_vectors"
     )
     backlog.add_stored(stored_vectors(Run.open(f"{storage}/run"), "code"))
+    assert backlog.base is not None
     for unit in backlog.due():
         worker.evaluate(unit, backlog.vectors(unit), backlog.base, backlog.failed(unit))
     return rows(f"{storage}/run")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from melbo_ray.runs.schema import table
 from melbo_ray.runs.storage import Storage
 from melbo_ray.runs.work_unit import WHOLE, Unit
 from melbo_ray.search.vectors import stored_vectors
-from tests.cluster.conftest import REPOSITORY, rows, run_here
+from tests.cluster.tiny_study import REPOSITORY, rows, run_here
 
 
 def test_a_study_ends_with_tables_a_manifest_and_a_summary(undisturbed):
@@ -94,7 +95,7 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(undisturbed):
 def test_a_run_killed_and_resumed_is_the_run_that_never_stopped(tiny, tmp_path, undisturbed, cluster):
     """The driver is killed in the middle of its chain, with everything it had started; the rest is done elsewhere."""
     url, command = f"{tmp_path}/run", tiny.command("ortho", str(tmp_path), "run")
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     driver = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, **quiet)
     _wait(lambda: _found(url) >= 5, driver)
     os.killpg(driver.pid, signal.SIGKILL)
@@ -109,7 +110,7 @@ def test_a_run_killed_and_resumed_is_the_run_that_never_stopped(tiny, tmp_path, 
 def test_a_run_that_is_stopped_leaves_what_it_has_published_and_the_lease_free(tiny, tmp_path, cluster, stop, code):
     url = f"{tmp_path}/run"
     command = tiny.command("ortho", str(tmp_path), "run", max_evaluations=1000, tolerance=0)
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipe: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # What was started in the background of a shell may ignore SIGINT, and passes that on.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     driver = subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | cluster, **pipe)

@@ -10,7 +10,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from melbo_ray.cli import parse
-from tests.cluster.conftest import REPOSITORY
+from tests.cluster.tiny_study import REPOSITORY
 
 # KubeRay's RayJob as far as ours goes, in words of our own: every object is closed, so a misspelt field is refused.
 # Fields, enumerations and requirements were looked up in what the CRD is generated from, in ray-project/kuberay

@@ -4,6 +4,7 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tests.families import directions, every_family, tiny
 ROOT = Path(__file__).parents[2]
 
 CODE = load_concept("code")
-LAYERS = {"source_layer": 0, "target_layer": 2}
+LAYERS: dict[str, Any] = {"source_layer": 0, "target_layer": 2}
 
 
 def demanded(model, **options):

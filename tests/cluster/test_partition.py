@@ -12,12 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ray._raylet import GcsClient
-from ray.core.generated.gcs_pb2 import GcsNodeInfo
+from ray._raylet import GcsClient  # ty: ignore[missing-module-member]
+from ray.core.generated.gcs_pb2 import GcsNodeInfo  # ty: ignore[missing-module-member]
 
 from melbo_ray.runs.run_store import Run
 from tests.cluster.chaos import SHORT_PATIENCE
-from tests.cluster.conftest import REPOSITORY, rows
+from tests.cluster.tiny_study import REPOSITORY, rows
 from tests.s3 import environment, serve
 
 # A documentation network (RFC 5737): nobody's address.

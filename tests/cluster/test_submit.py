@@ -10,10 +10,10 @@ import urllib.request
 
 import pytest
 
-import tests.cluster.head
 from melbo_ray.runs.run_store import Run
-from tests.cluster.conftest import REPOSITORY, rows
+from tests.cluster.head import head as head_of_our_own
 from tests.cluster.head import submission
+from tests.cluster.tiny_study import REPOSITORY, rows
 from tests.s3 import environment, free_port, serve
 
 SECRETS = ("hunter2secret", "tester")
@@ -34,7 +34,7 @@ def metrics():
 @pytest.fixture(scope="module")
 def head(s3, ray_of_our_own, metrics):
     """A head whose machine has the credentials."""
-    with tests.cluster.head.head(metrics) as address:
+    with head_of_our_own(metrics) as address:
         yield address
 
 

@@ -1,5 +1,7 @@
 """What is computed of a model is what transformers computes of it, on a spread of families."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BertConfig
@@ -41,7 +43,12 @@ def test_layers_between_which_something_else_runs_than_one_stream_are_refused_in
 
 @pytest.mark.parametrize("decoder", [True, False])
 def test_a_model_that_reads_both_ways_is_refused_in_a_line(decoder):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
     config = BertConfig(**sizes, vocab_size=260, initializer_range=0.3, is_decoder=decoder)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -80,7 +87,7 @@ def test_a_list_of_parts_of_layers_is_not_taken_for_layers():
     """XLM has no module that is a layer; its last norms put out the stream, and do not take it."""
     with pytest.raises(UserError, match="4 module lists have 4 entries"):
         tiny("xlm")
-    config = CONFIG_MAPPING["xlm"](**sizes("xlm", CONFIG_MAPPING["xlm"]), causal=True)
+    config = CONFIG_MAPPING["xlm"](**sizes("xlm", CONFIG_MAPPING["xlm"]), causal=True)  # ty: ignore[unknown-argument]
     network = AutoModelForCausalLM.from_config(config)
     model = LanguageModel.wrap(network, byte_tokenizer(), layers="transformer.layer_norm2")
     with pytest.raises(UserError, match="what its layer 2 takes is not what the one below it puts out"):

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ def test_a_recorded_step_is_the_step_but_for_the_last_bits(family):
     step, z = step_of(slice), directions(2, seed=9)
     for seed in range(4):
         inputs = directions(2, norm=2.0 + seed, seed=seed), z, torch.tensor([0, 1] if seed % 2 else [1, 0])
-        options = {"norm_penalty": 0.1, "max_norm": 3.0}
+        options: dict[str, Any] = {"norm_penalty": 0.1, "max_norm": 3.0}
         recorded, plain = step(*inputs, **options), slice._value_and_grad(*inputs, **options)
         for ours, theirs in zip(recorded, plain, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

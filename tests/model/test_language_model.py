@@ -40,7 +40,7 @@ def test_the_decoder_layers_are_found_by_inspection(family):
 
 
 def test_layers_that_cannot_be_told_apart_are_refused():
-    network = LlamaForCausalLM(tiny().network.config)
+    network = LlamaForCausalLM(tiny().network.config)  # ty: ignore[invalid-argument-type]
     network.other = nn.ModuleList(nn.Identity() for _ in range(NUM_LAYERS))
     with pytest.raises(UserError, match="2 module lists have 4 entries"):
         decoder_layers(network)
@@ -129,5 +129,5 @@ def test_the_embedded_model_is_a_chat_model_that_answers():
     tokens = model.tokenize("What is the capital of France?")
     assert (model.d_model, len(model.layers), model.name) == (576, 30, "smollm2")
     with torch.no_grad():
-        answer = model.network.generate(tokens[None], max_new_tokens=12, do_sample=False)[0, len(tokens) :]
+        answer = model.network.generate(tokens[None], max_new_tokens=12, do_sample=False)[0, len(tokens) :]  # ty: ignore[not-callable]
     assert "Paris" in model.tokenizer.decode(answer)

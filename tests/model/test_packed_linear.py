@@ -63,9 +63,9 @@ def test_packed_weights_go_with_what_was_recorded():
     recorded = Recorded(lambda x: (linear(x, V),))
     recorded(X)
     (module,) = recorded._recordings.values()
-    assert dict(module.named_buffers())
+    assert dict(module.named_buffers())  # ty: ignore[missing-attribute]
     del recorded
-    assert not dict(module.named_buffers())
+    assert not dict(module.named_buffers())  # ty: ignore[missing-attribute]
 
 
 def test_a_product_that_is_used_otherwise_too_stays_by_itself():

@@ -10,29 +10,9 @@ from melbo_ray.errors import UserError
 from melbo_ray.model.architecture import chosen, together
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.residual_slice import Slice
-from tests.families import D_MODEL, directions, every_family, tiny
+from tests.families import D_MODEL, PROMPT, directions, every_family, plain_hidden_states, tiny
 
-PROMPT, OTHER = torch.arange(40, 60), torch.arange(70, 83)
-
-
-def plain_hidden_states(model, tokens, source, theta):
-    """Hidden states of transformers under a hook of the test's own; entry ℓ + 1 is the output of block ℓ."""
-
-    def add(_layer, _args, output):
-        return (output[0] + theta, *output[1:]) if isinstance(output, tuple) else output + theta
-
-    handle = model.layers[source].register_forward_hook(add)
-    captured = []
-    # The last entry of hidden_states has passed the final norm, so block outputs are read by hooks.
-    handles = [
-        layer.register_forward_hook(lambda _m, _a, out: captured.append(out[0] if isinstance(out, tuple) else out))
-        for layer in model.layers
-    ]
-    with torch.no_grad():
-        states = model.network(tokens[None], output_hidden_states=True).hidden_states
-    for h in [handle, *handles]:
-        h.remove()
-    return captured, states
+OTHER = torch.arange(70, 83)
 
 
 @every_family

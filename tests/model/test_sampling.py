@@ -156,7 +156,7 @@ def test_choose_draws_with_the_right_frequencies():
 
 def test_top_p_keeps_the_tokens_that_transformers_keeps():
     logits = 2 * torch.randn(50, 30, generator=torch.Generator().manual_seed(2))
-    kept = LogitsProcessorList([TopPLogitsWarper(0.7)])(None, logits).isfinite()
+    kept = LogitsProcessorList([TopPLogitsWarper(0.7)])(None, logits).isfinite()  # ty: ignore[invalid-argument-type]
     for uniform in torch.linspace(0, 0.9999, 20).double():
         chosen = choose(logits, uniform.expand(50), torch.ones(50), 0.7)
         assert bool(kept.gather(-1, chosen[:, None]).all())

@@ -1,5 +1,7 @@
 """A model spread over several devices gives what it gives on one."""
 
+from typing import Any
+
 import accelerate
 import pytest
 import torch
@@ -64,9 +66,14 @@ def test_layers_that_lie_on_disk_until_they_run_change_nothing(tmp_path):
     plain.network.save_pretrained(tmp_path / "model")
     plain.tokenizer.save_pretrained(tmp_path / "model")
     model = LanguageModel.load(str(tmp_path / "model"), device_map={"": "cpu"})
-    device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    device_map: dict[str, Any] = {
+        "model.embed_tokens": "cpu",
+        "model.rotary_emb": "cpu",
+        "model.norm": "cpu",
+        "lm_head": "cpu",
+    }
     device_map |= {f"model.layers.{number}": "disk" if number in (0, 2) else "cpu" for number in range(4)}
-    accelerate.dispatch_model(model.network, device_map, main_device="cpu", offload_dir=str(tmp_path / "offload"))
+    accelerate.dispatch_model(model.network, device_map, main_device="cpu", offload_dir=str(tmp_path / "offload"))  # ty: ignore[invalid-argument-type]
     assert {next(layer.parameters()).device.type for layer in model.layers} == {"cpu", "meta"}
     found, expected = figures(model), figures(plain)
     assert all(torch.equal(a, b) for a, b in zip(found[0], expected[0], strict=True))

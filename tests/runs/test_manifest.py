@@ -1,9 +1,13 @@
 """`run.json`: what stands on disk, and what is made of what cannot be read."""
 
+import uuid
+
 import pytest
 
 from melbo_ray.errors import UserError
-from melbo_ray.runs.manifest import Manifest, Outcome, Packed
+from melbo_ray.runs.manifest import Manifest, Outcome, Packed, RenderedPrompt
+from melbo_ray.runs.run_store import Run
+from melbo_ray.runs.storage import StorageError
 
 # As `jobs/ortho.py` has written it since schema version 2, shortened.
 WRITTEN = """{
@@ -135,3 +139,65 @@ def test_what_is_no_manifest_of_ours_is_one_line(written, complaint):
         Manifest.decode(written.encode(), "runs/code")
     assert complaint in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# In storage
+
+
+def manifest(status="running"):
+    return Manifest(run_id="one", status=status)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b"{", b'{"schema_version": 99}', b'{"schema_version": 2, "done": 1}']
+)
+def test_a_manifest_that_cannot_be_read_is_one_line(run, content):
+    run.storage.put("run.json", content)
+    with pytest.raises(UserError, match=r"run\.json|schema version 99") as caught:
+        run.manifest()
+    assert "\n" not in str(caught.value)
+
+
+def test_token_ids_stand_on_one_line_and_no_text_changes(tmp_path):
+    run = Run.open(f"{tmp_path}/one")
+    told = manifest()
+    told.prompts_rendered = {"code": {"training": RenderedPrompt(text="[\n 1,\n 2\n]", tokens=[1, 22, 333])}}
+    told.config, told.done = {"none": []}, {"code": {"kl": {"chain": [[1, 8]]}}}
+    run.write_manifest(told)
+    found = run.manifest()
+    assert found.model_dump(exclude={"updated"}) == told.model_dump(exclude={"updated"})
+    assert b'"tokens": [ 1, 22, 333 ]\n' in (run.storage.get("run.json") or b"")
+
+
+def test_a_driver_that_was_superseded_does_not_replace_the_manifest(run, url):
+    newer = Run.open(url)
+    for state in ("running", "interrupted"):
+        run.write_manifest(manifest(state))
+    newer.manifest()
+    newer.write_manifest(manifest("finished"))
+    with pytest.raises(StorageError, match="another driver has written it"):
+        run.write_manifest(manifest())
+    assert newer.manifest().status == "finished"
+
+
+@pytest.mark.parametrize("before", [[], ["running"]])
+def test_a_manifest_that_arrives_late_changes_nothing(s3, monkeypatch, before):
+    """The driver stalls between its look and its write, and another begins or goes on with the run."""
+    url = f"s3://bucket/{uuid.uuid4().hex}/one"
+    late, newer = Run.open(url), Run.open(url)
+    for state in before:
+        late.write_manifest(manifest(state))
+    look, looks = late.storage.get, []
+
+    def stalls(name):
+        found = look(name)
+        if not looks:
+            newer.manifest()
+            newer.write_manifest(manifest("finished"))
+        looks.append(name)
+        return found
+
+    monkeypatch.setattr(late.storage, "get", stalls)
+    with pytest.raises(StorageError, match="pre-conditions"):
+        late.write_manifest(manifest())
+    assert newer.manifest().status == "finished"

@@ -8,7 +8,7 @@ from scipy import stats
 from melbo_ray.errors import UserError
 from melbo_ray.runs import queries
 from melbo_ray.runs.schema import SCHEMAS
-from tests.s3 import environment, serve
+from tests.s3 import environment
 from tests.studies import UNSTEERED, kl_of, norm_of, write_part, write_study
 
 
@@ -197,14 +197,8 @@ def test_where_there_is_no_run_one_line_says_so_without_the_password(tmp_path, p
     assert "hunter2" not in str(caught.value)
 
 
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory):
-    with serve(tmp_path_factory.mktemp("weed")) as server:
-        yield server
-
-
-def test_object_storage_answers_as_the_local_files_do(s3, prefix):
-    with environment(s3.environment):
+def test_object_storage_answers_as_the_local_files_do(server, prefix):
+    with environment(server.environment):
         fsspec.filesystem("s3").put(str(prefix), "bucket/studies", recursive=True)
         ours, local = queries.connect("s3://bucket/studies"), queries.connect(str(prefix))
         for sql in queries.EXAMPLES.values():
@@ -212,8 +206,8 @@ def test_object_storage_answers_as_the_local_files_do(s3, prefix):
 
 
 @pytest.mark.parametrize("place", ["s3://bucket/studies", "s3://absent/studies"])
-def test_refused_by_object_storage_is_one_line_without_the_key(s3, place):
-    with environment(s3.environment | {"AWS_SECRET_ACCESS_KEY": "wrong-hunter2secret"}):
+def test_refused_by_object_storage_is_one_line_without_the_key(server, place):
+    with environment(server.environment | {"AWS_SECRET_ACCESS_KEY": "wrong-hunter2secret"}):
         with pytest.raises(UserError, match="access denied") as caught:
             queries.connect(place)
         assert "hunter2" not in str(caught.value)

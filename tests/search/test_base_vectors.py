@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ CONCEPT = Concept(
     name="letters", prompt="a prompt of bytes", continuations=["xyz", "uvw"], words=["x"], contrast=["xxxx", "xyxy"],
     neutral=["abcd", "bcda e"], held_out={"one": "dcba", "two": "e bcd"}, neutral_texts=[],
 )  # fmt: skip
-OPTIONS = {"source_layer": 1, "target_layer": 3, "radius": 4.0, "candidates": 5, "max_new_tokens": 4}
+OPTIONS: dict[str, Any] = {"source_layer": 1, "target_layer": 3, "radius": 4.0, "candidates": 5, "max_new_tokens": 4}
 
 
 def a_slice():

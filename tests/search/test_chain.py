@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,13 @@ from melbo_ray.seeds import derive_seed
 from tests.families import D_MODEL, directions, tiny
 
 PROMPT, OTHER = torch.arange(40, 60), torch.arange(70, 83)
-EASY = {"radius": 3.0, "source_layer": 1, "target_layer": 3, "max_evaluations": 30, "max_relative_loss": 1e6}
+EASY: dict[str, Any] = {
+    "radius": 3.0,
+    "source_layer": 1,
+    "target_layer": 3,
+    "max_evaluations": 30,
+    "max_relative_loss": 1e6,
+}
 
 
 def a_slice(*prompts):
@@ -84,6 +91,7 @@ def test_every_evaluation_is_seen_as_the_loop_makes_it():
     link = Chain(a_slice(), 0, directions(1)[0], Config(num_vectors=2, block=2, **EASY), "code")
     seen = list(steps({link: link.solver()}))
     assert [step.solution is None for step in seen] == [True] * (len(seen) - 1) + [False]
+    assert seen[-1].solution is not None
     assert seen[-1].solution.evaluations == len(seen)
     torch.testing.assert_close(seen[0].theta, disentangle(link.start()).float())
     for step in seen:
@@ -103,7 +111,7 @@ def test_the_solver_lowers_the_loss_of_its_random_start():
 
 def test_a_chain_of_d_model_minus_1_vectors_is_orthogonal_and_finite():
     base = directions(1)[0]
-    options = EASY | {"max_evaluations": 4, "min_norm": 0}
+    options: dict[str, Any] = EASY | {"max_evaluations": 4, "min_norm": 0}
     vectors, reason = finish(chain(a_slice(), base, Config(num_vectors=D_MODEL - 1, **options)))
     assert (len(vectors), reason) == (D_MODEL - 1, "num_vectors")
     assert max_abs_cos(torch.stack([base, *(vector.theta for vector in vectors)])) <= 1e-6
@@ -239,7 +247,7 @@ def test_a_seed_depends_on_all_its_parts():
 def test_a_certificate_is_frozen():
     vector = next(chain(a_slice(), directions(1)[0], Config(num_vectors=1, **EASY)))
     with pytest.raises(dataclasses.FrozenInstanceError):
-        vector.loss = 0.0
+        vector.loss = 0.0  # ty: ignore[invalid-assignment]
 
 
 def test_the_shares_of_the_target_are_those_of_the_plain_stream():

@@ -9,8 +9,7 @@ from melbo_ray.cli import flags
 from melbo_ray.errors import UserError
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.search.radius import TARGET, calibrate
-from tests.families import D_MODEL, every_family, tiny
-from tests.model.test_residual_slice import PROMPT, plain_hidden_states
+from tests.families import D_MODEL, PROMPT, every_family, plain_hidden_states, tiny
 
 
 def departure(model, radius, seed, count=16):

@@ -1,6 +1,7 @@
 """A vector's row in the table `vectors`: there and back, to the bit."""
 
 import io
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,7 +15,7 @@ from melbo_ray.runs.work_unit import Unit
 from melbo_ray.search.vectors import BaseVector, SteeringVector, row, stored_vectors
 
 D_MODEL = 11
-CERTIFICATE = {
+CERTIFICATE: dict[str, Any] = {
     "norm": 3.25, "loss": 0.1, "relative_loss": 1 / 3, "relative_loss_from_0": 0.5, "relative_loss_from_1": None,
     "evaluations": 30, "stop_reason": "converged", "max_abs_cos": 1.23456789e-9, "seconds": 0.7, "seed": 2**62 + 1,
 }  # fmt: skip

@@ -1,5 +1,7 @@
 """What is measured is there and positive; what is extrapolated lies on the line."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,7 +18,13 @@ def checked(tmp_path):
     model = tiny()
     model.network.save_pretrained(tmp_path)
     model.tokenizer.save_pretrained(tmp_path)
-    options = {"source_layer": 1, "target_layer": 2, "num_vectors": 5, "max_new_tokens": 3, "device": "cpu"}
+    options: dict[str, Any] = {
+        "source_layer": 1,
+        "target_layer": 2,
+        "num_vectors": 5,
+        "max_new_tokens": 3,
+        "device": "cpu",
+    }
     return check(Config(model=str(tmp_path), storage=str(tmp_path / "runs"), **options))
 
 

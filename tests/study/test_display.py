@@ -11,30 +11,25 @@ from melbo_ray.cluster.backlog import Backlog
 from melbo_ray.report.intervals import median_interval
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.work_unit import cover
-from melbo_ray.study import display, summary
+from melbo_ray.study import summary
 from melbo_ray.study.display import Display
+from tests.clock import Clock
 from tests.studies import UNSTEERED, directions, write_part, write_study
 
 VECTORS, BATCH = 24, 8
 EVALS = ["kl", "generations", "dose", "control", "geometry"]
 
 
-@pytest.fixture
-def told(monkeypatch):
-    """(concept at the start, steps of (seconds, what happens to it)) → what the line says after every step."""
-
-    def call(backlog, steps):
-        clock, out = [1000.0], StringIO()
-        monkeypatch.setattr(display.time, "monotonic", lambda: clock[0])
-        shown = Display(Console(file=out, width=300), VECTORS)
-        for seconds, happens in steps:
-            shown.update({"code": backlog}, {}, 1)
-            clock[0] += seconds
-            happens(backlog)
+def told(backlog, steps):
+    """What the line says of a concept after each of some steps: seconds, and what happens to it then."""
+    clock, out = Clock(), StringIO()
+    shown = Display(Console(file=out, width=300), VECTORS, clock)
+    for seconds, happens in steps:
         shown.update({"code": backlog}, {}, 1)
-        return [line.rpartition(", ")[2].strip() for line in out.getvalue().splitlines()]
-
-    return call
+        clock.add(seconds)
+        happens(backlog)
+    shown.update({"code": backlog}, {}, 1)
+    return [line.rpartition(", ")[2].strip() for line in out.getvalue().splitlines()]
 
 
 def concept(vectors):
@@ -61,7 +56,7 @@ def seconds(text):
     return float(number) * {"s": 1, "min": 60, "h": 3600}[unit]
 
 
-def test_the_time_left_is_told_once_it_is_worth_something_and_then_about_right(told):
+def test_the_time_left_is_told_once_it_is_worth_something_and_then_about_right():
     """Where units take as long each, be they of one vector (the controls), of eight, or of the whole chain."""
     backlog = concept(VECTORS)
     end(backlog)
@@ -72,7 +67,7 @@ def test_the_time_left_is_told_once_it_is_worth_something_and_then_about_right(t
     assert [seconds(line) for line in lines[3:]] == pytest.approx(truth, abs=30)
 
 
-def test_the_slower_of_chain_and_evaluations_rules(told):
+def test_the_slower_of_chain_and_evaluations_rules():
     (*_, line) = told(concept(4), [(30, find)] * 4 + [(5, evaluate)] * 4)
     assert seconds(line) == pytest.approx(16 / 4 * 140, rel=0.1)
     (*_, line) = told(concept(20), [(5, find)] * 4 + [(30, evaluate)] * 4)
@@ -80,7 +75,7 @@ def test_the_slower_of_chain_and_evaluations_rules(told):
     assert seconds(line) == pytest.approx((units - 4) / 4 * 140, rel=0.1)
 
 
-def test_the_time_left_follows_what_has_changed_of_late(told):
+def test_the_time_left_follows_what_has_changed_of_late():
     """A second evaluator has come: from half of the units on, they take half the time."""
     backlog = concept(VECTORS)
     backlog.batch = 1
@@ -126,7 +121,7 @@ def test_a_models_text_commands_no_terminal(tmp_path):
 def test_the_summary_sets_the_chains_median_kl_beside_its_nulls(tmp_path):
     run = write_study(tmp_path, num_vectors=25)
     stored = Run.open(str(run))
-    table = summary.summary(stored, stored.manifest())
+    table = summary.summary(stored, stored.manifest())  # ty: ignore[invalid-argument-type]
     lines = dict(zip(*(column.cells for column in table.columns), strict=True))
     values = [kl for kind, _, _, kl in directions(25) if kind == "chain"]
     low, high = median_interval(values)

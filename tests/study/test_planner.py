@@ -1,5 +1,7 @@
 """The plan of a study, against figures counted by hand."""
 
+from typing import Any
+
 import pytest
 from transformers import LlamaConfig
 
@@ -10,7 +12,7 @@ from melbo_ray.study.planner import plan, runs_of_evaluations
 from melbo_ray.study.preflight import check
 from tests.families import byte_tokenizer
 
-LLAMA_70B = {
+LLAMA_70B: dict[str, Any] = {
     "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
     "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 4096,
 }  # fmt: skip

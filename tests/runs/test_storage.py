@@ -1,0 +1,158 @@
+"""Storage: bytes at names on a local directory, in memory, and on a real S3 server behind faults."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import melbo_ray.runs.storage
+from melbo_ray.errors import UserError
+from melbo_ray.runs.storage import Storage, StorageError
+from tests.s3 import environment, faulty
+
+
+def test_what_is_put_is_there_and_can_be_replaced_listed_and_deleted(url):
+    storage = Storage(url)
+    assert storage.names() == []
+    storage.put("a/b", b"one")
+    storage.put("a/b", b"two")
+    storage.put("c", b"three")
+    assert (storage.get("a/b"), storage.get("a/none"), storage.get("a/b/c")) == (b"two", None, None)
+    assert (storage.names(), storage.names("a")) == (["a/b", "c"], ["a/b"])
+    storage.delete(["a/b", "gone"])
+    assert Storage(url).names() == ["c"]
+
+
+def test_one_of_many_creates(url):
+    outcomes = []
+
+    def create(number):
+        outcomes.append(Storage(url).create("prize", str(number).encode()))
+
+    threads = [threading.Thread(target=create, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(outcomes) == 1
+
+
+def test_creating_again_with_the_same_bytes_is_no_conflict(url):
+    storage = Storage(url)
+    assert [storage.create("prize", data) for data in (b"mine", b"mine", b"yours")] == [True, True, False]
+
+
+def test_a_writer_killed_midway_leaves_nothing_to_be_seen(tmp_path):
+    script = "import sys; from melbo_ray.runs.storage import Storage; s = Storage(sys.argv[1])"
+    script += "\nwhile True: s.put('x', b'y' * 30_000_000)"
+    writer = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)])
+    storage = Storage(str(tmp_path))
+    while storage.get("x") is None:
+        time.sleep(0.01)
+    for _ in range(20):
+        assert len(storage.get("x") or b"") == 30_000_000
+    writer.kill()
+    writer.wait()
+    assert storage.names() == ["x"]
+    storage.sweep()
+    assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["s3://AKIA:hunter2@bucket/x", "sftp://me:hunter2@host/x", "https://host/x?sig=hunter2", "abfs://c@hunter2.net/x"],
+)
+def test_a_url_with_a_credential_is_refused_and_not_repeated(place):
+    with pytest.raises(UserError, match="credential") as caught:
+        Storage(place)
+    assert "hunter2" not in str(caught.value).replace("hunter2.net", "")
+
+
+def test_an_unknown_protocol_is_one_line():
+    with pytest.raises(UserError, match="nosuch") as caught:
+        Storage("nosuch://bucket/x")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_said_and_leaves_what_was_there(tmp_path):
+    mount = tmp_path / "small"
+    mount.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", mount], check=False).returncode:
+        pytest.skip("cannot mount a small file system: run as root")
+    try:
+        storage = Storage(str(mount))
+        storage.put("x", b"old")
+        with pytest.raises(StorageError, match="disk is full"):
+            storage.put("x", b"y" * 100_000)
+        assert (storage.get("x"), os.listdir(mount)) == (b"old", ["x"])
+    finally:
+        subprocess.run(["umount", mount], check=True)
+
+
+def test_a_file_in_the_way_is_said(tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(StorageError, match="runs"):
+        Storage(str(tmp_path / "runs" / "one")).put("x", b"y")
+
+
+@pytest.mark.parametrize("code", ["SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout"])
+def test_a_passing_fault_of_s3_is_retried(s3, code):
+    with faulty(s3) as (through, faults), environment(through):
+        faults.waiting += [(400 if code == "RequestTimeout" else 503, code)] * 2
+        Storage("s3://bucket/faulty").put("x", b"y")
+        assert (faults.served, Storage("s3://bucket/faulty").get("x")) == (3, b"y")
+
+
+def test_a_connection_that_stalls_is_given_up_and_tried_again(s3, monkeypatch):
+    monkeypatch.setattr(melbo_ray.runs.storage, "_READ_SECONDS", 1)
+    with faulty(s3) as (through, faults), environment(through):
+        faults.waiting += [2.5]
+        Storage("s3://bucket/stalled").put("x", b"y")
+        assert faults.served == 2
+
+
+def test_a_creation_whose_answer_was_lost_is_known_as_ours(s3):
+    with faulty(s3) as (through, faults), environment(through):
+        storage = Storage("s3://bucket/lost")
+        storage.put("x", b"mine")  # it arrived
+        faults.waiting += [(500, "InternalError")]  # and the answer was an error
+        assert storage.create("x", b"mine")
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"), [((404, "NoSuchBucket"), "no such bucket"), ((403, "AccessDenied"), "access denied")]
+)
+def test_a_final_fault_of_s3_is_one_line_at_once(s3, fault, message):
+    with faulty(s3) as (through, faults), environment(through):
+        faults.waiting += [fault] * 5
+        with pytest.raises(StorageError, match=message) as caught:
+            Storage("s3://bucket/x").put("y", b"z")
+        assert faults.served == 1
+    assert "\n" not in str(caught.value)
+
+
+def test_no_credential_is_in_what_is_said(s3):
+    wrong = s3.environment | {"AWS_SECRET_ACCESS_KEY": "wrong-hunter2"}
+    with environment(wrong), pytest.raises(StorageError, match="access denied") as denied:
+        Storage("s3://bucket/x").put("y", b"z")
+    with environment(s3.through(1)), pytest.raises(StorageError, match="cannot be reached") as away:
+        Storage("s3://bucket/x", patient=False).put("y", b"z")
+    for caught in (denied, away):
+        assert "\n" not in str(caught.value)
+        assert not any(secret in str(caught.value) for secret in ("hunter2", "tester"))
+
+
+def test_a_swap_whose_answer_was_lost_is_known_as_ours(s3):
+    with faulty(s3) as (through, faults), environment(through):
+        storage = Storage("s3://bucket/swapped")
+        storage.put("x", b"old")
+        version = storage.version("x")
+        storage.put("x", b"new")  # it arrived
+        faults.waiting += [(500, "InternalError")]  # and the answer was an error
+        storage.swap("x", b"new", version)
+        with pytest.raises(StorageError):
+            storage.swap("x", b"newer", version)
+        assert storage.get("x") == b"new"
