@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from melbo_ray.errors import first_line  # noqa: E402 - the folder above must be known first
-from tests.architectures import CHECKS, families, judge  # noqa: E402
+from tests.architectures import CHECKS, LAYERS, families, judge  # noqa: E402
 
 # Torch is imported once for all.
 _FORK = multiprocessing.get_context("fork")
@@ -40,7 +40,8 @@ random weights and compared with plain transformers and a hook. `python -m bench
 - fingerprint: stable across loads, another for another weight; the lower layers alone are the whole model's.
 
 *exact*: equal but for the last bits. *plain way*: the faster way does not suit the model, which a warning says, and the
-slower one that is taken is exact. *refused*: ends in one line. {counts}
+slower one that is taken is exact. *refused*: ends in one line. Of {named} the decoder layers
+are named with `--layers`. {counts}
 """
 
 
@@ -78,7 +79,7 @@ def page(rows: dict[str, dict]) -> str:
                 why[cell["verdict"], re.sub(r"\d+(×\d+)+", "a table", reason)].add(name)
     reasons = [f"- {verdict}: {reason} ({', '.join(sorted(of))})" for (verdict, reason), of in sorted(why.items())]
     missing = [f"- {name}: {row['built']['why']}" for name, row in rows.items() if "built" in row]
-    blocks = [_HEAD.format(counts=counts, **versions), "\n".join(table)]
+    blocks = [_HEAD.format(counts=counts, named=" and ".join(LAYERS), **versions), "\n".join(table)]
     blocks += ["## Why\n\n" + "\n".join(reasons)] if reasons else []
     blocks += ["## Not built\n\n" + "\n".join(missing)] if missing else []
     return "\n\n".join(block.rstrip() for block in blocks) + "\n"

@@ -3,7 +3,7 @@
 Options come in groups, so that a function takes those alone that it reads; `Config` is all of them.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -84,7 +84,7 @@ class ModelOptions(_Options):
     """Layer whose output is compared, counted from 0."""
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> "ModelOptions":
         if self.source_layer >= self.target_layer:
             raise ValueError(
                 f"source layer {self.source_layer} is not below target layer {self.target_layer}: "

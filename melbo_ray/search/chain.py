@@ -152,7 +152,10 @@ class Chain:
         return "num_vectors" if max(self.index - 1, len(self.stored)) >= self.options.num_vectors else None
 
     def start(self) -> Float[Tensor, "block d_model"]:
-        """Where the next vectors' solver begins: norm R, directions uniform in the complement, drawn by seed."""
+        """Where the next vectors' solver begins: norm R, directions uniform in the complement, drawn by seed.
+
+        The rows of a block are not orthogonal to each other yet.
+        """
         d_model = self.slice.model.d_model
         size = min(self.options.block, d_model - self.subspace.size)
         self.seeds = [derive_seed(self.options.seed, self.concept, self.index + i, "start") for i in range(size)]
