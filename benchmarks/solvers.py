@@ -14,9 +14,8 @@ from torch import Tensor
 from benchmarks.reference import Bench, Row
 from melbo_ray.concepts.detectors import score_text
 from melbo_ray.concepts.loader import Concept, load_concept
-from melbo_ray.evals.kl import kl
 from melbo_ray.model.sampling import Request, generate
-from melbo_ray.model.steering import Prompts
+from melbo_ray.model.steering import Prompts, kl
 from melbo_ray.search.base_vectors import base_vector
 from melbo_ray.search.chain import Chain
 from melbo_ray.search.lockstep import steps

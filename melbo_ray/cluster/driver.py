@@ -206,7 +206,7 @@ class Driver:
             backlog.add_vector("chain", found.vector.index, found.vector.theta.numpy())
             if found.vector.index > backlog.found:
                 # A worker of a killed driver stored a vector after this driver had listed them.
-                backlog.add_stored(stored_vectors(self.run, backlog.concept))
+                self._load_stored(backlog)
             self.last[found.concept] = found.vector
         self._enqueue_due(backlog)
 

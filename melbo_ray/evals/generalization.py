@@ -7,9 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from melbo_ray.evals.context import TRAINING, Row, Rows, Study, Vectors
-from melbo_ray.evals.kl import kl
 from melbo_ray.model.sampling import Request, generate
-from melbo_ray.model.steering import Prompts, target_log_probs
+from melbo_ray.model.steering import Prompts, kl, target_log_probs
 
 LENGTH = 16
 

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melbo_ray.evals.context import TRAINING, Row, Rows, Study, Vectors
+from melbo_ray.model.steering import kl
 
 TOP = 10
 
@@ -49,11 +50,6 @@ def divergences(study: Study, log_p: Float[Tensor, " vocab"]) -> dict[str, float
         "kl_to_base": float(kl(base, log_p)),
         "kl_from_unsteered": float(kl(log_p, unsteered)),
     }
-
-
-def kl(log_p: Float[Tensor, "*batch vocab"], log_q: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch"]:
-    """KL(P‖Q) = Σ P (log P − log Q), nats."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def at_norm(thetas: Float[Tensor, "n d_model"], norm: float) -> Float[Tensor, "n d_model"]:

@@ -219,6 +219,11 @@ def target_log_probs(logits: Float[Tensor, "kept vocab"], targets: Int[Tensor, "
     return logits.log_softmax(-1).gather(-1, targets.to(logits.device)[:, None])[:, 0]
 
 
+def kl(log_p: Float[Tensor, "*batch vocab"], log_q: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch"]:
+    """KL(P‖Q) = Σ P (log P − log Q), nats."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
 def encode(model: LanguageModel, continuation: str) -> Int[Tensor, " seq"]:
     """The tokens of a continuation, without special tokens.
 

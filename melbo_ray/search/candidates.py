@@ -19,7 +19,7 @@ from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import AnswerOptions
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.residual_slice import Slice
-from melbo_ray.model.steering import Prompts, continuation_score
+from melbo_ray.model.steering import Prompts, continuation_score, kl
 from melbo_ray.search.written import NOTHING, Written, write
 
 # A marginal effect, or one between two regions of noise, is lost along the chain; it must persist at weaker doses.
@@ -204,4 +204,4 @@ def _unsteered_kls(
     unsteered, *steered = (
         logits[0].double().log_softmax(-1) for logits in Prompts(model, [tokens], source).logits(rows)
     )
-    return [float((unsteered.exp() * (unsteered - log_p)).sum()) for log_p in steered]
+    return [float(kl(unsteered, log_p)) for log_p in steered]
