@@ -88,18 +88,30 @@ def _wait_for(place: str) -> None:
 
 
 class Faults:
-    """Which of the next requests go wrong, and how: `(status, code)` is answered, a number of seconds is waited."""
+    """Which of the next requests go wrong, and how: `(status, code)` is answered, a number of seconds is waited.
+
+    Attributes:
+        waiting: one for each of the next requests.
+        pace: seconds that the writing of a unit waits as well, so that no machine is too fast for what is to go wrong.
+        served: number of requests so far.
+        units: number of units written so far, repeated ones counted again.
+    """
 
     def __init__(self) -> None:
         self.waiting: list[tuple[int, str] | float] = []
-        self.served = 0
+        self.pace = 0.0
+        self.served = self.units = 0
         self._lock = threading.Lock()
 
-    def take(self) -> tuple[int, str] | float | None:
-        """The fault for the request that has just come, if any."""
+    def take(self, method: str, path: str) -> tuple[int, str] | float:
+        """The fault for the request that has just come; 0 is none."""
         with self._lock:
             self.served += 1
-            return self.waiting.pop(0) if self.waiting else None
+            fault = self.waiting.pop(0) if self.waiting else 0.0
+            if isinstance(fault, tuple) or method != "PUT" or "/units/" not in path:
+                return fault
+            self.units += 1
+            return fault + self.pace
 
 
 @contextlib.contextmanager
@@ -113,13 +125,13 @@ def faulty(s3: S3) -> Generator[tuple[dict[str, str], Faults]]:
 
         def _serve(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            fault = faults.take()
+            fault = faults.take(self.command, self.path)
             if isinstance(fault, tuple):
                 status, code = fault
                 answer = f"<Error><Code>{code}</Code><Message>{code} was told to happen</Message></Error>".encode()
                 self._answer(status, [("Content-Type", "application/xml")], answer)
                 return
-            time.sleep(fault or 0)
+            time.sleep(fault)
             upstream = http.client.HTTPConnection("127.0.0.1", s3.port, timeout=30)
             upstream.request(self.command, self.path, body, dict(self.headers))
             answer = upstream.getresponse()

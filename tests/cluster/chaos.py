@@ -15,9 +15,6 @@ import pytest
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
-from melbo_ray.runs.manifest import Manifest
-from melbo_ray.runs.run_store import Run
-from melbo_ray.runs.storage import StorageError
 from tests.cluster.tiny_study import REPOSITORY
 from tests.s3 import Faults
 
@@ -56,7 +53,7 @@ class Chaos:
         faults: of the way to its storage.
         seed: of every choice.
         kills: how many; the kinds come in a random order, the chain first of all, since it ends long before the rest.
-        every: units of work done between two kills, on the average.
+        every: units written between two kills, on the average.
     """
 
     command: list[str]
@@ -67,24 +64,25 @@ class Chaos:
     kills: int
     every: float
     tally: Counter = field(default_factory=Counter)
-    seen: int = 0
 
     def run(self, seconds: float) -> None:
-        """Kill until there have been enough; then let it end."""
+        """Kill until there have been enough, while units are written at a pace that leaves time to; then let it end."""
         dice = random.Random(self.seed)
         kinds = ["chain", *(kind for _ in range(self.kills) for kind in dice.sample(KINDS, len(KINDS)))]
         deadline = time.monotonic() + seconds
-        driver, done = self.start(), self.done()
+        self.faults.pace = 0.5
+        driver = self.start()
         for kind in kinds[: self.kills]:
-            target = done + dice.randint(1, round(2 * self.every) - 1)
-            while (done := self.done()) < target and driver.poll() is None:
-                assert time.monotonic() < deadline, f"only {self.tally} and {done} units in time"
+            target = self.faults.units + dice.randint(1, round(2 * self.every) - 1)
+            while self.faults.units < target and driver.poll() is None:
+                assert time.monotonic() < deadline, f"only {self.tally} and {self.faults.units} units in time"
                 self._heal()
                 time.sleep(0.05)
             time.sleep(dice.random())
             if driver.poll() is not None:
                 break
             driver = self._strike(kind, dice, driver)
+        self.faults.pace = 0.0
         while driver.poll() is None:
             assert time.monotonic() < deadline, f"after {self.tally} it does not end"
             self._heal()
@@ -132,18 +130,6 @@ class Chaos:
         return subprocess.Popen(
             self.command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-
-    def done(self) -> int:
-        """Units of work that are durable, and vectors among them, when they could last be seen.
-
-        The look goes through the same faults, and where nobody else asks anything of storage it meets them all.
-        """
-        with contextlib.suppress(StorageError):
-            run = Run.open(self.url)
-            manifest = run.manifest() or Manifest()
-            spans = [s for e in manifest.done.values() for k in e.values() for ss in k.values() for s in ss]
-            self.seen = len(run.fresh()) + sum(last - first + 1 for first, last in spans)
-        return self.seen
 
     def _workers(self, title: str) -> list[psutil.Process]:
         """The actors' processes with this title, all of them children of the raylets that we started."""
