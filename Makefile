@@ -16,7 +16,7 @@ run: $(VENV)/installed
 	$(BIN)/python jobs/ortho.py --config smollm2 $(ARGS)
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not chaos" $(ARGS)
+	$(BIN)/python -m pytest -m "not chaos" -n 2 --dist loadgroup $(ARGS)
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
