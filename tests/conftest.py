@@ -17,7 +17,7 @@ install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pe
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests in one process (`--dist loadgroup`), with its fixtures; those of Ray share one, one cluster."""
+    """Keep a file's tests in one process (`--dist loadgroup`), with its fixtures; those of Ray share a cluster."""
     for item in items:
         file = item.path
         item.add_marker(pytest.mark.xdist_group(file.parent.name if file.parent.name == "cluster" else file.stem))
