@@ -19,7 +19,7 @@ from melbo_ray.errors import UserError
 from melbo_ray.evals.catalog import EVALUATIONS
 from melbo_ray.runs import checks, schema
 from melbo_ray.runs.run_store import Run
-from melbo_ray.runs.work_unit import WHOLE, Task, Unit, cover
+from melbo_ray.runs.work_unit import Task, Unit, cover
 from melbo_ray.search.vectors import SteeringVector, stored_vectors
 
 # Units in the backlog from which on the chain's results wait, so that evaluators catch up.
@@ -135,7 +135,9 @@ class Driver:
             self._chain_actors.append(_ChainActor(actor, concepts, actor.ready.remote()))
 
     def _enqueue_due(self, backlog: Backlog) -> None:
-        due = [Unit.base(backlog.concept)] if backlog.base is None else backlog.due()
+        self._enqueue([Unit.base(backlog.concept)] if backlog.base is None else backlog.due())
+
+    def _enqueue(self, due: list[Unit]) -> None:
         new = [unit for unit in due if unit not in self._issued]
         self._issued.update(new)
         self.pool.add(new)
@@ -171,6 +173,7 @@ class Driver:
         if unit.task is Task.BASE:
             self._load_stored(backlog)
         else:
+            self._enqueue(backlog.released(unit))
             self._evaluations += unit.last - unit.first + 1
             self.failures += result.failures
             self._record_peak("evaluator", result.peak_memory)
@@ -238,17 +241,17 @@ class Driver:
         backlog = self.backlogs[unit.concept]
         if unit.task is Task.BASE:
             raise UserError(f"finding the base of {unit.concept!r} ended its worker {ATTEMPTS} times")
-        whole, failed = unit.kind == WHOLE, backlog.failed(unit)
-        keys = {"run_id": self.run_id, "kind": "chain" if whole else unit.kind}
+        failed, keys = backlog.failed(unit), {"run_id": self.run_id, "kind": unit.share}
         facts = {"evaluation": unit.evaluation, "error": "its worker died or hung"}
         rows = [
             keys | {"index": index} | facts | {"attempts": ATTEMPTS + failed.get(index, 0)}
-            for index in (range(1) if whole else range(unit.first, unit.last + 1))
+            for index in range(unit.first, unit.last + 1)
         ]
-        # Empty tables replace the rows that the evaluation of a shorter chain left.
+        # Empty tables replace the rows that a share of a shorter chain left.
         empty = {name: schema.table(name, []) for name in EVALUATIONS[unit.evaluation].tables}
         self.run.commit(unit, empty | {"failures": schema.table("failures", rows)})
         cover(backlog.done, unit)
+        self._enqueue(backlog.released(unit))
         self.failures += len(rows)
 
     def _record_peak(self, role: str, peak: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from melbo_ray.cluster.session import LOST, Deaths, fetch
-from melbo_ray.runs.work_unit import WHOLE, Unit
+from melbo_ray.runs.work_unit import Unit
 
 ATTEMPTS = 10
 _DRAIN_SECONDS = 10.0
@@ -115,15 +115,15 @@ class Pool:
             return None
         self._deaths.reset()
         if member.work is not None:
-            self._seconds.setdefault(member.work.evaluation, []).append(self._age(member))
+            self._seconds.setdefault(member.work.sort, []).append(self._age(member))
         done = Done(member.work, result)
         member.ready, member.ref, member.work, member.since = True, None, None, self._clock()
         return done
 
     def requeue_stragglers(self) -> None:
-        """Stop evaluators whose unit takes far longer than earlier ones of its evaluation, and requeue the units."""
+        """Stop evaluators whose unit takes far longer than earlier ones of its sort, and requeue the units."""
         for member, unit in [(m, m.work) for m in self._members if m.work is not None]:
-            known = self._seconds.get(unit.evaluation) if unit.kind != WHOLE else None
+            known = self._seconds.get(unit.sort)
             patience = max(_LEAST_PATIENCE, _PATIENCE_FACTOR * max(known)) if known else _FIRST_PATIENCE
             if self._age(member) > patience * 2 ** self._attempts[unit]:
                 self._stop(member)

@@ -19,7 +19,7 @@ from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError
 from melbo_ray.evals import runner
-from melbo_ray.evals.context import Study, Vectors
+from melbo_ray.evals.context import Chain, Study, Vectors
 from melbo_ray.evals.self_check import selfcheck, take_prompts
 from melbo_ray.host import cores, resident_peak
 from melbo_ray.model.language_model import BALANCED, LanguageModel
@@ -27,7 +27,7 @@ from melbo_ray.model.partial import lower, lower_fingerprint
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.runs import schema
 from melbo_ray.runs.run_store import Run
-from melbo_ray.runs.work_unit import WHOLE, Unit
+from melbo_ray.runs.work_unit import Unit
 from melbo_ray.search import base_vectors
 from melbo_ray.search.chain import chains
 from melbo_ray.search.radius import Calibration
@@ -79,6 +79,7 @@ class Worker:
         self.concepts = {concept.name: concept for concept in concepts}
         self.threads, self.whole, self.packed = threads, whole, packed
         self._studies: dict[str, Study] = {}
+        self._whole: dict[str, Chain] = {}
         torch.set_num_threads(threads)
 
     @cached_property
@@ -185,12 +186,13 @@ class Worker:
         prompts = [self.model.tokenize(self.concepts[c].prompt, self.config.system_prompt) for c in concepts]
         return Slice(self.model, prompts, self.config.source_layer, self.config.target_layer, evaluations)
 
-    def evaluate(self, unit: Unit, theta: np.ndarray, base: np.ndarray, failed: Mapping[int, int]) -> Evaluated:
+    def evaluate(self, unit: Unit, theta: np.ndarray | None, base: np.ndarray, failed: Mapping[int, int]) -> Evaluated:
         """Run a unit's evaluation and store its rows.
 
         Args:
             unit: the unit.
-            theta: the unit's vectors, (unit.last - unit.first + 1, d_model) float32.
+            theta: the unit's vectors, (unit.last - unit.first + 1, d_model) float32; None for a share of an evaluation
+                of the whole chain, which is read from the run.
             base: θ₀, (d_model,) float32.
             failed: number of earlier failures, by index.
         """
@@ -199,11 +201,25 @@ class Worker:
             concept = self.concepts[unit.concept]
             study = Study(self.model, self.config, concept, self.run_id, torch.from_numpy(base.copy()))
             self._studies[unit.concept] = study
-        kind = "chain" if unit.kind == WHOLE else unit.kind
-        vectors = Vectors(kind, range(unit.first, unit.last + 1), torch.from_numpy(theta.copy()))
-        written = runner.evaluate(unit.evaluation, study, vectors, failed)
+        index = range(unit.first, unit.last + 1)
+        if theta is None:
+            chain = self._whole_chain(unit, study)
+            written = runner.evaluate_share(unit.evaluation, unit.share, index, study, chain, failed)
+        else:
+            vectors = Vectors(unit.kind, index, torch.from_numpy(theta.copy()))
+            written = runner.evaluate(unit.evaluation, study, vectors, failed)
         self.run.commit(unit, written)
         return Evaluated(len(written["failures"]), self._peak_memory())
+
+    def _whole_chain(self, unit: Unit, study: Study) -> Chain:
+        """The chain of the unit's concept, kept until a unit of another concept or of a longer chain comes."""
+        chain = self._whole.get(unit.concept)
+        if chain is None or chain.base is not study.base or chain.length < max(unit.chain, unit.last):
+            found = stored_vectors(self.run, unit.concept).chain
+            vectors = Vectors("chain", [v.index for v in found], torch.stack([v.theta for v in found]))
+            chain = Chain(study.base, vectors, lambda table: self.run.read(table, unit.concept))
+            self._whole = {unit.concept: chain}
+        return chain
 
     def _peak_memory(self) -> int:
         """Peak memory of this process, bytes: of its GPUs if it has any, else resident."""

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.schema import SCHEMA_VERSION, SCHEMAS
 from melbo_ray.runs.storage import Storage, StorageError
-from melbo_ray.runs.work_unit import WHOLE, Coverage, Unit, cover, covers, spans_of, uncover
+from melbo_ray.runs.work_unit import Coverage, Unit, cover, covers, spans_of, uncover
 
 _Written = tuple[Unit, dict[str, pa.Table]]
 """A unit and its rows by table."""
@@ -152,17 +152,19 @@ class Run:
     def _merged(self, table: str, name: str, additions: list[_Written]) -> pa.Table:
         """The published part `name` with the units' rows added, except those of indices that it covers already.
 
-        A failed index is not covered, so that another unit may still bring its rows or another failure.
+        A failed index is not covered, so that another unit may still bring its rows or another failure. A longer chain
+        replaces rows that depend on its length.
         """
         old = self.storage.get(name)
         rows = [] if old is None else [pq.read_table(io.BytesIO(old))]
         covered: Coverage = json.loads((rows[0].schema.metadata or {}).get(b"units", b"{}")) if rows else {}
-        for unit, tables in sorted(additions, key=lambda pair: pair[0]):
-            if covers(covered, unit):
+        for unit, tables in sorted(additions, key=lambda pair: (pair[0].chain, pair[0])):
+            if covers(covered, unit) or unit.chain < (longest := _longest(covered, unit)):
                 continue
-            had = [] if unit.kind == WHOLE else spans_of(covered, unit)
-            kept = [] if unit.kind == WHOLE else [part.filter(~_tried(unit, had)) for part in rows]
-            rows = [*kept, _outside(had, tables[table])]
+            if unit.chain > longest:
+                rows, covered = [], {}
+            had = spans_of(covered, unit)
+            rows = [*(part.filter(~_tried(unit, had)) for part in rows), _outside(had, tables[table])]
             cover(covered, unit)
             failures = tables.get("failures", _schema("failures").empty_table())
             for index in _outside(had, failures)["index"].to_pylist():
@@ -174,6 +176,12 @@ class Run:
         return merged.replace_schema_metadata({**(schema.metadata or {}), "units": json.dumps(covered)})
 
 
+def _longest(covered: Coverage, unit: Unit) -> int:
+    """Length of the chain that the covered units of the unit's part depend on."""
+    kinds = covered.get(unit.concept, {}).get(unit.evaluation, {})
+    return max((dataclasses.replace(unit, kind=kind).chain for kind in kinds), default=0)
+
+
 def _outside(spans: list[list[int]], rows: pa.Table) -> pa.Table:
     for first, last in spans:
         rows = rows.filter((pc.field("index") < first) | (pc.field("index") > last))
@@ -183,7 +191,9 @@ def _outside(spans: list[list[int]], rows: pa.Table) -> pa.Table:
 def _tried(unit: Unit, had: list[list[int]]) -> pc.Expression:
     """Expression for rows of earlier attempts at the unit: those of its indices, except the covered ones (`had`)."""
     index = pc.field("index")
-    found = (pc.field("kind") == unit.kind) & (index >= unit.first) & (index <= unit.last)
+    found = (index >= unit.first) & (index <= unit.last)
+    if not unit.chain:  # otherwise all rows of the part are of the unit's share, whatever their kind
+        found &= pc.field("kind") == unit.kind
     for first, last in had:
         found &= (index < first) | (index > last)
     return found

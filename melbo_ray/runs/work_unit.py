@@ -8,7 +8,11 @@ from typing import Final
 
 _PART_SIZE = 512
 WHOLE: Final = "whole"
-"""The scope of an evaluation of a chain as a whole instead of single vectors, and the kind of its unit."""
+"""The scope of an evaluation of a chain as a whole instead of single vectors.
+
+Also the kind of the one unit that earlier releases ran for it (`study/upgrade.py`).
+"""
+_OF = "-of-"
 
 Coverage = dict[str, dict[str, dict[str, list[list[int]]]]]
 """The indices done by concept, evaluation and kind, as spans that include both ends."""
@@ -29,9 +33,10 @@ class Unit:
     Attributes:
         concept: name of the concept.
         evaluation: name of the evaluation, or `base` or `chain` for the search for a vector.
-        kind: kind of the vectors, or `whole` for an evaluation of the whole chain, which replaces earlier ones.
-        first: index of the first vector.
-        last: index of the last vector.
+        kind: kind of the vectors, or the share of an evaluation of a whole chain (`catalog.Share`), with the chain's
+            length (`of_chain`) if the rows depend on it: they replace those of a shorter chain.
+        first: index of the first vector, or the first item of the share.
+        last: index of the last vector, or the last item.
     """
 
     concept: str
@@ -56,6 +61,21 @@ class Unit:
         return {"base": Task.BASE, "chain": Task.CHAIN}.get(self.evaluation, Task.EVALUATION)
 
     @property
+    def share(self) -> str:
+        """The kind without the chain's length."""
+        return self.kind.partition(_OF)[0]
+
+    @property
+    def sort(self) -> str:
+        """Units of one sort take about the same time."""
+        return f"{self.evaluation}.{self.share}"
+
+    @property
+    def chain(self) -> int:
+        """Length of the chain that the rows depend on; 0 if they depend on none."""
+        return int(self.kind.partition(_OF)[2] or 0)
+
+    @property
     def name(self) -> str:
         """Name of the object that the unit is written to."""
         return f"units/{self.concept}/{self.evaluation}.{self.kind}.{self.first:06d}-{self.last:06d}.zip"
@@ -70,8 +90,13 @@ class Unit:
 
     def part(self, table: str) -> str:
         """Name of the part of `table` that receives the unit's rows."""
-        number = 0 if self.kind == WHOLE else part_number(self.first)
-        return f"{table}/concept={self.concept}/part-{self.evaluation}-{number:05d}.parquet"
+        own, number = (f".{self.share}", 0) if self.chain else ("", part_number(self.first))
+        return f"{table}/concept={self.concept}/part-{self.evaluation}{own}-{number:05d}.parquet"
+
+
+def of_chain(share: str, length: int) -> str:
+    """The kind of units of a share whose rows depend on the chain's length."""
+    return f"{share}{_OF}{length}"
 
 
 def part_number(index: int) -> int:
@@ -80,9 +105,9 @@ def part_number(index: int) -> int:
 
 
 def cover(coverage: Coverage, unit: Unit) -> None:
-    """Mark the unit's indices as done, with merged spans; a `whole` unit replaces the earlier spans."""
+    """Mark the unit's indices as done, with merged spans."""
     kinds = coverage.setdefault(unit.concept, {}).setdefault(unit.evaluation, {})
-    spans = sorted([*([] if unit.kind == WHOLE else kinds.get(unit.kind, [])), [unit.first, unit.last]])
+    spans = sorted([*kinds.get(unit.kind, []), [unit.first, unit.last]])
     merged: list[list[int]] = []
     for first, last in spans:
         if merged and first <= merged[-1][1] + 1:
@@ -93,11 +118,10 @@ def cover(coverage: Coverage, unit: Unit) -> None:
 
 
 def uncover(coverage: Coverage, unit: Unit) -> None:
-    """Mark the unit's indices as not done; for a `whole` unit, all indices."""
-    around = [] if unit.kind == WHOLE else spans_of(coverage, unit)
+    """Mark the unit's indices as not done."""
     rest = [
         span
-        for first, last in around
+        for first, last in spans_of(coverage, unit)
         for span in ([first, min(last, unit.first - 1)], [max(first, unit.last + 1), last])
         if span[0] <= span[1]
     ]

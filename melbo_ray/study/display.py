@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from melbo_ray.evals.catalog import SAMPLED
+from melbo_ray.evals.catalog import EVALUATIONS, SAMPLED
 from melbo_ray.runs.manifest import Manifest, Outcome
 from melbo_ray.runs.work_unit import WHOLE, Coverage, Unit, count, covers, progress
 
@@ -129,15 +129,26 @@ def status(manifest: Manifest, fresh: Iterable[Unit], driver: Mapping[str, Any] 
 def _concept_status(done: Coverage, concept: str, manifest: Manifest) -> dict[str, str]:
     config, outcome = manifest.config, manifest.concepts.get(concept, Outcome())
     found = count(done, concept, "chain", "chain")
-    evaluated = {
-        name: str(count(done, concept, name, "chain") or count(done, concept, name, WHOLE)) for name in config["evals"]
-    }
-    if sample := config.get("sample"):
-        for name in (name for name in evaluated if name in SAMPLED and count(done, concept, name, "chain")):
-            evaluated[name] += f" of a sample of {sample}"
+    evaluated = {}
+    for name in config["evals"]:
+        if name in EVALUATIONS and EVALUATIONS[name].shares:
+            evaluated[f"parts of {name}"] = _parts(done, concept, name, found)
+            continue
+        number = count(done, concept, name, "chain")
+        sample = config.get("sample") if name in SAMPLED and number else None
+        evaluated[f"vectors with {name}"] = f"{number} of a sample of {sample}" if sample else str(number)
     return {
         "base vector": "found" if covers(done, Unit.base(concept)) else "not yet found",
         "vectors": f"{found} of {config['num_vectors']}",
         "chain stopped": outcome.stop_reason or "not yet",
-        **{f"vectors with {name}": value for name, value in evaluated.items()},
+        **evaluated,
     }
+
+
+def _parts(done: Coverage, concept: str, name: str, found: int) -> str:
+    """The items of an evaluation of the whole chain that are done, of those of the chain as it is."""
+    shares = EVALUATIONS[name].shares if found else ()
+    have = sum(count(done, concept, name, share.kind(found)) for share in shares)
+    if not have and covers(done, Unit(concept, name, WHOLE, 1, max(found, 1))):
+        return "all, by an earlier release"
+    return f"{have} of {sum(len(share.items(found)) for share in shares)}"

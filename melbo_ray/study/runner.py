@@ -31,6 +31,7 @@ from melbo_ray.search.vectors import stored_vectors
 from melbo_ray.study.display import Display
 from melbo_ray.study.preflight import Checked, compare, defined, prompts, recorded
 from melbo_ray.study.summary import base_figures, base_reason
+from melbo_ray.study.upgrade import upgrade
 
 _PUBLISH_EVERY = 20.0
 _FINGERPRINTS = ("fingerprint", "lower_fingerprint")
@@ -110,8 +111,9 @@ class _StudyRun:
     def _backlog(self, concept: str, chains: bool) -> Backlog:
         config = self.checked.config
         done = progress(self.manifest.done, self.run.fresh())
-        backlog = Backlog(concept, config.evals, config.eval_batch, done, config.sample, config.num_vectors)
-        backlog.retry(self.run.read("failures", concept).to_pylist())
+        backlog = Backlog(
+            concept, config.evals, config.eval_batch, done, config.sample, config.num_vectors, config.block
+        )
         backlog.add_stored(stored_vectors(self.run, concept))
         stopped = self.manifest.concepts.get(concept, Outcome()).stop_reason
         if backlog.found >= config.num_vectors:
@@ -120,6 +122,8 @@ class _StudyRun:
             backlog.stop_reason = stopped
         elif not chains:
             backlog.stop_reason = UNFINISHED
+        upgrade(self.run, self.manifest, backlog)
+        backlog.retry(self.run.read("failures", concept).to_pylist())
         return backlog
 
     def _tick(self, driver: Driver) -> None:

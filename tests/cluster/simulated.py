@@ -104,7 +104,9 @@ class Sleeper:
         if self._happens(Event.BASE_FINDER_DIES):
             os._exit(1)
 
-    def evaluate(self, unit: Unit, theta: np.ndarray, base: np.ndarray, failed: Mapping[int, int]) -> SimpleNamespace:
+    def evaluate(
+        self, unit: Unit, theta: np.ndarray | None, base: np.ndarray, failed: Mapping[int, int]
+    ) -> SimpleNamespace:
         events = self.script.events if unit.name == self.script.unit else ()
         if Event.UNIT_KILLS in events:
             os._exit(1)

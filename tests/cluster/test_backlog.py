@@ -1,10 +1,12 @@
 """What is due of a concept."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from melbo_ray.cluster.backlog import Backlog
-from melbo_ray.runs.work_unit import WHOLE, Unit, cover
+from melbo_ray.runs.work_unit import Unit, cover
 
 
 @pytest.fixture
@@ -14,9 +16,8 @@ def backlog():
     found.add_vector("base", 0, np.ones(2))
     for index in range(1, 21):
         found.add_vector("chain", index, np.ones(2))
-    for unit in found.due():
+    for unit in itertools.chain.from_iterable(iter(found.due, [])):
         cover(found.done, unit)
-    assert found.due() == []
     return found
 
 
@@ -33,17 +34,17 @@ def test_what_has_failed_is_due_again_and_nothing_else(backlog):
     ]
 
 
-@pytest.mark.parametrize("index", [0, 7])
-def test_an_evaluation_of_the_whole_chain_that_failed_is_due_as_a_whole(backlog, index):
-    backlog.retry([failure("geometry", "chain", index)])
-    assert backlog.due() == [Unit("code", "geometry", WHOLE, 1, 20)]
+@pytest.mark.parametrize(("share", "index", "kind"), [("chain", 7, "chain"), ("summary", 0, "summary-of-20")])
+def test_of_an_evaluation_of_the_whole_chain_the_item_that_failed_is_due(backlog, share, index, kind):
+    backlog.retry([failure("geometry", share, index)])
+    assert backlog.due() == [Unit("code", "geometry", kind, index, index)]
 
 
 def test_how_often_a_unit_has_failed_before_is_known(backlog):
-    backlog.retry([failure("kl", "chain", 3), failure("kl", "unsteered", 0), failure("geometry", "chain", 0)])
+    backlog.retry([failure("kl", "chain", 3), failure("kl", "unsteered", 0), failure("geometry", "summary", 0)])
     assert backlog.failed(Unit("code", "kl", "chain", 1, 8)) == {3: 2}
     assert backlog.failed(Unit("code", "kl", "unsteered", 0, 0)) == {0: 2}
-    assert backlog.failed(Unit("code", "geometry", WHOLE, 1, 20)) == {0: 2}
+    assert backlog.failed(Unit("code", "geometry", "summary-of-20", 0, 0)) == {0: 2}
     assert backlog.failed(Unit("code", "kl", "chain", 9, 16)) == {}
 
 
@@ -116,17 +117,17 @@ def test_a_chain_that_may_go_on_has_its_sample_not_filled_up():
 
 def test_progress_counts_what_is_asked_for():
     backlog = sampled(5, 20, 20, "num_vectors", ["kl", "dose", "geometry"])
-    assert backlog.evaluations(20) == (0, 2 + 20 + 2 + 5 + 20)
-    assert backlog.units(20) == (0, 2 + 20 / 8 + 2 + 5 / 8 + 1)
+    assert backlog.evaluations(20) == (0, 2 + 20 + 2 + 5 + 20 + 1)
+    assert backlog.units(20) == (0, 2 + 20 / 8 + 2 + 5 / 8 + 1 + 1)
     assert backlog.evaluated() == 0
     for unit in backlog.due():
         if unit.evaluation == "kl":
             cover(backlog.done, unit)
     assert backlog.evaluated() == 15
-    for unit in backlog.due():
+    for unit in itertools.chain.from_iterable(iter(backlog.due, [])):
         cover(backlog.done, unit)
     assert backlog.evaluated() == 20
-    assert backlog.evaluations(20) == (49, 49)
+    assert backlog.evaluations(20) == (50, 50)
     done, wanted = backlog.units(20)
     assert done == wanted
 

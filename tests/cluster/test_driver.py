@@ -15,7 +15,7 @@ from melbo_ray.cluster.resources import lay_out
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError
 from melbo_ray.runs.run_store import Run
-from melbo_ray.runs.work_unit import WHOLE, Unit
+from melbo_ray.runs.work_unit import Unit
 from tests.cluster.simulated import D_MODEL, Event, Script, Sleeper
 
 NO_DEMANDS = Demands(Demand(0, 0, 0, 0, 0), Demand(0, 0, 0, 0, 0))
@@ -124,15 +124,15 @@ def test_a_unit_that_kills_every_worker_is_filed_as_failed_and_the_rest_goes_on(
     assert driven.failures == 1
 
 
-def test_an_evaluation_of_the_whole_chain_that_kills_every_worker_is_one_failure(drive, monkeypatch):
+def test_a_share_of_a_chains_evaluation_that_kills_every_worker_is_one_failure(drive, monkeypatch):
     monkeypatch.setattr(pool, "ATTEMPTS", 2)
     monkeypatch.setattr(driver, "ATTEMPTS", 2)
-    deadly = Unit("code", "geometry", WHOLE, 1, 8)
+    deadly = Unit("code", "geometry", "summary-of-8", 0, 0)
     script = Script(0.05, events=(Event.UNIT_KILLS,), unit=deadly.name)
     run, _, driven = drive(8, script, max_evaluators=2, evals=("kl", "geometry"))
     assert evaluated(run) == everything(8)
     (failure,) = run.read("failures", "code").to_pylist()
-    assert (failure["kind"], failure["index"], failure["evaluation"]) == ("chain", 0, "geometry")
+    assert (failure["kind"], failure["index"], failure["evaluation"]) == ("summary", 0, "geometry")
     assert driven.failures == 1
 
 

@@ -16,7 +16,7 @@ from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.schema import table
 from melbo_ray.runs.storage import StorageError
-from melbo_ray.runs.work_unit import WHOLE, Unit, count, covers
+from melbo_ray.runs.work_unit import Unit, count, covers, of_chain
 
 
 def unit(first, last, evaluation="dose", kind="chain", concept="code"):
@@ -78,22 +78,33 @@ def test_a_unit_written_again_after_it_was_published_is_not_doubled(run):
     assert indices(run) == list(range(1, 9))
 
 
-def test_an_evaluation_of_the_whole_chain_replaces_that_of_a_shorter_one(run):
+def of(length, first=1, last=4):
+    """A unit whose rows depend on the length of the chain."""
+    return unit(first, last, "dose", of_chain("share", length))
+
+
+@pytest.mark.parametrize("one_by_one", [True, False])
+@pytest.mark.parametrize("lengths", [(9, 100), (100, 9)])
+def test_what_depends_on_the_chains_length_is_replaced_by_that_of_a_longer_chain(run, lengths, one_by_one):
     state = manifest()
-    run.commit(unit(1, 8, kind=WHOLE), rows(1, 3))
-    run.publish(state, lambda: None)
-    run.commit(unit(1, 16, kind=WHOLE), rows(1, 2))
-    assert indices(run) == [1, 2]
-    run.publish(state, lambda: None)
-    assert indices(run) == [1, 2]
-    assert not covers(state.done, unit(1, 17, kind=WHOLE))
+    run.commit(unit(1, 8), rows(1, 8))
+    for length in lengths:
+        run.commit(of(length), rows(1, 4, kind="random", value=float(length)))
+        if one_by_one:
+            run.publish(state, lambda: None)
+    for _ in range(2):
+        assert indices(run) == sorted([*range(1, 9), *range(1, 5)])
+        assert set(run.read("dose", "code")["kl_from_base"].to_pylist()) == {0.0, 100.0}
+        run.publish(state, lambda: None)
+    assert covers(state.done, of(100))
+    assert not covers(state.done, of(101))
 
 
 @pytest.mark.parametrize(("before", "after"), [((), (2,)), ((2,), ())])
-def test_an_evaluation_of_the_whole_chain_that_has_no_rows_now_takes_its_old_ones_away(run, before, after):
+def test_a_share_of_a_longer_chain_that_has_no_rows_takes_those_of_the_shorter_away(run, before, after):
     state = manifest()
-    for last, failures in ((8, before), (16, after)):
-        run.commit(unit(1, last, kind=WHOLE), rows(1, 0 if failures else 3, failures=failures))
+    for length, failures in ((8, before), (16, after)):
+        run.commit(of(length), rows(1, 0 if failures else 3, failures=failures))
         run.publish(state, lambda: None)
     assert (indices(run), indices(run, "failures")) == ([] if after else [1, 2, 3], list(after))
 
@@ -252,13 +263,13 @@ def test_a_failure_that_arrives_after_the_success_changes_nothing(run):
 
 
 @pytest.mark.parametrize("published", [True, False])
-def test_an_evaluation_of_the_whole_chain_that_failed_can_be_done_again(run, published):
+def test_a_share_that_failed_can_be_done_again(run, published):
     state = manifest()
-    run.commit(unit(1, 8, kind=WHOLE), rows(1, 0, failures=[0]))
+    run.commit(of(8, 0, 0), rows(1, 0, failures=[0]))
     if published:
         run.publish(state, lambda: None)
     assert (indices(run), indices(run, "failures")) == ([], [0])
-    run.commit(unit(1, 8, kind=WHOLE), rows(1, 8))
+    run.commit(of(8, 0, 0), rows(1, 8))
     for _ in range(2):
         assert (indices(run), indices(run, "failures")) == (list(range(1, 9)), [])
         run.publish(state, lambda: None)
