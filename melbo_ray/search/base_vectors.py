@@ -21,7 +21,7 @@ from melbo_ray.model.steering import Prompts
 from melbo_ray.search.candidates import Candidate, judge, rank
 from melbo_ray.search.radius import Calibration, calibrate
 from melbo_ray.search.sink import target_shares
-from melbo_ray.search.vector_io import read_vectors
+from melbo_ray.search.vector_io import named_vectors
 from melbo_ray.seeds import derive_seed
 
 _STEP = 0.05
@@ -64,7 +64,7 @@ def base_vector(slice: Slice, concept: Concept, options: BaseOptions) -> Base:
             finite, or no usable radius.
     """
     model = slice.model
-    given = None if options.base in ("melbo", "contrast") else read_vectors(options.base, model.d_model)
+    given = None if options.base in ("melbo", "contrast") else named_vectors(options.base, model.d_model, slice.source)
     calibration = None
     if options.radius == "auto" and given is None:
         calibration = calibrate(slice, derive_seed(options.seed, concept.name, 0, "radius"))
