@@ -11,6 +11,16 @@ from melbo_ray.formats.sidecar import Sidecar
 from melbo_ray.runs.run_store import Run
 from melbo_ray.search.vectors import stored_vectors
 
+COMPUTED = ("melbo", "contrast", "power")
+"""The bases that are computed from the model and the concept alone."""
+PAIRS = ".jsonl"
+"""Suffix of a file of pairs of prompts, from which a base is computed."""
+
+
+def names_vectors(base: str) -> bool:
+    """Whether the option `base` names vectors that exist, which keep their norms; otherwise they are computed."""
+    return base not in COMPUTED and Path(base).suffix != PAIRS
+
 
 def named_vectors(name: str, d_model: int, layer: int) -> Float[Tensor, "n d_model"]:
     """The vectors that `name` means, float32, for use at layer `layer`.
@@ -27,7 +37,8 @@ def named_vectors(name: str, d_model: int, layer: int) -> Float[Tensor, "n d_mod
         return _of_run(name, d_model, layer)
     if Path(name).suffix not in READERS:
         raise UserError(
-            f"`base` is {name!r}: expected melbo, contrast, a file {', '.join(READERS)}, or URL#concept/index"
+            f"`base` is {name!r}: expected {', '.join(COMPUTED)}, pairs ({PAIRS}), a file of vectors "
+            f"({', '.join(READERS)}), or URL#concept/index"
         )
     told = Sidecar.beside(name)
     if told is not None and told.site.layer != layer:
