@@ -16,11 +16,13 @@ FLOORS = [
     {"errors"},
     {"config", "concepts", "host", "seeds"},
     {"model", "runs"},
+    {"formats"},
     {"search"},
     {"evals", "report"},
     {"cluster"},
     {"study"},
     {"cli"},
+    {"commands"},
     {"jobs", "benchmarks"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

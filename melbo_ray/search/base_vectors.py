@@ -1,10 +1,10 @@
-"""The base vector θ₀: MELBO candidates, the contrast of concept and neutral prompts, or a file of vectors.
+"""The base vector θ₀: MELBO candidates, mean differences of prompts, singular vectors, or vectors from a file.
 
 Source: Mack and Turner (2024), "Mechanistically eliciting latent behaviors in language models": steering vectors of
 fixed norm that maximise the change of the target layer's activations.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -15,13 +15,13 @@ from torch import Tensor
 from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import BaseOptions
 from melbo_ray.errors import UserError
-from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.residual_slice import Slice
-from melbo_ray.model.steering import Prompts
 from melbo_ray.search.candidates import Candidate, judge, rank
+from melbo_ray.search.contrast import contrast, pairs
+from melbo_ray.search.power import power
 from melbo_ray.search.radius import Calibration, calibrate
 from melbo_ray.search.sink import target_shares
-from melbo_ray.search.vector_io import read_vectors
+from melbo_ray.search.vector_io import named_vectors, names_vectors
 from melbo_ray.seeds import derive_seed
 
 _STEP = 0.05
@@ -63,26 +63,41 @@ def base_vector(slice: Slice, concept: Concept, options: BaseOptions) -> Base:
         UserError: an index out of range, a file that cannot be read or has another width, a vector of norm 0 or not
             finite, or no usable radius.
     """
-    model = slice.model
-    given = None if options.base in ("melbo", "contrast") else read_vectors(options.base, model.d_model)
-    calibration = None
-    if options.radius == "auto" and given is None:
+    given, first = None if options.base == "melbo" else _given(slice, concept, options), 0
+    calibration, wanted = None, options.base_index
+    if options.radius == "auto" and not names_vectors(options.base):
         calibration = calibrate(slice, derive_seed(options.seed, concept.name, 0, "radius"))
     radius = calibration.radius if calibration else options.radius
-    if options.base == "melbo":
+    if given is None:
         found, unsteered_shows = _until_one_shows(slice, concept, options, float(radius))
     else:
-        thetas = contrast(model, concept, slice.source, options.system_prompt)[None] if given is None else given
-        norms = thetas.norm(dim=-1, keepdim=True)
+        norms = given.norm(dim=-1, keepdim=True)
         if not (torch.isfinite(norms) & (norms > 0)).all():
             raise UserError(f"the base {options.base!r} has a vector of norm 0 or not finite: leave it out")
-        thetas = thetas if radius == "auto" else thetas / norms * radius
-        found, unsteered_shows = _judged(slice, concept, options, thetas)
-    if options.base_index is not None and options.base_index >= len(found):
-        raise UserError(f"base index {options.base_index} is out of range: there are {len(found)} candidates, from 0")
-    ranked = rank(found, options.base_index, unsteered_shows)
+        thetas = given if radius == "auto" else given / norms * radius
+        if wanted is not None and wanted < len(thetas) and names_vectors(options.base):
+            # A foreign chain may have a thousand vectors, and judging each by its texts takes hours.
+            thetas, first = thetas[wanted : wanted + 1], wanted
+        found, unsteered_shows = _judged(slice, concept, options, thetas, first)
+    if wanted is not None and wanted >= first + len(found):
+        raise UserError(f"base index {wanted} is out of range: there are {len(found)} candidates, from 0")
+    ranked = rank(found, wanted, unsteered_shows)
     theta = next(candidate.theta for candidate in ranked if candidate.taken)
     return Base(theta, ranked, calibration, target_shares(slice, theta))
+
+
+def _given(slice: Slice, concept: Concept, options: BaseOptions) -> Float[Tensor, "n d_model"]:
+    """The vectors of a base that is not sought by ascent, at any norm."""
+    model = slice.model
+    if options.base == "contrast":
+        return contrast(model, concept, slice.source, options.system_prompt)[None]
+    if options.base == "power":
+        leading, _ = power(slice, -(-options.candidates // 2), options.melbo_from, options.seed)
+        # A singular vector has no sign.
+        return torch.stack([leading, -leading], 1).flatten(0, 1)
+    if not names_vectors(options.base):
+        return pairs(model, options.base, slice.source, options.system_prompt)[None]
+    return named_vectors(options.base, model.d_model, slice.source)
 
 
 def _until_one_shows(
@@ -187,31 +202,3 @@ def retract(theta: Float[Tensor, "batch d_model"], radius: float) -> Float[Tenso
     """Each row's part orthogonal to the earlier rows, scaled to norm `radius` (Gram-Schmidt by QR, in float64)."""
     q, r = torch.linalg.qr(theta.double().T)
     return (q.T * torch.sign(r.diagonal())[:, None] * radius).to(theta.dtype)
-
-
-def contrast(
-    model: LanguageModel, concept: Concept, source: int, system_prompt: str = "default"
-) -> Float[Tensor, " d_model"]:
-    """The mean activation after layer `source` over the `contrast` prompts minus that over the `neutral` prompts.
-
-    A prompt's activation is the mean over its positions except the first, which often is an attention sink.
-
-    Raises:
-        UserError: the concept has no contrast prompts, or a prompt has fewer than two tokens.
-    """
-
-    def mean(prompts: Sequence[str]) -> Tensor:
-        tokens = [model.tokenize(prompt, system_prompt) for prompt in prompts]
-        if (short := min(zip(tokens, prompts, strict=True), key=lambda pair: len(pair[0])))[0].numel() < 2:
-            raise UserError(
-                f"the contrast of {concept.name!r} leaves out the first token, and the prompt {short[1]!r} has no other"
-            )
-        stream = Prompts(model, tokens, source).h_source.float().cpu()
-        rows = zip(stream, tokens, strict=True)
-        return torch.stack([row[1 : len(ids)].mean(0) for row, ids in rows]).mean(0)
-
-    if not concept.contrast:
-        raise UserError(
-            f"the concept {concept.name!r} has no contrast prompts: add `contrast` to it, or use `base` melbo"
-        )
-    return mean(concept.contrast) - mean(concept.neutral)

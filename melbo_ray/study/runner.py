@@ -208,21 +208,34 @@ def _lease(run: Run) -> Generator[Lease]:
 
 def _start_manifest(run: Run, checked: Checked, packed: Packed) -> Manifest:
     """Write and return the manifest of a run that starts or resumes."""
+    manifest = _described(run.manifest() or _created(checked), checked)
+    manifest.status, manifest.packed = "running", packed
+    run.write_manifest(manifest)
+    return manifest
+
+
+def new_manifest(checked: Checked) -> Manifest:
+    """The manifest of a new run, not written yet."""
+    return _described(_created(checked), checked)
+
+
+def _created(checked: Checked) -> Manifest:
     config = checked.config
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    manifest = run.manifest() or Manifest(
+    return Manifest(
         run_id=str(config.run_id),
-        created=now,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         model=config.model,
         revision=config.revision,
         seed=config.seed,
         prompts_rendered=checked.rendered,
     )
-    manifest.config, manifest.definitions = recorded(config), defined(checked.concepts)
+
+
+def _described(manifest: Manifest, checked: Checked) -> Manifest:
+    """The manifest with this configuration, its concepts and the software."""
+    manifest.config, manifest.definitions = recorded(checked.config), defined(checked.concepts)
     manifest.prompts = prompts(checked.concepts)
     installed = {d.name.replace("-", "_"): d.version for d in importlib.metadata.distributions()}
     versions = {name: installed[name] for name in _PACKAGES if name in installed}
     manifest.versions = versions | {"python": platform.python_version()}
-    manifest.status, manifest.packed = "running", packed
-    run.write_manifest(manifest)
     return manifest
