@@ -69,6 +69,9 @@ EVALUATIONS = {
         Evaluation("composition", ("composition",), WHOLE),
         Evaluation("geometry", ("geometry", "summary"), WHOLE),
         Evaluation("rescaled", ("kl",), WHOLE, passes=_of_rescaled),
+        Evaluation("convergence", ("convergence",)),
+        Evaluation("mediation", ("mediation",)),
+        Evaluation("linear", ("linear", "summary"), WHOLE),
     )
 }
 PER_VECTOR = [name for name, evaluation in EVALUATIONS.items() if evaluation.scope == "vector"]

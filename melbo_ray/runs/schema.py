@@ -89,6 +89,17 @@ SCHEMAS: dict[str, pa.Schema] = {
         norm=_float, cos_base=_float, cos_contrast=_float, max_abs_cos_unembedding=_float, nearest_token=_text,
         bessel_bound=_float,
     ),
+    "linear": _schema(
+        norm=_float, relative_loss=_float, linear_loss=_float, linear_loss_at_radius=_float, least_loss=_float,
+        found_linear_loss=_float, cos=_float, solution_loss=_float, kl_from_base=_float,
+    ),
+    "convergence": _schema(
+        layer=_int, position=_text, cos_base=_float, displacement=_float, vector=pa.list_(_float),
+    ),
+    "mediation": _schema(
+        layer=_int, subspace=_text, rank=_int, norm=_float, kl_from_base=_float, kl_from_unsteered=_float,
+        agreement=_float, concept_score=_float,
+    ),
     "summary": _schema(figure=_text, value=_double),
     "failures": _schema(evaluation=_text, error=_text, attempts=_int),
 }  # fmt: skip
