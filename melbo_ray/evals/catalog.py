@@ -71,6 +71,10 @@ EVALUATIONS = {
         Evaluation("rescaled", ("kl",), WHOLE, passes=_of_rescaled),
         Evaluation("convergence", ("convergence",)),
         Evaluation("mediation", ("mediation",)),
+        Evaluation("independence", ("independence",)),
+        Evaluation("frozen", ("frozen",)),
+        Evaluation("efficiency", ("efficiency",)),
+        Evaluation("privileged", ("privileged",)),
         Evaluation("linear", ("linear", "summary"), WHOLE),
     )
 }
