@@ -3,8 +3,9 @@
 If z were linear in θ, z(θ) = z(0) + Jθ, the n-th vector of norm r would have at best the loss
 min ‖Jx − a‖ over x orthogonal to θ₀ and the vectors before, ‖x‖ ≤ r, with a = z(θ₀) − z(0): a ridge problem (Golub and
 Kahan 1965; Björck 1996, "Numerical methods for least squares problems", section 7.5), solved here in a Krylov space.
-Where the chain fits no better than that, the rank and spectrum of J explain how many vectors there are; where it fits
-better, curvature does.
+The linear chain takes these solutions one after the other. A linear map with equal singular values allows one vector,
+as everything orthogonal to it moves z orthogonally to a; the more uneven they are, the more. Where the chain found goes
+on after the linear one has ended, curvature lets it.
 """
 
 import torch
