@@ -17,6 +17,8 @@ CONTROLS = ("base", "unsteered")
 """The reference kinds, of one vector each with index 0; `unsteered` is the zero vector."""
 FEW = 8
 """Number of random directions that `control` evaluates with the costlier evaluations."""
+MANY = 64
+"""Maximum number of vectors that `linear` compares with what a linear model allows."""
 IN_PRESENCE = 200
 """Minimum number of random directions that `control` evaluates with `presence`; p = 0.05 needs at least 19."""
 SUBSETS = (2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
@@ -108,6 +110,10 @@ def _of_few(chain: int) -> list[int]:
     return [1 + place for place in evenly(chain, FEW)]
 
 
+def _of_many(chain: int) -> list[int]:
+    return [1 + place for place in evenly(chain, MANY)]
+
+
 def _of_subsets(chain: int) -> range:
     sizes = [size for size in SUBSETS if size <= chain]
     return range(len(COMPOSED) * sum(1 + RANDOM_SUBSETS * (size < chain) for size in sizes))
@@ -141,6 +147,10 @@ _GEOMETRY = (
 _RESCALED = (Share("chain", _every, of_vectors=True, of_length=True),)
 _COMPOSITION = (Share("subsets", _of_subsets, of_length=True),)
 _SHUFFLED = (Share("shuffled", _of_shuffled, settled=SHUFFLED, in_turn=True),)
+_LINEAR = (
+    *(Share(name, _of_many, of_vectors=True, of_length=True) for name in ("chain", "linear", "random")),
+    Share("spectrum", _once),
+)
 _NULLS = ("kl", "generalization", "generations", "dose", "presence")
 
 EVALUATIONS = {
@@ -157,6 +167,13 @@ EVALUATIONS = {
         Evaluation("composition", ("composition",), WHOLE, shares=_COMPOSITION),
         Evaluation("geometry", ("geometry", "summary"), WHOLE, shares=_GEOMETRY),
         Evaluation("rescaled", ("kl",), WHOLE, shares=_RESCALED, passes=_of_rescaled),
+        Evaluation("convergence", ("convergence",)),
+        Evaluation("mediation", ("mediation",)),
+        Evaluation("independence", ("independence",)),
+        Evaluation("frozen", ("frozen",)),
+        Evaluation("efficiency", ("efficiency",)),
+        Evaluation("privileged", ("privileged",)),
+        Evaluation("linear", ("linear", "summary"), WHOLE, shares=_LINEAR),
     )
 }
 PER_VECTOR = [name for name, evaluation in EVALUATIONS.items() if evaluation.scope == "vector"]

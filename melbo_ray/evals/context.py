@@ -136,6 +136,13 @@ class Chain:
     base: Float[Tensor, " d_model"]
     every: Vectors
     stored: Callable[[str], pa.Table] = lambda table: schema.table(table, [])
+    _made: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """Return make(), computed at the first call with this name and cached."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
     @property
     def length(self) -> int:

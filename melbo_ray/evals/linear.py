@@ -1,0 +1,203 @@
+"""The linear null chain: how far a linear model of the slice would get, vector by vector, without optimising.
+
+If z were linear in θ, z(θ) = z(0) + Jθ, the n-th vector of norm r would have at best the loss
+min ‖Jx − a‖ over x orthogonal to θ₀ and the vectors before, ‖x‖ ≤ r, with a = z(θ₀) − z(0): a ridge problem (Golub and
+Kahan 1965; Björck 1996, "Numerical methods for least squares problems", section 7.5), solved here in a Krylov space.
+The linear chain takes these solutions one after the other. A linear map with equal singular values allows one vector,
+as everything orthogonal to it moves z orthogonally to a; the more uneven they are, the more. Where the chain found goes
+on after the linear one has ended, curvature lets it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from melbo_ray.evals.context import TRAINING, Chain, Row, Rows, Study, Vectors
+from melbo_ray.evals.control import more_directions
+from melbo_ray.evals.kl import next_token
+from melbo_ray.model.residual_slice import Slice
+from melbo_ray.model.steering import PASS_TOKENS
+
+# Dimension of the Krylov space: the loss at a norm is within 1e-3 of the dense solution's (tests).
+_KRYLOV = 64
+_HALVINGS = 60
+
+
+def run(study: Study, whole: Chain, share: str, items: Sequence[int]) -> Rows:
+    """Write `linear`: for the n-th vector what a linear model allows, beside what was found; J's spectrum to `summary`.
+
+    Kinds: `chain`, whose directions taken are the chain's own; `linear`, those of the linear chain itself, whose n-th
+    vector is the best at the n-th norm found; the null `random`, n − 1 random directions. All losses are relative to
+    ‖a‖. `linear_loss` is the least at the norm of the n-th vector found, `linear_loss_at_radius` at R, `least_loss` at
+    any norm. `relative_loss` is that of the vector found, `found_linear_loss` what it would be if z were linear, `cos`
+    its cosine with the linear solution. `solution_loss` and `kl_from_base` are the linear solution's in the real model.
+    Rows are those of at most 64 vectors, spread evenly.
+    """
+    if share == "spectrum":
+        figures = spectrum(study.once(jacobian_and_aim)[0])
+        return {"summary": [study.row("chain", 0, figure=f"jacobian_{k}", value=v) for k, v in figures.items()]}
+    vectors = whole.vectors.at(items)
+    taken = whole.once(f"linear/{share}", lambda: _taken(study, whole.vectors, share))
+    places = {index: place for place, index in enumerate(whole.vectors.index)}
+    return {"linear": _rows(study, vectors, [places[index] for index in vectors.index], share, taken)}
+
+
+def slice_of(study: Study) -> Slice:
+    """The slice on the training prompt."""
+    return Slice(study.model, [study.tokens(TRAINING)], study.config.source_layer, study.config.target_layer)
+
+
+def jacobian_and_aim(study: Study) -> tuple[Float64[Tensor, "d_model d_model"], Float64[Tensor, " d_model"]]:
+    """J = ∂z/∂θ at θ = 0, row by row by backward passes, and a = z(θ₀) − z(0); float64 on the CPU."""
+    slice_, z_from, d_model = study.once(slice_of), study.config.z_from, len(study.base)
+    size = max(1, PASS_TOKENS // int(slice_.lengths[0]))
+    rows = []
+    for outputs in torch.arange(d_model, device=study.model.device).split(size):
+        theta = torch.zeros(len(outputs), d_model, device=study.model.device, requires_grad=True)
+        z = slice_.z(theta, z_from=z_from)
+        (gradient,) = torch.autograd.grad(z.gather(1, outputs[:, None]).sum(), theta)
+        rows.append(gradient.double().cpu())
+    with torch.no_grad():
+        thetas = torch.stack([torch.zeros_like(study.base), study.base]).to(study.model.device)
+        unsteered, steered = slice_.z(thetas, z_from=z_from).double().cpu()
+    return torch.cat(rows), steered - unsteered
+
+
+def spectrum(jacobian: Float64[Tensor, "d_model d_model"]) -> dict[str, float]:
+    """Largest and median singular value, and effective rank exp(−Σ p log p), p = σ / Σσ (Roy and Vetterli 2007)."""
+    sigma = torch.linalg.svdvals(jacobian)
+    p = sigma / sigma.sum()
+    rank = torch.exp(-(p * p.clamp_min(1e-300).log()).sum())
+    return {"largest": float(sigma[0]), "median": float(sigma.median()), "effective_rank": float(rank)}
+
+
+def best_at_norms(
+    jacobian: Float64[Tensor, "d_model d_model"],
+    aim: Float64[Tensor, " d_model"],
+    taken: Float64[Tensor, "k d_model"],
+    norms: list[float],
+) -> list[tuple[Float64[Tensor, " d_model"], float]]:
+    """For each norm r, x and ‖Jx − a‖ / ‖a‖ of the best x with ‖x‖ ≤ r, orthogonal to the orthonormal rows of `taken`.
+
+    Golub-Kahan bidiagonalisation of J on the complement, started at a, with full reorthogonalisation.
+    """
+    left, right, alphas, betas = [aim / aim.norm()], [], [], []
+    for _ in range(min(_KRYLOV, len(aim) - len(taken))):
+        v = jacobian.T @ left[-1]
+        for _ in range(2):
+            v = v - taken.T @ (taken @ v)
+            if right:
+                basis = torch.stack(right)
+                v = v - basis.T @ (basis @ v)
+        alphas.append(float(v.norm()))
+        if alphas[-1] < 1e-10 * alphas[0]:
+            alphas.pop()
+            break
+        right.append(v / v.norm())
+        u, basis = jacobian @ right[-1], torch.stack(left)
+        for _ in range(2):
+            u = u - basis.T @ (basis @ u)
+        betas.append(float(u.norm()))
+        left.append(u / u.norm().clamp_min(1e-300))
+    if not right:
+        return [(torch.zeros_like(aim), 1.0) for _ in norms]
+    steps = len(alphas)
+    small = torch.zeros(steps + 1, steps, dtype=torch.float64)
+    small[range(steps), range(steps)] = torch.tensor(alphas, dtype=torch.float64)
+    small[range(1, steps + 1), range(steps)] = torch.tensor(betas, dtype=torch.float64)
+    goal = torch.zeros(steps + 1, dtype=torch.float64)
+    goal[0] = aim.norm()
+    return [
+        (torch.stack(right).T @ y, float((small @ y - goal).norm() / aim.norm())) for y in _bounded(small, goal, norms)
+    ]
+
+
+def _bounded(small: Tensor, goal: Tensor, norms: list[float]) -> list[Tensor]:
+    """The least-squares solution of small·y = goal with ‖y‖ ≤ r, for each r: ridge, its μ by bisection of log μ."""
+    u, s, vh = torch.linalg.svd(small, full_matrices=False)
+    c, found = s * (u.T @ goal), []
+    s2 = s.square().clamp_min(1e-20 * float(s[0]) ** 2)
+    for r in norms:
+        low, high = s2[0].log() - 60, s2[0].log() + 60
+        if (c / s2).norm() > r:
+            for _ in range(_HALVINGS):
+                middle = (low + high) / 2
+                low, high = (middle, high) if (c / (s2 + middle.exp())).norm() > r else (low, middle)
+            found.append(vh.T @ (c / (s2 + high.exp())))
+        else:
+            found.append(vh.T @ (c / s2))
+    return found
+
+
+def _taken(study: Study, chain: Vectors, kind: str) -> Float64[Tensor, "n d_model"]:
+    """Orthonormal rows of which the first n are taken before the n-th vector of this kind; the first is θ₀'s."""
+    first = study.base.double()[None]
+    if kind == "linear":
+        return _linear_chain(study, chain.norms)
+    others = chain.theta if kind == "chain" else more_directions(study, chain.index).theta
+    return torch.linalg.qr(torch.cat([first, others.double()]).T).Q.T.contiguous()
+
+
+def _linear_chain(study: Study, norms: list[float]) -> Float64[Tensor, "n d_model"]:
+    """θ₀ and the linear chain, each the best at its norm after those before, as orthonormal rows."""
+    jacobian, aim = study.once(jacobian_and_aim)
+    own = normalize(study.base.double()[None], dim=-1)
+    for norm in norms[: len(aim) - 2]:
+        ((x, _),) = best_at_norms(jacobian, aim, own, [norm])
+        if not x.norm() > 0:
+            break
+        own = torch.cat([own, normalize(x - own.T @ (own @ x), dim=0)[None]])
+    return own
+
+
+def _rows(
+    study: Study, vectors: Vectors, places: list[int], kind: str, taken: Float64[Tensor, "n d_model"]
+) -> list[Row]:
+    """Rows of the vectors at these places of the chain, as far as `taken` goes."""
+    jacobian, aim = study.once(jacobian_and_aim)
+    vectors = vectors.take([i for i, place in enumerate(places) if place < len(taken)])
+    norms, of_chain = vectors.norms, kind == "chain"
+    if not norms:
+        return []
+    best = [
+        best_at_norms(jacobian, aim, taken[: place + 1], [norm, study.radius, float("inf")])
+        for place, norm in zip(places, norms, strict=False)
+    ]
+    solutions = torch.stack([at_norm[0] for (at_norm, _, _) in best]).float()
+    kls, losses = [row["kl_from_base"] for row in next_token(study, solutions)], real_losses(study, solutions)
+    found = real_losses(study, vectors.theta) if of_chain else [None] * len(norms)
+    rows = []
+    for i, index in enumerate(vectors.index):
+        theta = vectors.theta[i].double()
+        x = best[i][0][0]
+        cos = float(theta @ x / (theta.norm() * x.norm()).clamp_min(1e-30))
+        columns = {
+            "norm": norms[i],
+            "relative_loss": found[i],
+            "linear_loss": best[i][0][1],
+            "linear_loss_at_radius": best[i][1][1],
+            "least_loss": best[i][2][1],
+            "found_linear_loss": float((jacobian @ theta - aim).norm() / aim.norm()) if of_chain else None,
+            "cos": cos if of_chain else None,
+            "solution_loss": losses[i],
+            "kl_from_base": kls[i],
+        }
+        rows.append(study.row(kind, index, **columns))
+    return rows
+
+
+@torch.no_grad()
+def real_losses(study: Study, thetas: Float[Tensor, "n d_model"]) -> list[float]:
+    """‖z(θ) − z(θ₀)‖ / ‖z(0) − z(θ₀)‖ of each vector."""
+    slice_, z_from = study.once(slice_of), study.config.z_from
+    size = max(1, PASS_TOKENS // int(slice_.lengths[0]))
+    ends = torch.stack([study.base, torch.zeros_like(study.base)])
+    z = [
+        slice_.z(part.to(study.model.device), z_from=z_from).double().cpu()
+        for part in torch.cat([ends, thetas]).split(size)
+    ]
+    base, unsteered, *steered = torch.cat(z)
+    return [float((one - base).norm() / (unsteered - base).norm()) for one in steered]
