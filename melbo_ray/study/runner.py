@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import dataclasses
 import datetime
 import importlib.metadata
 import platform
@@ -16,7 +15,6 @@ from rich.console import Console
 
 from melbo_ray.cluster.backlog import UNFINISHED, Backlog
 from melbo_ray.cluster.driver import Driver
-from melbo_ray.cluster.resources import lay_out
 from melbo_ray.cluster.session import connected
 from melbo_ray.errors import UserError
 from melbo_ray.runs import checks
@@ -29,6 +27,7 @@ from melbo_ray.runs.work_unit import progress
 from melbo_ray.search.subspace import max_abs_cos
 from melbo_ray.search.vectors import stored_vectors
 from melbo_ray.study.display import Display
+from melbo_ray.study.placement import Growth, place
 from melbo_ray.study.preflight import Checked, compare, defined, prompts, recorded
 from melbo_ray.study.summary import base_figures, base_reason
 
@@ -64,13 +63,10 @@ def _run(checked: Checked, console: Console, chains: bool) -> tuple[Run, Manifes
     with _lease(first_look) as lease:
         console.print(f"run {config.run_id} in {first_look.storage.url}", highlight=False, soft_wrap=True)
         stored = Run.open(url)
-        with connected() as resources:
+        with connected() as fixed:
             allowed = manifest.packed if manifest else ALL_PACKED
-            chains_due = len(checked.concepts) if chains else 0
-            layout = lay_out(config, chains_due, checked.demands, *resources, allowed=allowed)
-            if layout.packed != allowed:
-                console.print(_unpacked_line(layout.packed), highlight=False, soft_wrap=True)
-            study = _StudyRun(stored, checked, _start_manifest(stored, checked, layout.packed), lease, console)
+            layout = place(checked, len(checked.concepts) if chains else 0, fixed, allowed, console)
+            study = _StudyRun(stored, checked, _start_manifest(stored, checked, layout.packed), lease, console, fixed)
             with Display(console, config.num_vectors) as study.display:
                 study.drive(layout, chains)
         return stored, study.manifest
@@ -79,7 +75,9 @@ def _run(checked: Checked, console: Console, chains: bool) -> tuple[Run, Manifes
 class _StudyRun:
     """One driver's execution of a run: drive, publish every few seconds, and finish it or leave it resumable."""
 
-    def __init__(self, run: Run, checked: Checked, manifest: Manifest, lease: Lease, console: Console) -> None:
+    def __init__(
+        self, run: Run, checked: Checked, manifest: Manifest, lease: Lease, console: Console, fixed: bool
+    ) -> None:
         self.run, self.checked, self.manifest, self.lease = run, checked, manifest, lease
         self.display = Display(console, checked.config.num_vectors)
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
@@ -87,6 +85,7 @@ class _StudyRun:
         # Concepts whose base was printed, and printed lines of the self-check.
         self._announced: set[str] = set()
         self._next_publication = time.monotonic() + _PUBLISH_EVERY
+        self._growth = Growth(checked.config, fixed)
 
     def drive(self, layout: Any, chains: bool) -> None:
         started, before = time.time(), self.manifest.seconds
@@ -134,6 +133,7 @@ class _StudyRun:
             if reason not in self._announced:
                 self._announced.add(reason)
                 self.display.say(f"self-check: {reason}")
+        driver.layout = self._growth.follow(driver.layout)
         self.display.update(driver.backlogs, driver.last, driver.pool.ready)
         if (line := driver.wait_notice()) is not None:
             self.display.say(line)
@@ -181,12 +181,6 @@ def _base_line(concept: str, figures: Mapping[str, float]) -> str:
     if figures["sink_share"] < SINK:
         return line
     return f"{line}, an attention sink's activation: z from 0 (--z-from 0) would mostly match that"
-
-
-def _unpacked_line(packed: Packed) -> str:
-    """The line printed if some weights are not packed, which is slower and changes the last bits of results."""
-    without = " and ".join(name for name, yes in dataclasses.asdict(packed).items() if not yes)
-    return f"memory is short for packed copies of the weights: none for {without}, which costs time only"
 
 
 @contextlib.contextmanager
