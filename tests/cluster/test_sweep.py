@@ -15,7 +15,7 @@ SEEDS = (0, 1)
 
 def grid(tiny, storage, seeds=SEEDS, **more):
     """The TOML file of a sweep over concepts and seeds."""
-    options = tiny.options(str(storage), "run", num_vectors=3, evals="kl,generations", **more)
+    options = tiny.options(str(storage), "run", **{"num_vectors": 3, "evals": "kl,generations"} | more)
     for name in ("run_id", "concepts", "seed"):
         options.pop(name, None)
     concepts = [str(tiny.folder / f"{name}.toml") for name in ("code", "alien")]
