@@ -75,9 +75,8 @@ class Driver:
     ) -> None:
         self.run, self.run_id, self.config, self.backlogs, self.layout = run, run_id, config, backlogs, layout
         self.last: dict[str, SteeringVector] = {}
-        self.hardware: dict[str, str] = {}
+        self.hardware, self.fingerprints = dict[str, str](), dict[str, str]()
         self.checks: checks.Checks = {}
-        self.fingerprints: dict[str, str] = {}
         self.peak_memory: dict[str, int] = {}
         self._tick, self._worker, self._concepts = tick, worker, list(concepts)
         self._deaths, self._notice = Deaths(), WaitNotice(clock)
@@ -94,11 +93,7 @@ class Driver:
             UserError: an error that another worker would meet too: bad input, storage that fails, workers that all die.
         """
         try:
-            running = [name for name, backlog in self.backlogs.items() if backlog.stop_reason is None]
-            for i in range(self.layout.chain_actors):
-                self._start_chain(running[i :: self.layout.chain_actors])
-            for backlog in self.backlogs.values():
-                self._enqueue_due(backlog)
+            self._begin()
             while self.pool.backlog or self._chain_actors:
                 self.pool.scale(self.layout.most_beside_chains if self._chain_actors else self.layout.most_evaluators)
                 self.pool.dispatch()
@@ -113,10 +108,17 @@ class Driver:
             for chain in self._chain_actors:
                 ray.kill(chain.actor)
 
+    def _begin(self) -> None:
+        running, actors = [b.concept for b in self.backlogs.values() if b.stop_reason is None], self.layout.chain_actors
+        for i in range(actors):
+            self._start_chain(running[i::actors])
+        for backlog in self.backlogs.values():
+            self._enqueue_due(backlog)
+
     def wait_notice(self) -> str | None:
         """A line on the resources that the run waits for, when no worker has been at work for some time; else None."""
-        at_work = bool(self.pool.ready) or any(chain.streaming for chain in self._chain_actors)
-        return self._notice.line(at_work, self.layout.evaluator)
+        streaming = any(chain.streaming for chain in self._chain_actors)
+        return self._notice.line(bool(self.pool.ready) or streaming, self.layout.evaluator)
 
     def _actor(self, options: dict[str, Any], threads: int, whole: bool, packed: bool) -> Any:
         # Ray hides no GPU from an actor that takes none.
@@ -148,14 +150,17 @@ class Driver:
         backlog = self.backlogs[unit.concept]
         return actor.evaluate.remote(unit, backlog.vectors(unit), backlog.base, backlog.failed(unit))
 
-    def _wait(self) -> None:
+    def _chain_refs(self) -> dict[Any, _ChainActor]:
+        """The references to wait for, with their chain actors; streams begin once their bases are known."""
         for chain in self._chain_actors:
             if chain.ref is None and all(self.backlogs[name].base is not None for name in chain.concepts):
                 chain.ref, chain.streaming = chain.actor.chains.options(**_STREAM).remote(chain.concepts), True
-        evaluators = self.pool.refs()
         # Without an evaluator the chain must not wait: it may hold the resources that evaluators need.
         short = self.pool.backlog < max(_FULL_BACKLOG, 2 * len(self.pool)) or not self.pool.ready
-        chains = {c.ref: c for c in self._chain_actors if c.ref is not None and (short or not c.streaming)}
+        return {c.ref: c for c in self._chain_actors if c.ref is not None and (short or not c.streaming)}
+
+    def _wait(self) -> None:
+        evaluators, chains = self.pool.refs(), self._chain_refs()
         waiting = [*evaluators, *chains]
         ray.wait(waiting, num_returns=1, timeout=1.0)
         for ref in ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]:

@@ -22,7 +22,7 @@ _FEWEST_STEPS, _STEPS = 4, 16
 
 
 class Display:
-    """Context manager that shows the progress of every concept and the time left.
+    """Context manager that shows the progress of every concept, or of several studies' concepts, and the time left.
 
     Args:
         console: a terminal shows bars; any other console gets a line every few seconds if something changed.
@@ -65,8 +65,8 @@ class Display:
             return
         self._next = self._clock() + (_LINE_EVERY if self._bars is None else _BAR_EVERY)
         for name, backlog in backlogs.items():
-            text = self._describe(backlog, last.get(name), evaluators)
-            goal = backlog.found if backlog.stop_reason else self._num_vectors
+            text = self._describe(name, backlog, last.get(name), evaluators)
+            goal = self._goal(backlog)
             if self._bars is not None:
                 if name not in self._tasks:
                     self._tasks[name] = self._bars.add_task(name, total=goal, text=text)
@@ -75,23 +75,33 @@ class Display:
                 self._lines[name] = text
                 self.say(f"{name}: {text}")
 
-    def _describe(self, backlog: "Backlog", vector: "SteeringVector | None", evaluators: int) -> str:
+    def forget(self, run_id: str) -> None:
+        """Take the bars of a study away that is finished, where several are shown by run id and concept."""
+        for name in [name for name in self._tasks if name.startswith(f"{run_id} ")]:
+            if self._bars is not None:
+                self._bars.remove_task(self._tasks.pop(name))
+
+    def _goal(self, backlog: "Backlog") -> int:
+        """The length that the chain will have."""
+        return backlog.found if backlog.stop_reason else backlog.most or self._num_vectors
+
+    def _describe(self, name: str, backlog: "Backlog", vector: "SteeringVector | None", evaluators: int) -> str:
         if backlog.base is None:
             return "finding the base vector" + ("" if evaluators else " as soon as an evaluator is there")
-        parts = [f"vector {backlog.found} of {self._num_vectors}"]
+        parts = [f"vector {backlog.found} of {backlog.most or self._num_vectors}"]
         if vector is not None:
             parts.append(f"loss {vector.loss:.3g} ({vector.relative_loss:.1%} of unsteered), norm {vector.norm:.3g}")
-        goal = backlog.found if backlog.stop_reason else self._num_vectors
+        goal = self._goal(backlog)
         done, wanted = backlog.evaluations(goal)
         parts.append(f"{done} of {wanted} evaluations by {evaluators}")
-        parts.append(self._time_left(backlog, goal))
+        parts.append(self._time_left(name, backlog, goal))
         return ", ".join(parts)
 
-    def _time_left(self, backlog: "Backlog", goal: int) -> str:
+    def _time_left(self, name: str, backlog: "Backlog", goal: int) -> str:
         """The time left at the recent rates of the chain and of its evaluations, whichever is longer."""
         now, slowest = self._clock(), 0.0
         for what, (done, wanted) in (("chain", (backlog.found, goal)), ("evaluations", backlog.units(goal))):
-            steps = self._steps.setdefault((backlog.concept, what), deque(maxlen=_STEPS))
+            steps = self._steps.setdefault((name, what), deque(maxlen=_STEPS))
             if not steps or steps[-1][1] != done:
                 steps.append((now, done))
             if done >= wanted:

@@ -2,21 +2,20 @@
 
 import contextlib
 import copy
-import dataclasses
 import datetime
 import importlib.metadata
 import platform
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 
 from melbo_ray.cluster.backlog import UNFINISHED, Backlog
 from melbo_ray.cluster.driver import Driver
-from melbo_ray.cluster.resources import lay_out
+from melbo_ray.cluster.resources import Layout
 from melbo_ray.cluster.session import connected
 from melbo_ray.errors import UserError
 from melbo_ray.runs import checks
@@ -29,6 +28,7 @@ from melbo_ray.runs.work_unit import progress
 from melbo_ray.search.subspace import max_abs_cos
 from melbo_ray.search.vectors import stored_vectors
 from melbo_ray.study.display import Display
+from melbo_ray.study.placement import Growth, place
 from melbo_ray.study.preflight import Checked, compare, defined, prompts, recorded
 from melbo_ray.study.summary import base_figures, base_reason
 from melbo_ray.study.upgrade import upgrade
@@ -36,6 +36,8 @@ from melbo_ray.study.upgrade import upgrade
 _PUBLISH_EVERY = 20.0
 _FINGERPRINTS = ("fingerprint", "lower_fingerprint")
 _PACKAGES = ("melbo_ray", "torch", "transformers", "ray", "pyarrow", "numpy", "s3fs")
+
+D = TypeVar("D", bound=Driver)
 
 
 def run(checked: Checked, console: Console, chains: bool = True) -> tuple[Run, Manifest]:
@@ -62,51 +64,59 @@ def _run(checked: Checked, console: Console, chains: bool) -> tuple[Run, Manifes
     first_look = Run.open(url, patient=False)
     if manifest := first_look.manifest():
         compare(manifest, checked)
-    with _lease(first_look) as lease:
+    with leased(first_look) as lease:
         console.print(f"run {config.run_id} in {first_look.storage.url}", highlight=False, soft_wrap=True)
         stored = Run.open(url)
-        with connected() as resources:
+        with connected() as fixed:
             allowed = manifest.packed if manifest else ALL_PACKED
-            chains_due = len(checked.concepts) if chains else 0
-            layout = lay_out(config, chains_due, checked.demands, *resources, allowed=allowed)
-            if layout.packed != allowed:
-                console.print(_unpacked_line(layout.packed), highlight=False, soft_wrap=True)
-            study = _StudyRun(stored, checked, _start_manifest(stored, checked, layout.packed), lease, console)
+            layout = place(checked, len(checked.concepts) if chains else 0, fixed, allowed, console)
+            study = StudyRun(stored, checked, start_manifest(stored, checked, layout.packed), lease, console, fixed)
             with Display(console, config.num_vectors) as study.display:
                 study.drive(layout, chains)
         return stored, study.manifest
 
 
-class _StudyRun:
+class StudyRun:
     """One driver's execution of a run: drive, publish every few seconds, and finish it or leave it resumable."""
 
-    def __init__(self, run: Run, checked: Checked, manifest: Manifest, lease: Lease, console: Console) -> None:
+    def __init__(
+        self, run: Run, checked: Checked, manifest: Manifest, lease: Lease, console: Console, fixed: bool
+    ) -> None:
         self.run, self.checked, self.manifest, self.lease = run, checked, manifest, lease
-        self.display = Display(console, checked.config.num_vectors)
+        self.display: Any = Display(console, checked.config.num_vectors)
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._publishing: Future | None = None
         # Concepts whose base was printed, and printed lines of the self-check.
         self._announced: set[str] = set()
         self._next_publication = time.monotonic() + _PUBLISH_EVERY
+        self._growth, self._started = Growth(checked.config, fixed), time.time()
 
-    def drive(self, layout: Any, chains: bool) -> None:
-        started, before = time.time(), self.manifest.seconds
-        config = self.checked.config
-        backlogs = {concept.name: self._backlog(concept.name, chains) for concept in self.checked.concepts}
-        driver = Driver(self.run, str(config.run_id), config, self.checked.concepts, backlogs, layout, self._tick)
-        driver.fingerprints = {name: known for name in _FINGERPRINTS if (known := getattr(self.manifest, name))}
-        driver.checks = copy.deepcopy(self.manifest.checks)
-        finished = False
+    def drive(self, layout: Layout, chains: bool) -> None:
+        """Drive the run to its end, or until it is stopped."""
+        driver, finished = self.driver(Driver, layout, chains), False
         try:
             driver.drive()
             finished = True
         finally:
-            self._publisher.shutdown(wait=True)
-            with contextlib.nullcontext() if finished else contextlib.suppress(UserError):
-                self._update_manifest(driver)
-                self.manifest.status = "finished" if finished else "interrupted"
-                self.manifest.seconds = before + time.time() - started
-                self._finish()
+            self.conclude(driver, finished)
+
+    def driver(self, make: Callable[..., D], layout: Layout, chains: bool) -> D:
+        """The run's driver, made by `make`, whose arguments are the first seven of `Driver`."""
+        config = self.checked.config
+        backlogs = {concept.name: self._backlog(concept.name, chains) for concept in self.checked.concepts}
+        driver = make(self.run, str(config.run_id), config, self.checked.concepts, backlogs, layout, self._tick)
+        driver.fingerprints = {name: known for name in _FINGERPRINTS if (known := getattr(self.manifest, name))}
+        driver.checks = copy.deepcopy(self.manifest.checks)
+        return driver
+
+    def conclude(self, driver: Driver, finished: bool) -> None:
+        """Publish what is left and write the manifest, after the driver's loop has ended."""
+        self._publisher.shutdown(wait=True)
+        with contextlib.nullcontext() if finished else contextlib.suppress(UserError):
+            self._update_manifest(driver)
+            self.manifest.status = "finished" if finished else "interrupted"
+            self.manifest.seconds += time.time() - self._started
+            self._finish()
 
     def _backlog(self, concept: str, chains: bool) -> Backlog:
         config = self.checked.config
@@ -138,6 +148,7 @@ class _StudyRun:
             if reason not in self._announced:
                 self._announced.add(reason)
                 self.display.say(f"self-check: {reason}")
+        driver.layout = self._growth.follow(driver.layout)
         self.display.update(driver.backlogs, driver.last, driver.pool.ready)
         if (line := driver.wait_notice()) is not None:
             self.display.say(line)
@@ -187,26 +198,21 @@ def _base_line(concept: str, figures: Mapping[str, float]) -> str:
     return f"{line}, an attention sink's activation: z from 0 (--z-from 0) would mostly match that"
 
 
-def _unpacked_line(packed: Packed) -> str:
-    """The line printed if some weights are not packed, which is slower and changes the last bits of results."""
-    without = " and ".join(name for name, yes in dataclasses.asdict(packed).items() if not yes)
-    return f"memory is short for packed copies of the weights: none for {without}, which costs time only"
-
-
 @contextlib.contextmanager
-def _lease(run: Run) -> Generator[Lease]:
+def leased(run: Run) -> Generator[Lease]:
+    """Hold the lease of a run; one that was refused before it began leaves nothing behind."""
     lease = Lease(run.storage)
     try:
         yield lease
     finally:
         lease.release()
         with contextlib.suppress(StorageError):
-            if run.storage.get("run.json") is None:  # the run was refused before it began, so leave nothing behind
+            if run.storage.get("run.json") is None:
                 run.storage.delete(run.storage.names("lease"))
                 run.storage.prune()
 
 
-def _start_manifest(run: Run, checked: Checked, packed: Packed) -> Manifest:
+def start_manifest(run: Run, checked: Checked, packed: Packed) -> Manifest:
     """Write and return the manifest of a run that starts or resumes."""
     manifest = _described(run.manifest() or _created(checked), checked)
     manifest.status, manifest.packed = "running", packed

@@ -59,7 +59,7 @@ def drive(ray_here, tmp_path):
                 backlog.add_vector("base", 0, np.ones(D_MODEL, np.float32))
             for index in range(1, vectors + 1):
                 backlog.add_vector("chain", index, np.full(D_MODEL, index, np.float32))
-        layout = lay_out(config, len(concepts), NO_DEMANDS, {"CPU": 8.0, "memory": 64 << 30}, roles=False)
+        layout = lay_out(config, len(concepts), NO_DEMANDS, {"CPU": 8.0, "memory": 64 << 30}, {})
         layout = dataclasses.replace(
             layout,
             chain={"num_cpus": chain_cpus, "num_gpus": gpus},
