@@ -72,7 +72,7 @@ def test_disentangled_vectors_have_the_directions_of_the_polar_factor_and_their_
 
 
 def chain_of(n, d_model, seed=0):
-    """Vectors of a chain, orthogonal to float32, at several norms; the first two are at an angle, as a base's rows may be."""
+    """Vectors of a chain, orthogonal to float32, at several norms; of the first two, as of a base's rows, not so."""
     draws = torch.randn(n, d_model, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     rows = torch.linalg.qr(draws.T)[0].T * torch.linspace(0.1, 50, n)[:, None]
     rows[1] += 0.4 * rows[0]
