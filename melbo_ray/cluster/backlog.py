@@ -74,7 +74,7 @@ class Backlog:
     def due(self) -> list[Unit]:
         """Every unit that can run now and is not done: full batches, and once the chain has ended the remainder."""
         if self.base is None:
-            return []
+            return [Unit.base(self.concept)]
         units = []
         for name in self.names:
             if EVALUATIONS[name].scope == WHOLE:
@@ -86,6 +86,17 @@ class Backlog:
             last = self.found if self.stop_reason is not None else self.found // self.batch * self.batch
             units += self._batches(name, "chain", range(1, last + 1), self._asked(name, last))
         return [unit for unit in units if not covers(self.done, unit)]
+
+    def newly_due(self) -> list[Unit]:
+        """Those of the units due for which the newest vector was lacking: the batches that it completes."""
+        if self.base is None or self.found % self.batch:
+            return []
+        names = [name for name in self.names if EVALUATIONS[name].scope != WHOLE]
+        first, last = self.found - self.batch + 1, self.found
+        indices = range(first, last + 1)
+        return [
+            unit for name in names for unit in self._batches(name, "chain", indices, self._asked(name, last, first))
+        ]
 
     def vectors(self, unit: Unit) -> np.ndarray:
         """The unit's vectors, (n, d_model) float32."""
@@ -137,16 +148,16 @@ class Backlog:
                 wanted += len(CONTROLS) + len(asked) / self.batch
         return done, wanted
 
-    def _asked(self, name: str, last: int) -> dict[int, bool]:
-        """The vectors up to `last` that an evaluation covers; True for one added because the chain ended before `most`.
+    def _asked(self, name: str, last: int, first: int = 1) -> dict[int, bool]:
+        """An evaluation's vectors from `first` to `last`; True for one added because the chain ended before `most`.
 
         Membership of the sample depends on the index alone: the first vector of each of `sample` equal shares of `most`
         vectors. If the chain ended early, further vectors fill the sample up evenly.
         """
         if self.sample is None or name not in SAMPLED:
-            return dict.fromkeys(range(1, last + 1), False)
-        share = [index * self.sample // self.most for index in range(-1, last)]
-        asked = {index: False for index in range(1, last + 1) if share[index] != share[index - 1]}
+            return dict.fromkeys(range(first, last + 1), False)
+        share = [index * self.sample // self.most for index in range(first - 2, last)]
+        asked = {first + i: False for i in range(last + 1 - first) if share[i + 1] != share[i]}
         if self.stop_reason not in (None, UNFINISHED):
             rest = [index for index in range(1, last + 1) if index not in asked]
             lacking = min(self.sample - len(asked), len(rest))

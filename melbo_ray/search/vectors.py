@@ -69,7 +69,7 @@ def row(run_id: str, kind: str, vector: BaseVector | SteeringVector) -> dict[str
 
 def stored_vectors(run: Run, concept: str) -> StoredVectors:
     """The stored base and chain of a concept, published or not."""
-    rows = run.read("vectors", concept)
+    rows = run.read("vectors", concept, of=("base", "chain"))
     values = rows["vector"].combine_chunks().flatten().to_numpy().reshape(max(len(rows), 1), -1)
     base, chain = None, []
     for facts, theta in zip(rows.drop_columns(["run_id", "vector"]).to_pylist(), values, strict=False):
