@@ -188,7 +188,7 @@ def told(case: Case, outcome: Outcome) -> list[str]:
     requests = ", ".join(f"{count} {kind}" for kind, count in sorted(outcome.requests.items()))
     seconds, efficiency = outcome.ended - outcome.begun, outcome.efficiency(case.evaluators)
     return [
-        f"{case.name}: {case.concepts} x {case.vectors} vectors, {case.evaluators} evaluators, units of {case.seconds:g} s",
+        f"{case.name}: {case.concepts} x {case.vectors} vectors, {case.evaluators} evaluators, {case.seconds:g} s each",
         f"  {units} units in {seconds:.0f} s, efficiency {efficiency:.3f}",
         f"  driver: {np.median(ticks):.2f} ms a tick, 99th percentile {np.percentile(ticks, 99):.2f}, most "
         f"{ticks.max():.0f} ({len(ticks)} ticks); {outcome.driver_seconds / units * 1e3:.2f} ms a unit, or "

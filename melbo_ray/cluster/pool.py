@@ -10,7 +10,8 @@ from typing import Any
 import ray
 
 from melbo_ray.cluster.session import LOST, Deaths, fetch
-from melbo_ray.runs.work_unit import WHOLE, Task, Unit
+from melbo_ray.cluster.unit_queue import UnitQueue
+from melbo_ray.runs.work_unit import WHOLE, Unit
 
 ATTEMPTS = 10
 PROGRESS = "progress"
@@ -55,38 +56,6 @@ class _Durations:
         self.longest = max(self.longest, seconds)
 
 
-class _Queue:
-    """The units that wait, by concept; it grows and shrinks by a unit in constant time."""
-
-    def __init__(self) -> None:
-        self._first: deque[Unit] = deque()
-        self._by_concept: dict[str, deque[Unit]] = {}
-        self._size = 0
-
-    def __len__(self) -> int:
-        return self._size
-
-    def add(self, unit: Unit, again: bool = False) -> None:
-        """Append a unit; one that is to be done `again` comes first, and so does the search for a base."""
-        self._size += 1
-        if again or unit.task is Task.BASE:
-            self._first.append(unit)
-        else:
-            self._by_concept.setdefault(unit.concept, deque()).append(unit)
-
-    def take(self, concept: str) -> Unit:
-        """Remove and return a unit, of `concept` if there is one, else of the concept that has waited longest."""
-        self._size -= 1
-        if self._first:
-            return self._first.popleft()
-        name = concept if concept in self._by_concept else next(iter(self._by_concept))
-        units = self._by_concept[name]
-        unit = units.popleft()
-        if not units:
-            del self._by_concept[name]
-        return unit
-
-
 @dataclass(frozen=True)
 class Done:
     """A result of an evaluator: of its `ready` call (`unit` is None), or of its unit."""
@@ -116,10 +85,12 @@ class Pool:
     ) -> None:
         self._start, self._call, self._least, self._deaths, self._clock = start, call, least, deaths, clock
         self._members: list[_Evaluator] = []
-        self._queue = _Queue()
+        self._queue = UnitQueue()
         self._attempts: Counter[Unit] = Counter()
         self._exhausted: list[Unit] = []
         self._seconds: dict[str, _Durations] = {}
+        self._ready = self._busy = 0
+        self._next_look = 0.0
 
     def __len__(self) -> int:
         return len(self._members)
@@ -127,12 +98,12 @@ class Pool:
     @property
     def ready(self) -> int:
         """Number of evaluators that have registered."""
-        return sum(member.ready for member in self._members)
+        return self._ready
 
     @property
     def backlog(self) -> int:
         """Number of units queued or assigned."""
-        return len(self._queue) + sum(member.work is not None for member in self._members)
+        return len(self._queue) + self._busy
 
     def add(self, units: Iterable[Unit]) -> None:
         """Append units to the queue."""
@@ -163,6 +134,7 @@ class Pool:
             member.work, member.since = self._queue.take(member.concept), self._clock()
             member.concept, member.asked, member.answer, member.progress = member.work.concept, None, None, None
             member.ref = self._call(member.actor, member.work)
+            self._busy += 1
 
     def refs(self) -> dict[Any, _Evaluator]:
         """The pending references, with their evaluators."""
@@ -184,6 +156,8 @@ class Pool:
         if member.work is not None:
             self._seconds.setdefault(member.work.evaluation, _Durations()).add(self._age(member))
         done = Done(member.work, result)
+        self._busy -= member.work is not None
+        self._ready += not member.ready
         member.ready, member.ref, member.work, member.since = True, None, None, self._clock()
         return done
 
@@ -194,8 +168,12 @@ class Pool:
         times the longest duration of a unit of this evaluation, a minute at least, and doubles with every attempt. A
         unit that takes longer and progresses is left alone.
         """
+        now = self._clock()
+        if now < self._next_look:
+            return
+        self._next_look = now + 1.0
         for member, unit in [(m, m.work) for m in self._members if m.work is not None]:
-            now, asked = self._clock(), member.since if member.asked is None else member.asked
+            asked = member.since if member.asked is None else member.asked
             if now - asked < _LEAST_PATIENCE / 2 or now - asked < self._patience(unit) / 2:
                 continue
             progress = self._answered(member)
@@ -240,7 +218,9 @@ class Pool:
         """Kill an evaluator and requeue its unit, if it has one."""
         self._members.remove(member)
         ray.kill(member.actor)
+        self._ready -= member.ready
         if member.work is not None:
+            self._busy -= 1
             self._attempts[member.work] += 1
             if self._attempts[member.work] < ATTEMPTS:
                 self._queue.add(member.work, again=True)
