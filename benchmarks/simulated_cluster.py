@@ -4,8 +4,9 @@ import functools
 import itertools
 import random
 import string
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,19 +25,22 @@ from melbo_ray.search.vectors import BaseVector, SteeringVector, row
 ROWS = {"kl": 1, "generations": 4, "generalization": 32, "dose": 12, "presence": 4}
 """Rows of a vector in each table, as in a study with 32 prompts."""
 _CHARACTERS = 200
+# Threads of a kind, by the beginning of their names: those that read, and those that merge parts.
+_AT_ONCE = {"storage": 32, "parts": 8}
 _WORKERS_A_HOST, _CHECKS = 8, 8
 
 
 class DistantStorage(Storage):
     """A folder whose requests take as long as those to S3: 25 ms, log-normally, and one in 200 half a second more.
 
-    Requests within `sleeping` really wait; others have the driver's clock wait; those of actors are in their durations.
+    The driver's clock waits for its requests; those of actors are in their durations; and those of publications, which
+    go on beside the driver, are added up: where several threads make requests, as many wait at once.
     """
 
     def __init__(self, url: str, ray: SimulatedRay, requests: dict[str, int], latency: float) -> None:
         super().__init__(url)
         self._ray, self._requests, self._latency, self._dice = ray, requests, latency, random.Random(0)
-        self.sleeping = False
+        self.waited: float | None = None
 
     def draw(self) -> float:
         """Seconds of a request."""
@@ -46,10 +50,18 @@ class DistantStorage(Storage):
         if self._ray.in_event:
             return
         self._requests[kind] = self._requests.get(kind, 0) + 1
-        if self.sleeping:
-            time.sleep(self.draw())
+        if self.waited is not None:
+            thread = threading.current_thread().name.partition("_")[0]
+            self.waited += self.draw() / _AT_ONCE.get(thread, 1)
         else:
             self._ray.spend(self.draw())
+
+    def beside(self, work: Callable[[], Any]) -> float:
+        """Do work that is none of the driver's; returns the seconds that it takes: its CPU time and its requests."""
+        self.waited, cpu = 0.0, time.process_time()
+        work()
+        seconds, self.waited = self.waited + time.process_time() - cpu, None
+        return seconds
 
     def put(self, name: str, data: bytes) -> None:
         """As in `Storage`."""

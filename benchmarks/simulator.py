@@ -4,8 +4,8 @@ python -m benchmarks.simulator                # three studies (`CASES`), a quart
 python -m benchmarks.simulator --scale 0.1    # a tenth of the evaluators and of the vectors
 
 Simulated are the actors (`simulated_ray`), which write rows of the usual size, and the distance to storage: every
-request of the driver waits as one to S3 may. The publications run beside the driver in the product; here they take the
-time on the clock that they need, at their real speed, while the simulated actors go on.
+request of the driver takes as long as one to S3 may. Publications run beside the driver: they take their CPU time and
+that of their requests, and none of the driver's.
 """
 
 import argparse
@@ -69,14 +69,14 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What a simulated study came to; all seconds are simulated ones, except where CPU time or real time is said.
+    """What a simulated study came to; all seconds are simulated ones, except where CPU time is said.
 
     Attributes:
         begun: when all evaluators were ready first; infinite if they never were.
         spans: begin and end of every unit of evaluation.
         ticks: CPU time of the driver in each iteration of its loop.
         driver_seconds: its CPU time in all.
-        publications: real seconds of each publication.
+        publications: seconds of each publication.
         publisher_seconds: CPU time of all publications.
         tail: from the end of the last unit until everything is published and audited.
         requests: number of the driver's requests to storage, by kind.
@@ -150,29 +150,31 @@ class Simulation:
                 self._free = now + self._publish(everything)
 
     def _publish(self, everything: bool) -> float:
-        """Publish; returns the real seconds that it took."""
-        begun, cpu, self.storage.sleeping = time.perf_counter(), time.process_time(), True
-        self.run.publish(self.manifest, lambda: None, everything)
-        self.run.write_manifest(self.manifest)
-        self.storage.sleeping = False
-        self.outcome.publications.append(time.perf_counter() - begun)
+        """Publish; returns the seconds that it takes."""
+
+        def work() -> None:
+            self.run.publish(self.manifest, lambda: None, everything)
+            self.run.write_manifest(self.manifest)
+
+        cpu = time.process_time()
+        self.outcome.publications.append(self.storage.beside(work))
         self.outcome.publisher_seconds += time.process_time() - cpu
         self.outcome.grown = max(self.outcome.grown, _resident() - self._before)
         return self.outcome.publications[-1]
 
     def _finish(self, names: list[str]) -> float:
-        """Publish the rest and audit, as the runner does; returns the real seconds that it took."""
-        begun = time.perf_counter()
-        self._publish(everything=True)
-        self.storage.sleeping = True
-        for name in names:
-            stored = stored_vectors(self.run, name)
-            max_abs_cos(torch.stack([vector.theta for vector in (stored.base, *stored.chain) if vector is not None]))
-            self.run.read("failures", name)
-        self.run.write_manifest(self.manifest)
-        self.storage.sleeping = False
+        """Publish the rest and audit, as the runner does; returns the seconds that it takes."""
+
+        def audit() -> None:
+            for name in names:
+                stored = stored_vectors(self.run, name)
+                max_abs_cos(torch.stack([found.theta for found in (stored.base, *stored.chain) if found is not None]))
+                self.run.read("failures", name)
+            self.run.write_manifest(self.manifest)
+
+        seconds = self._publish(everything=True) + self.storage.beside(audit)
         self.outcome.grown = max(self.outcome.grown, _resident() - self._before)
-        return time.perf_counter() - begun
+        return seconds
 
 
 def simulate(case: Case, latency: float = 0.025, cpu: Callable[[], float] = time.thread_time) -> Outcome:

@@ -125,9 +125,7 @@ class Run:
             _merged(table, old, parts.get(name, []))
             for name, old in zip(names, self.storage.get_many(names), strict=True)
         ]
-        return pa.concat_tables(
-            [_schema(table).empty_table(), *(rows.cast(_schema(table)) for rows in merged)]
-        ).sort_by("index")
+        return _in_order(pa.concat_tables([_schema(table).empty_table(), *merged]))
 
     def publish(self, manifest: Manifest, guard: Callable[[], None], everything: bool = True) -> None:
         """Merge the fresh units into the tables' parts, record them in `manifest.done`, and delete them.
@@ -193,10 +191,16 @@ def _merged(table: str, old: bytes | None, additions: list[_Written]) -> pa.Tabl
         for index in _outside(had, failures)["index"].to_pylist():
             uncover(covered, dataclasses.replace(unit, first=index, last=index))
     schema = _schema(table)
-    merged = pa.concat_tables([schema.empty_table(), *(part.cast(schema) for part in rows)]).sort_by(
-        [("index", "ascending"), ("kind", "ascending")]
-    )
+    merged = _in_order(pa.concat_tables([schema.empty_table(), *(part.cast(schema) for part in rows)]))
     return merged.replace_schema_metadata({**(schema.metadata or {}), "units": json.dumps(covered)})
+
+
+def _in_order(rows: pa.Table) -> pa.Table:
+    """The rows sorted by index and kind; those that are sorted are not copied."""
+    index = rows["index"].to_numpy()
+    if (index[1:] > index[:-1]).all():
+        return rows
+    return rows.sort_by([("index", "ascending"), ("kind", "ascending")])
 
 
 def _within(spans: list[list[int]], unit: Unit) -> list[list[int]]:

@@ -8,7 +8,7 @@ import contextlib
 import errno
 import os
 import uuid
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -135,9 +135,9 @@ class Storage:
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
-    def get_many(self, names: Sequence[str]) -> list[bytes | None]:
-        """The bytes of several objects, read over several connections; None for those that do not exist."""
-        return list(self._threads.map(self.get, names))
+    def get_many(self, names: Sequence[str]) -> Iterator[bytes | None]:
+        """The bytes of several objects in turn, read over several connections; None for those that do not exist."""
+        return self._threads.map(self.get, names)
 
     def names(self, folder: str = "") -> list[str]:
         """The names of all objects below `folder`, sorted, from an uncached listing."""
