@@ -77,7 +77,7 @@ class Backlog:
     def due(self) -> list[Unit]:
         """Every unit that can run now and is not done: full batches, and once the chain has ended the remainder."""
         if self.base is None:
-            return []
+            return [Unit.base(self.concept)]
         units = []
         for name in self.names:
             for share in EVALUATIONS[name].shares:
@@ -88,6 +88,23 @@ class Backlog:
                 units += self._batches(name, kind, range(1), {0: False})
             last = self.found if self.stop_reason is not None else self.found // self.batch * self.batch
             units += self._batches(name, "chain", range(1, last + 1), self._asked(name, last))
+        return units
+
+    def newly_due(self) -> list[Unit]:
+        """Those of the units due for which the newest vector was lacking: the batches that it completes.
+
+        Shares whose items are final at this length are among them.
+        """
+        if self.base is None:
+            return []
+        shares = [(name, own) for name in self.names for own in EVALUATIONS[name].shares if own.settled == self.found]
+        units = [unit for name, share in shares for unit in self._of_share(name, share)]
+        if self.found % self.batch:
+            return units
+        names = [name for name in self.names if EVALUATIONS[name].scope != WHOLE]
+        first, last = self.found - self.batch + 1, self.found
+        for name in names:
+            units += self._batches(name, "chain", range(first, last + 1), self._asked(name, last, first))
         return units
 
     def released(self, unit: Unit) -> list[Unit]:
@@ -153,16 +170,16 @@ class Backlog:
             asked = self._asked(name, goal).keys()
             yield len(asked & self._done(name)), len(asked), self.batch
 
-    def _asked(self, name: str, last: int) -> dict[int, bool]:
-        """The vectors up to `last` that an evaluation covers; True for one added because the chain ended before `most`.
+    def _asked(self, name: str, last: int, first: int = 1) -> dict[int, bool]:
+        """An evaluation's vectors from `first` to `last`; True for one added because the chain ended before `most`.
 
         Membership of the sample depends on the index alone: the first vector of each of `sample` equal shares of `most`
         vectors. If the chain ended early, further vectors fill the sample up evenly.
         """
         if self.sample is None or name not in SAMPLED:
-            return dict.fromkeys(range(1, last + 1), False)
-        share = [index * self.sample // self.most for index in range(-1, last)]
-        asked = {index: False for index in range(1, last + 1) if share[index] != share[index - 1]}
+            return dict.fromkeys(range(first, last + 1), False)
+        share = [index * self.sample // self.most for index in range(first - 2, last)]
+        asked = {first + i: False for i in range(last + 1 - first) if share[i + 1] != share[i]}
         if self.stop_reason not in (None, UNFINISHED):
             rest = [index for index in range(1, last + 1) if index not in asked]
             lacking = min(self.sample - len(asked), len(rest))

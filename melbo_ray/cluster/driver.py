@@ -9,7 +9,7 @@ import ray
 
 from melbo_ray.cluster.backlog import Backlog
 from melbo_ray.cluster.metrics import Metrics
-from melbo_ray.cluster.pool import ATTEMPTS, Pool
+from melbo_ray.cluster.pool import ATTEMPTS, PROGRESS, Pool
 from melbo_ray.cluster.resources import Layout
 from melbo_ray.cluster.session import LOST, Deaths, WaitNotice, fetch
 from melbo_ray.cluster.worker import Found, Worker
@@ -84,7 +84,7 @@ class Driver:
         self._chain_actors: list[_ChainActor] = []
         self._issued: set[Unit] = set()
         self.failures = self._evaluations = 0
-        self._metrics = Metrics()
+        self._metrics = Metrics(clock)
 
     def drive(self) -> None:
         """Run until every chain has ended and the backlog is empty.
@@ -95,7 +95,8 @@ class Driver:
         try:
             self._begin()
             while self.pool.backlog or self._chain_actors:
-                self.pool.scale(self.layout.most_beside_chains if self._chain_actors else self.layout.most_evaluators)
+                most = self.layout.most_beside_chains if self._chain_actors else self.layout.most_evaluators
+                self.pool.scale(most, full=bool(self._chain_actors) and not self._short)
                 self.pool.dispatch()
                 self._wait()
                 self.pool.requeue_stragglers()
@@ -113,7 +114,7 @@ class Driver:
         for i in range(actors):
             self._start_chain(running[i::actors])
         for backlog in self.backlogs.values():
-            self._enqueue_due(backlog)
+            self._enqueue(backlog.due())
 
     def wait_notice(self) -> str | None:
         """A line on the resources that the run waits for, when no worker has been at work for some time; else None."""
@@ -123,7 +124,8 @@ class Driver:
     def _actor(self, options: dict[str, Any], threads: int, whole: bool, packed: bool) -> Any:
         # Ray hides no GPU from an actor that takes none.
         config = self.config if options.get("num_gpus") else self.config.model_copy(update={"device": "cpu"})
-        worker = ray.remote(self._worker).options(max_restarts=0, max_task_retries=0, **options)
+        groups: Any = {"concurrency_groups": {PROGRESS: 1}} if whole else {}
+        worker: Any = ray.remote(max_restarts=0, max_task_retries=0, **groups)(self._worker).options(**options)
         return worker.remote(self.run.storage.url, self.run_id, config, self._concepts, threads, whole, packed)
 
     def _start_evaluator(self) -> Any:
@@ -136,11 +138,8 @@ class Driver:
             actor = self._actor(layout.chain, layout.chain_threads, False, layout.packed.chain)
             self._chain_actors.append(_ChainActor(actor, concepts, actor.ready.remote()))
 
-    def _enqueue_due(self, backlog: Backlog) -> None:
-        self._enqueue([Unit.base(backlog.concept)] if backlog.base is None else backlog.due())
-
-    def _enqueue(self, due: list[Unit]) -> None:
-        new = [unit for unit in due if unit not in self._issued]
+    def _enqueue(self, units: list[Unit]) -> None:
+        new = [unit for unit in units if unit not in self._issued]
         self._issued.update(new)
         self.pool.add(new)
 
@@ -150,13 +149,18 @@ class Driver:
         backlog = self.backlogs[unit.concept]
         return actor.evaluate.remote(unit, backlog.vectors(unit), backlog.base, backlog.failed(unit))
 
+    @property
+    def _short(self) -> bool:
+        """Whether the backlog is short of units, so that the chains need not wait for the evaluators."""
+        # Without an evaluator the chain must not wait: it may hold the resources that evaluators need.
+        return self.pool.backlog < max(_FULL_BACKLOG, 2 * len(self.pool)) or not self.pool.ready
+
     def _chain_refs(self) -> dict[Any, _ChainActor]:
         """The references to wait for, with their chain actors; streams begin once their bases are known."""
         for chain in self._chain_actors:
             if chain.ref is None and all(self.backlogs[name].base is not None for name in chain.concepts):
                 chain.ref, chain.streaming = chain.actor.chains.options(**_STREAM).remote(chain.concepts), True
-        # Without an evaluator the chain must not wait: it may hold the resources that evaluators need.
-        short = self.pool.backlog < max(_FULL_BACKLOG, 2 * len(self.pool)) or not self.pool.ready
+        short = self._short
         return {c.ref: c for c in self._chain_actors if c.ref is not None and (short or not c.streaming)}
 
     def _wait(self) -> None:
@@ -211,16 +215,16 @@ class Driver:
             backlog.stop_reason = found.stop_reason
             chain.concepts.remove(found.concept)
         else:
+            self.last[found.concept] = found.vector
             backlog.add_vector("chain", found.vector.index, found.vector.theta.numpy())
             if found.vector.index > backlog.found:
                 # A worker of a killed driver stored a vector after this driver had listed them.
                 self._load_stored(backlog)
-            self.last[found.concept] = found.vector
-        self._enqueue_due(backlog)
+        self._enqueue(backlog.newly_due() if backlog.stop_reason is None else backlog.due())
 
     def _load_stored(self, backlog: Backlog) -> None:
         backlog.add_stored(stored_vectors(self.run, backlog.concept))
-        self._enqueue_due(backlog)
+        self._enqueue(backlog.due())
 
     def _register_worker(self, worker: dict[str, Any]) -> None:
         """Record a worker's device and self-check.

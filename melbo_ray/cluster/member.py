@@ -98,7 +98,7 @@ class Member(Driver):
     def prepare(self) -> None:
         """Queue what is due without a chain: the search for its base, or evaluations of what is found already."""
         for backlog in self.backlogs.values():
-            self._enqueue_due(backlog)
+            self._enqueue(backlog.due())
 
     def begin(self) -> None:
         """Start the chain actor."""

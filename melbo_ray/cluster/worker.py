@@ -21,7 +21,7 @@ from melbo_ray.errors import UserError
 from melbo_ray.evals import runner
 from melbo_ray.evals.context import Chain, Study, Vectors
 from melbo_ray.evals.self_check import selfcheck, take_prompts
-from melbo_ray.host import cores, resident_peak
+from melbo_ray.host import cores, progress, resident_peak
 from melbo_ray.model.language_model import BALANCED, LanguageModel
 from melbo_ray.model.partial import lower, lower_fingerprint
 from melbo_ray.model.residual_slice import Slice
@@ -32,6 +32,8 @@ from melbo_ray.search import base_vectors
 from melbo_ray.search.chain import chains
 from melbo_ray.search.radius import Calibration
 from melbo_ray.search.vectors import BaseVector, SteeringVector, row, stored_vectors
+
+_STUDIES = 2
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ class Worker:
                 f"storage {self.run.storage.url} is not what the driver sees from {socket.gethostname()}: "
                 "several machines need an object store or a shared file system"
             )
+        # Ray calls methods in a thread of their own where another tells progress, and MKL's threads are by thread.
+        torch.set_num_threads(self.threads)
         device = self.model.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {self.threads} threads"
         fingerprints = {"lower_fingerprint": lower_fingerprint(self.model, self.config.target_layer + 1)}
@@ -196,12 +200,7 @@ class Worker:
             base: θ₀, (d_model,) float32.
             failed: number of earlier failures, by index.
         """
-        study = self._studies.get(unit.concept)
-        if study is None or not np.array_equal(study.base.numpy(), base):
-            concept = self.concepts[unit.concept]
-            study = Study(self.model, self.config, concept, self.run_id, torch.from_numpy(base.copy()))
-            self._studies[unit.concept] = study
-        index = range(unit.first, unit.last + 1)
+        study, index = self._study(unit.concept, base), range(unit.first, unit.last + 1)
         if theta is None:
             chain = self._whole_chain(unit, study)
             written = runner.evaluate_share(unit.evaluation, unit.share, index, study, chain, failed)
@@ -210,6 +209,17 @@ class Worker:
             written = runner.evaluate(unit.evaluation, study, vectors, failed)
         self.run.commit(unit, written)
         return Evaluated(len(written["failures"]), self._peak_memory())
+
+    def _study(self, concept: str, base: np.ndarray) -> Study:
+        """The study of a concept; of concepts before, one is kept, because each takes up to half a gigabyte."""
+        study = self._studies.pop(concept, None)
+        while len(self._studies) >= _STUDIES:
+            del self._studies[next(iter(self._studies))]
+        if study is None or not np.array_equal(study.base.numpy(), base):
+            theta = torch.from_numpy(base.copy())
+            study = Study(self.model, self.config, self.concepts[concept], self.run_id, theta)
+        self._studies[concept] = study
+        return study
 
     def _whole_chain(self, unit: Unit, study: Study) -> Chain:
         """The chain of the unit's concept, kept until a unit of another concept or of a longer chain comes."""
@@ -220,6 +230,10 @@ class Worker:
             chain = Chain(study.base, vectors, lambda table: self.run.read(table, unit.concept))
             self._whole = {unit.concept: chain}
         return chain
+
+    def progress(self) -> int:
+        """Number of passes through models so far; another thread than that at work may ask."""
+        return progress.passes
 
     def _peak_memory(self) -> int:
         """Peak memory of this process, bytes: of its GPUs if it has any, else resident."""

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from melbo_ray.host import progress
 from melbo_ray.model.kv_cache import Batch, Generation, Request
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.soundness import require_steerable
@@ -70,6 +71,7 @@ def generate(
     done: dict[int, Continuation] = {}
     ends = set(model.end_tokens)
     while waiting or batch.active:
+        progress.passes += 1
         # Prefill at least a quarter of the slots at once: one prompt takes nearly as long as several.
         if waiting and (room := slots - len(batch.active)) >= max(1, slots // 4):
             generations = [waiting.pop() for _ in range(min(room, len(waiting)))]

@@ -10,6 +10,8 @@ import fsspec
 
 _PATIENT, _BRISK = 10, 3
 _CONNECT_SECONDS, _READ_SECONDS = 5, 20
+CONNECTIONS = 32
+"""Requests at once."""
 _S3, _GCS, _AZURE = ("s3", "s3a"), ("gs", "gcs"), ("abfs", "abfss", "az")
 _VERSIONS = {"s3": "ETag", "gs": "generation", "abfs": "etag"}
 # `container@account` is Azure's form of an address; the names are too restricted for a key to pass as one.
@@ -27,7 +29,7 @@ def connect(url: str, patient: bool) -> tuple[Any, str]:
     if scheme in _S3:
         retries = {"mode": "standard", "total_max_attempts": _PATIENT if patient else _BRISK}
         timeouts = {"connect_timeout": _CONNECT_SECONDS, "read_timeout": _READ_SECONDS}
-        options = {"config_kwargs": {"retries": retries, **timeouts}}
+        options = {"config_kwargs": {"retries": retries, "max_pool_connections": CONNECTIONS, **timeouts}}
     elif scheme in _AZURE:
         options = {"connection_timeout": _CONNECT_SECONDS, "read_timeout": _READ_SECONDS}
     elif scheme in _GCS:

@@ -7,13 +7,15 @@ Creation is conditional everywhere, replacement on S3, GCS and Azure (docs/clust
 
 import contextlib
 import errno
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fsspec.implementations.local import LocalFileSystem
 
 from melbo_ray.errors import UserError, first_line
 from melbo_ray.runs import local_files, object_stores
+from melbo_ray.runs.bulk_delete import delete_at_once
 from melbo_ray.runs.local_files import TEMPORARY
 
 _FINAL = {
@@ -53,6 +55,7 @@ class Storage:
         self._local = isinstance(self._fs, LocalFileSystem)
         self._root = root.rstrip("/")
         self.url = self._root if self._local else url.rstrip("/")
+        self._threads = ThreadPoolExecutor(object_stores.CONNECTIONS, thread_name_prefix="storage")
 
     @property
     def shared(self) -> bool:
@@ -120,6 +123,10 @@ class Storage:
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
+    def get_many(self, names: Sequence[str]) -> Iterator[bytes | None]:
+        """The bytes of several objects in turn, read over several connections; None for those that do not exist."""
+        return self._threads.map(self.get, names)
+
     def names(self, folder: str = "") -> list[str]:
         """The names of all objects below `folder`, sorted, from an uncached listing."""
         with self._explained(folder):
@@ -135,10 +142,13 @@ class Storage:
         return sorted(path[len(root) + 1 :] for path in inside if not path.rpartition("/")[2].startswith(TEMPORARY))
 
     def delete(self, names: Iterable[str]) -> None:
-        """Delete objects; missing ones are ignored."""
-        for name in names:
-            with self._explained(name), contextlib.suppress(FileNotFoundError):
-                self._fs.rm_file(self._path(name))
+        """Delete objects, on S3 a thousand per request; missing ones are ignored."""
+
+        def delete(path: str) -> None:
+            with self._explained(path), contextlib.suppress(FileNotFoundError):
+                self._fs.rm_file(path)
+
+        list(self._threads.map(delete, delete_at_once(self._fs, [self._path(name) for name in names])))
 
     def sweep(self) -> None:
         """Delete temporary files of killed writers (local file systems only)."""

@@ -1,5 +1,6 @@
 """Units of work, which are written atomically under fixed names, and the coverage of a run by units."""
 
+import bisect
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -130,7 +131,9 @@ def uncover(coverage: Coverage, unit: Unit) -> None:
 
 def covers(coverage: Coverage, unit: Unit) -> bool:
     """Whether all indices of the unit are done."""
-    return any(first <= unit.first and unit.last <= last for first, last in spans_of(coverage, unit))
+    spans = spans_of(coverage, unit)
+    place = bisect.bisect_right(spans, unit.first, key=lambda span: span[0]) - 1
+    return place >= 0 and unit.last <= spans[place][1]
 
 
 def spans_of(coverage: Coverage, unit: Unit) -> list[list[int]]:

@@ -115,8 +115,7 @@ class Chain:
         # An interrupted block is optimised again, because its vectors depend on each other.
         whole = len(earlier) // options.block * options.block
         self.stored = list(earlier)
-        for direction in (self.base, *others, *(vector.theta for vector in self.stored[:whole])):
-            self.subspace.add(direction)
+        self.subspace.extend(torch.stack([self.base, *others, *(vector.theta for vector in self.stored[:whole])]))
         self.last = self.stored[whole - 1] if whole else None
         self.radius = float(self.base.norm())
         length = int(slice.lengths[row])

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from melbo_ray.config import ChainOptions
+from melbo_ray.host import progress
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.search.solvers import BlockSolver, Solution
 
@@ -83,6 +84,7 @@ def value_and_grad(
     options: ChainOptions,
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch d_model"]]:
     """The loss ‖z(θ) − z(θ₀)‖ + λ‖θ‖ of each row and its gradient, on the CPU; θ is first shortened to `max_norm`."""
+    progress.passes += 1
     inputs = (value.to(slice.model.device) for value in (theta, z_base, rows))
     losses, gradient = slice.value_and_grad(
         *inputs, z_from=options.z_from, norm_penalty=options.norm_penalty, max_norm=options.max_norm

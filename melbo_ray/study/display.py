@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # a look at a run's storage needs neither
     from melbo_ray.cluster.backlog import Backlog
     from melbo_ray.search.vectors import SteeringVector
 
-_LINE_EVERY, _BAR_EVERY = 5.0, 0.5
+_LINE_EVERY, _BAR_EVERY, _RARE = 5.0, 0.5, 50
 _FEWEST_STEPS, _STEPS = 4, 16
 
 
@@ -61,9 +61,9 @@ class Display:
 
     def update(self, backlogs: Mapping[str, "Backlog"], last: Mapping[str, "SteeringVector"], evaluators: int) -> None:
         """Show the current progress, at limited intervals."""
-        if self._clock() < self._next:
+        begun = self._clock()
+        if begun < self._next:
             return
-        self._next = self._clock() + (_LINE_EVERY if self._bars is None else _BAR_EVERY)
         for name, backlog in backlogs.items():
             text = self._describe(name, backlog, last.get(name), evaluators)
             goal = self._goal(backlog)
@@ -74,6 +74,9 @@ class Display:
             elif self._lines.get(name) != text:
                 self._lines[name] = text
                 self.say(f"{name}: {text}")
+        # Counting takes longer with longer chains; it may take a fiftieth of the driver's time.
+        every = _LINE_EVERY if self._bars is None else _BAR_EVERY
+        self._next = begun + max(every, _RARE * (self._clock() - begun))
 
     def forget(self, run_id: str) -> None:
         """Take the bars of a study away that is finished, where several are shown by run id and concept."""

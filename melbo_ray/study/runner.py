@@ -34,6 +34,8 @@ from melbo_ray.study.summary import base_figures, base_reason
 from melbo_ray.study.upgrade import upgrade
 
 _PUBLISH_EVERY = 20.0
+# In other publications units wait until enough of their part are fresh.
+_EVERYTHING_EVERY = 15
 _FINGERPRINTS = ("fingerprint", "lower_fingerprint")
 _PACKAGES = ("melbo_ray", "torch", "transformers", "ray", "pyarrow", "numpy", "s3fs")
 
@@ -86,6 +88,7 @@ class StudyRun:
         self.display: Any = Display(console, checked.config.num_vectors)
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._publishing: Future | None = None
+        self._publications = 0
         # Concepts whose base was printed, and printed lines of the self-check.
         self._announced: set[str] = set()
         self._next_publication = time.monotonic() + _PUBLISH_EVERY
@@ -175,7 +178,9 @@ class StudyRun:
 
     def _publish(self) -> None:
         self.lease.check()
-        self.run.publish(self.manifest, self.lease.check)
+        self._publications += 1
+        everything = self._publications % _EVERYTHING_EVERY == 0
+        self.run.publish(self.manifest, self.lease.check, everything)
         self.run.write_manifest(self.manifest)
 
     def _finish(self) -> None:

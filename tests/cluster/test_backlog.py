@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+import melbo_ray.cluster.backlog
 from melbo_ray.cluster.backlog import Backlog
 from melbo_ray.runs.work_unit import Unit, cover
 
@@ -140,3 +141,24 @@ def test_a_larger_sample_asks_for_what_is_missing_only():
     assert asked(backlog, "dose") == [3, 7, 11, 15, 19]
     backlog.sample = None
     assert len(asked(backlog, "dose")) == 15
+
+
+@pytest.mark.parametrize(("sample", "batch"), [(None, 8), (13, 8), (13, 1), (200, 3)])
+def test_what_each_vector_makes_due_is_together_what_is_due_of_the_chain(sample, batch):
+    growing = sampled(sample, 100, 0)
+    growing.batch = batch
+    found = list(growing.due())
+    for index in range(1, 62):
+        growing.add_vector("chain", index, np.ones(2))
+        found += growing.newly_due()
+        assert sorted(found) == sorted(growing.due())
+
+
+def test_a_vector_makes_due_what_it_completes_however_long_the_chain_is(monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(melbo_ray.cluster.backlog, "covers", lambda _done, unit: looked_at.append(unit) or False)
+    for found in (16, 1600):
+        looked_at.clear()
+        backlog = sampled(20, 2000, found)
+        assert [(unit.first, unit.last) for unit in backlog.newly_due()][:2] == [(found - 7, found)] * 2
+        assert len(looked_at) <= 8 * 3

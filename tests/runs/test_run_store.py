@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
+import melbo_ray.runs.run_store
 from melbo_ray.cluster.backlog import Backlog
 from melbo_ray.runs.lease import LeaseLostError
 from melbo_ray.runs.manifest import Manifest
@@ -278,3 +279,38 @@ def test_a_share_that_failed_can_be_done_again(run, published):
 def without(written, failures):
     """The rows of vectors that did not fail."""
     return written | {"dose": written["dose"].filter(~pc.is_in(pc.field("index"), pa.array(failures, pa.int32())))}  # ty: ignore[missing-attribute]
+
+
+def test_a_part_that_grows_is_written_anew_a_few_times_only(monkeypatch):
+    run = Run.open(f"memory://{uuid.uuid4().hex}/one")
+    written, swap = [], run.storage.swap
+    monkeypatch.setattr(run.storage, "swap", lambda name, *rest: written.append(name) or swap(name, *rest))
+    state = manifest()
+    for index in range(1, 65):
+        run.commit(unit(index, index), rows(index, index))
+        run.publish(state, lambda: None, everything=False)
+        assert indices(run) == list(range(1, index + 1))
+    dose = [name for name in written if name.startswith("dose")]
+    assert len(dose) < 20
+    run.publish(state, lambda: None)
+    assert (run.fresh(), indices(run)) == ([], list(range(1, 65)))
+    assert state.done == {"code": {"dose": {"chain": [[1, 64]]}}}
+
+
+def test_publishing_filters_no_rows_for_units_that_do_not_overlap(monkeypatch):
+    looked = []
+    monkeypatch.setattr(melbo_ray.runs.run_store, "_tried", lambda *_: looked.append(1) or pc.field("index") < 0)
+    additions = [(unit(first, first + 1), rows(first, first + 1)) for first in range(1, 200, 2)]
+    merged = melbo_ray.runs.run_store._merged("dose", None, additions)
+    assert merged["index"].to_pylist() == list(range(1, 201))
+    assert not looked
+
+
+def test_of_a_table_the_rows_of_some_evaluations_are_read_alone(run):
+    for evaluation in ("control", "chain"):
+        run.commit(unit(1, 2, evaluation), rows(1, 2, value=float(evaluation == "chain")))
+        if evaluation == "control":
+            run.publish(manifest(), lambda: None)
+    assert run.read("dose", "code")["kl_from_base"].to_pylist() == [1.0, 0.0, 1.0, 0.0]
+    assert run.read("dose", "code", of=["chain"])["kl_from_base"].to_pylist() == [1.0, 1.0]
+    assert run.read("dose", "code", of=["control"])["kl_from_base"].to_pylist() == [0.0, 0.0]

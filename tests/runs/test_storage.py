@@ -32,6 +32,27 @@ def test_what_is_put_is_there_and_can_be_replaced_listed_and_deleted(url):
     assert Storage(url).names() == ["c"]
 
 
+def test_many_are_read_at_once_in_order(url):
+    storage = Storage(url)
+    for number in range(50):
+        storage.put(f"a/{number}", b"%d" % number)
+    names = [f"a/{number}" for number in range(49, -1, -1)]
+    assert list(storage.get_many([*names, "a/none"])) == [*(name[2:].encode() for name in names), None]
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_many_are_deleted_on_s3_in_one_request_or_one_by_one_where_that_is_refused(s3, refused):
+    with faulty(s3) as (variables, faults), environment(variables):
+        storage = Storage(f"s3://bucket/{uuid.uuid4().hex}/one")
+        names = [f"units/a b+{number}.zip" for number in range(40)]
+        for name in names:
+            storage.put(name, b"x")
+        before, faults.waiting = faults.served, [(501, "NotImplemented")] if refused else []
+        storage.delete([*names, "units/none"])
+        assert faults.served - before == (1 + 41 if refused else 1)
+        assert storage.names() == []
+
+
 def test_one_of_many_creates(url):
     outcomes = []
 
