@@ -1,49 +1,28 @@
-"""What workers do, in this process and without a driver: whoever does a unit, the rows are the same to the bit."""
+"""What workers do, in this process and without a driver."""
 
 import itertools
 
-from melbo_ray.cluster.backlog import Backlog
 from melbo_ray.cluster.worker import Worker
 from melbo_ray.config import Config
+from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.runs.run_store import Run
-from melbo_ray.runs.work_unit import cover
-from melbo_ray.search.vectors import stored_vectors
 from melbo_ray.study.preflight import check
 from tests.cluster.tiny_study import rows
 
-STUDY = {
-    "num_vectors": 3, "melbo_steps": 6, "candidates": 2, "max_evaluations": 4, "eval_batch": 2, "max_new_tokens": 3,
-    "evals": "control,shuffled,composition,geometry,rescaled",
-}  # fmt: skip
 
-
-def by_workers(tiny, storage, workers):
-    """The rows of a study, and the stages of its base; `workers` makes a worker for every stage and every unit."""
-    checked = check(Config(**tiny.options(str(storage), "run", **STUDY)))
-    config, url = checked.config, f"{storage}/run"
-    of = workers(lambda: Worker(url, "run", config, checked.concepts, threads=1))
-    stages = [*iter(lambda: next(of).find_base("code"), None)]
-    list(next(of).chains(["code"]))
-    backlog = Backlog("code", config.evals, config.eval_batch, {}, stop_reason="num_vectors")
-    backlog.add_stored(stored_vectors(Run.open(url), "code"))
-    assert backlog.base is not None
-    for unit in itertools.chain.from_iterable(iter(backlog.due, [])):
-        next(of).evaluate(unit, backlog.vectors(unit), backlog.base, backlog.failed(unit))
-        cover(backlog.done, unit)
-    return rows(url), stages
-
-
-def test_a_study_whose_workers_take_turns_at_stages_and_units_is_that_of_one_worker(tiny, tmp_path):
-    def one(make):
-        return itertools.repeat(make())
-
-    def many(make):
-        return itertools.cycle([make(), make()])
-
-    expected, stages = by_workers(tiny, tmp_path / "one", one)
-    found, again = by_workers(tiny, tmp_path / "many", many)
-    assert stages == again
-    assert len(stages) > 4
-    assert found.keys() == expected.keys()
-    for table in expected:
-        assert found[table] == expected[table], table
+def test_a_base_whose_stages_are_done_by_turns_is_that_of_one_worker_and_is_stored_once(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("melbo_ray.cluster.worker.cores", lambda: 1)
+    model, found = LanguageModel.load(str(tiny.folder / "model"), device="cpu"), []
+    for count in (1, 2):
+        options = tiny.options(str(tmp_path), f"run{count}", melbo_steps=6, candidates=2, max_new_tokens=3)
+        checked, url = check(Config(**options)), f"{tmp_path}/run{count}"
+        workers = [Worker(url, "run", checked.config, checked.concepts, threads=1) for _ in range(count)]
+        for worker in workers:
+            vars(worker)["model"] = model  # loaded once for all
+        turns = itertools.cycle(workers)
+        stages = [*iter(lambda turns=turns: next(turns).find_base("code"), None)]
+        assert [unit.name for unit in Run.open(url).fresh()] == ["units/code/base.base.000000-000000.zip"]
+        assert workers[-1].find_base("code") is None  # of one that begins late there is nothing left to compute
+        found.append((rows(url), stages))
+    assert found[0] == found[1]
+    assert len(found[0][1]) == len(set(found[0][1])) > 4
