@@ -28,7 +28,7 @@ from melbo_ray.model.partial import reads_whole, sketch
 from melbo_ray.runs import schema
 from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.run_store import Run
-from melbo_ray.runs.work_unit import WHOLE, Unit
+from melbo_ray.runs.work_unit import Unit
 from melbo_ray.search.vectors import BaseVector, row
 
 SECOND = "MELBO_SECOND_MODEL"
@@ -121,10 +121,11 @@ def work(role: str, packed: bool, folder: str, config: Config) -> int:
         run.commit(Unit.base(concept.name), written)
         list(worker.chains([concept.name]))
     else:
-        worker.find_base(concept.name)
-        for name in (*PER_VECTOR, "shuffled"):
-            kind = "chain" if name in PER_VECTOR else WHOLE
-            worker.evaluate(Unit(concept.name, name, kind, 1, 1), -base[None].numpy(), base.numpy(), {})
+        while worker.find_base(concept.name) is not None:
+            pass
+        for name in PER_VECTOR:
+            worker.evaluate(Unit(concept.name, name, "chain", 1, 1), -base[None].numpy(), base.numpy(), {})
+        worker.evaluate(Unit(concept.name, "shuffled", "shuffled", 1, 1), None, base.numpy(), {})
     return resident_peak()
 
 

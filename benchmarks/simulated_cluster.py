@@ -143,7 +143,7 @@ class Cluster:
 
     def takes(self, seconds: float, call: Any, *arguments: Any, writes: bool = True) -> Takes:
         """A call of an actor that varies by a tenth, and ends with a request to storage if it `writes`."""
-        latency = self.run.storage.draw() if writes else 0.0  # ty: ignore[unresolved-attribute]
+        latency = self.run.storage.draw() if writes else 0.0  # ty: ignore[missing-attribute]
         return Takes(max(0.0, seconds * self._dice.gauss(1.0, 0.1)) + latency, functools.partial(call, *arguments))
 
     def theta(self) -> torch.Tensor:

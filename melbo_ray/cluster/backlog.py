@@ -30,6 +30,7 @@ class Backlog:
         attempts: number of failed attempts, by evaluation, kind (or share) and index.
         theta: every known vector, by kind and index.
         stop_reason: why the chain ended; None while it is running.
+        stages: what is done of the search for the base, by stage.
     """
 
     concept: str
@@ -42,6 +43,7 @@ class Backlog:
     attempts: dict[tuple[str, str, int], int] = field(default_factory=dict)
     theta: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
     stop_reason: str | None = None
+    stages: list[str] = field(default_factory=list)
 
     @property
     def base(self) -> np.ndarray | None:
@@ -77,7 +79,7 @@ class Backlog:
     def due(self) -> list[Unit]:
         """Every unit that can run now and is not done: full batches, and once the chain has ended the remainder."""
         if self.base is None:
-            return [Unit.base(self.concept)]
+            return [Unit.stage(self.concept, len(self.stages))]
         units = []
         for name in self.names:
             for share in EVALUATIONS[name].shares:

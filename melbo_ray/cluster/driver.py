@@ -178,10 +178,11 @@ class Driver:
             self._register_worker(result)
             return
         backlog = self.backlogs[unit.concept]
-        cover(backlog.done, unit)
         if unit.task is Task.BASE:
+            backlog.stages += [] if result is None else [result]
             self._load_stored(backlog)
         else:
+            cover(backlog.done, unit)
             self._enqueue(backlog.released(unit))
             self._evaluations += unit.last - unit.first + 1
             self.failures += result.failures
@@ -245,11 +246,11 @@ class Driver:
         """Record a unit that lost too many workers as failed.
 
         Raises:
-            UserError: the unit is the search for a base, without which the concept cannot go on.
+            UserError: the unit is of the search for a base, without which the concept cannot go on.
         """
         backlog = self.backlogs[unit.concept]
         if unit.task is Task.BASE:
-            raise UserError(f"finding the base of {unit.concept!r} ended its worker {ATTEMPTS} times")
+            raise UserError(f"a stage of finding the base of {unit.concept!r} ended its worker {ATTEMPTS} times")
         failed, keys = backlog.failed(unit), {"run_id": self.run_id, "kind": unit.share}
         facts = {"evaluation": unit.evaluation, "error": "its worker died or hung"}
         rows = [

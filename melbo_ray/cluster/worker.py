@@ -9,7 +9,7 @@ import dataclasses
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from melbo_ray.runs.work_unit import Unit
 from melbo_ray.search import base_vectors
 from melbo_ray.search.chain import chains
 from melbo_ray.search.radius import Calibration
+from melbo_ray.search.stages import Kept
 from melbo_ray.search.vectors import BaseVector, SteeringVector, row, stored_vectors
 
 _STUDIES = 2
@@ -82,6 +83,7 @@ class Worker:
         self.threads, self.whole, self.packed = threads, whole, packed
         self._studies: dict[str, Study] = {}
         self._whole: dict[str, Chain] = {}
+        self._searches: dict[str, Kept[base_vectors.Base]] = {}
         torch.set_num_threads(threads)
 
     @cached_property
@@ -130,12 +132,30 @@ class Worker:
             "fingerprints": fingerprints, "host": socket.gethostname(), "device": name, "role": role, "checks": checks,
         }  # fmt: skip
 
-    def find_base(self, concept: str) -> None:
-        """Find the base of a concept; store it with its `candidates`, `radius` curve and `summary` statistics."""
+    def find_base(self, concept: str) -> str | None:
+        """Do one stage of the search for a concept's base; returns what is done, or None once the base is stored.
+
+        Every stage is stored, so that any worker does the next one, with the same result. The base is stored with its
+        `candidates`, `radius` curve and `summary` statistics.
+        """
         # No other unit of this concept can run yet, so the search may use all cores.
         torch.set_num_threads(cores())
-        base = base_vectors.base_vector(self._slice([concept]), self.concepts[concept], self.config)
-        torch.set_num_threads(self.threads)
+        try:
+            search = self._searches.pop(concept, None) or self._search(concept)
+            done = search.advance()
+        finally:
+            torch.set_num_threads(self.threads)
+        if done is None:
+            self._store_base(concept, search.found)
+        else:
+            self._searches[concept] = search
+        return done
+
+    def _search(self, concept: str) -> Kept[base_vectors.Base]:
+        begin = partial(base_vectors.base_search, self._slice([concept]), self.concepts[concept], self.config)
+        return Kept(begin, self.run.storage, f"stages/{concept}")
+
+    def _store_base(self, concept: str, base: base_vectors.Base) -> None:
         keys = {"run_id": self.run_id, "kind": "candidate"}
         found = [keys | candidate.row() for candidate in base.candidates]
         figures = {"radius": float(base.theta.norm()), **base.shares}

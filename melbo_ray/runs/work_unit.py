@@ -52,6 +52,11 @@ class Unit:
         return cls(concept, Task.BASE.value, "base", 0, 0)
 
     @classmethod
+    def stage(cls, concept: str, number: int) -> "Unit":
+        """A stage of the search for the base, counted by a driver; the last one writes `Unit.base`."""
+        return cls(concept, Task.BASE.value, "stage", number, number)
+
+    @classmethod
     def vector(cls, concept: str, index: int) -> "Unit":
         """The search for one vector of a concept's chain."""
         return cls(concept, Task.CHAIN.value, "chain", index, index)
@@ -69,7 +74,7 @@ class Unit:
     @property
     def sort(self) -> str:
         """Units of one sort take about the same time."""
-        return f"{self.evaluation}.{self.share}"
+        return f"{self.evaluation}.{self.share}{f'.{self.first}' if self.task is Task.BASE else ''}"
 
     @property
     def chain(self) -> int:

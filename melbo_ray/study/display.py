@@ -90,7 +90,8 @@ class Display:
 
     def _describe(self, name: str, backlog: "Backlog", vector: "SteeringVector | None", evaluators: int) -> str:
         if backlog.base is None:
-            return "finding the base vector" + ("" if evaluators else " as soon as an evaluator is there")
+            stage = f": {backlog.stages[-1]}" if backlog.stages else ""
+            return f"finding the base vector{stage}" + ("" if evaluators else ", as soon as an evaluator is there")
         parts = [f"vector {backlog.found} of {backlog.most or self._num_vectors}"]
         if vector is not None:
             parts.append(f"loss {vector.loss:.3g} ({vector.relative_loss:.1%} of unsteered), norm {vector.norm:.3g}")

@@ -33,7 +33,8 @@ def by_one_worker(tiny, storage, study):
     """The rows of a study by one worker in this process, one unit after the other: no driver, no Ray."""
     checked = check(Config(**tiny.options(str(storage), "run", **study)))
     worker = Worker(f"{storage}/run", "run", checked.config, checked.concepts, threads=1)
-    worker.find_base("code")
+    while worker.find_base("code") is not None:
+        pass
     list(worker.chains(["code"]))
     config = checked.config
     backlog = Backlog(

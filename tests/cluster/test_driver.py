@@ -154,6 +154,13 @@ def test_a_base_that_is_known_before_its_finder_answers_is_no_evaluation(drive, 
     assert driven.failures == 0
 
 
+def test_a_base_is_found_though_the_search_kills_more_workers_than_a_stage_may(drive, monkeypatch):
+    monkeypatch.setattr(pool, "ATTEMPTS", 2)
+    run, _, driven = drive(2, Script(stages=3), base=False)
+    assert driven.backlogs["code"].stages == ["stage 0", "stage 1", "stage 2"]
+    assert evaluated(run) == everything(2)
+
+
 def test_a_chain_actor_that_is_lost_is_replaced_by_one_with_the_same_share(drive):
     run, *_ = drive(0, Script(events=(Event.CHAIN_DIES,)), stop_reason=None, concepts=("a", "b", "c", "d"))
     shares = sorted(run.storage.get(name).decode() for name in run.storage.names() if name.startswith("share-"))
