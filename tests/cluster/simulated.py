@@ -160,3 +160,24 @@ class Sleeper:
             empty | {"run_id": self.run_id, "kind": unit.kind, "index": i} for i in range(unit.first, unit.last + 1)
         ]
         return schema.table(unit.evaluation, rows)
+
+
+class SharedSleeper(Sleeper):
+    """What a `SharedWorker` is to the fleet; every run notes which processes have evaluated for it."""
+
+    def ready(self) -> dict[str, object]:
+        self.known = {self.run_id}
+        return super().ready() | {"run_id": self.run_id}
+
+    def of_run(self, job: SimpleNamespace, method: str, *args: object) -> tuple[dict[str, object] | None, object]:
+        self.run, self.run_id = Run.open(job.url), job.run_id
+        self.script = Script.read(self.run)
+        (Path(job.url) / f"by-{os.getpid()}").touch()
+        registered = None
+        if job.run_id not in self.known:
+            self.known.add(job.run_id)
+            registered = {
+                "fingerprints": {}, "host": "here", "device": self.device, "role": "evaluator",
+                "checks": {"slice": {"error": 0.0, "tolerance": 1.0, "compared": 1, "verdict": "agrees"}},
+            }  # fmt: skip
+        return registered, getattr(self, method)(*args)

@@ -2,54 +2,58 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from melbo_ray.runs import queries
+from melbo_ray.runs.lease import holder
+from melbo_ray.runs.run_store import Run
+from melbo_ray.runs.storage import Storage
 from tests.cluster.tiny_study import run_here
 
 SEEDS = (0, 1)
 
 
-def grid(tiny, storage, seeds=SEEDS, **more):
-    """The TOML file of a sweep over concepts and seeds."""
-    options = tiny.options(str(storage), "run", **{"num_vectors": 3, "evals": "kl,generations"} | more)
-    for name in ("run_id", "concepts", "seed"):
-        options.pop(name, None)
-    concepts = [str(tiny.folder / f"{name}.toml") for name in ("code", "alien")]
-    lines = [f"{name} = {json.dumps(value)}" for name, value in options.items()]
-    path = Path(storage) / "small.toml"
-    path.write_text(
-        "\n".join(["[options]", *lines, "[grid]", f"concepts = {json.dumps(concepts)}", f"seed = {list(seeds)}"])
-    )
-    return [sys.executable, "jobs/sweep.py", str(path)]
-
-
 @pytest.fixture(scope="module")
 def swept(tiny, tmp_path_factory, cluster):
-    storage = tmp_path_factory.mktemp("sweep")
-    return storage, run_here(grid(tiny, storage), **cluster)
+    """A sweep of two seeds: its file, its folder, and what it said; and what it says when it is run again."""
+    folder = tmp_path_factory.mktemp("sweep")
+    options = tiny.options(str(folder), "", num_vectors=3, evals="kl", candidates=2, melbo_steps=2)
+    lines = [f"{name} = {json.dumps(value)}" for name, value in options.items() if name != "run_id"]
+    (folder / "small.toml").write_text("\n".join(["[options]", *lines, "[grid]", f"seed = {list(SEEDS)}"]))
+    command = [sys.executable, "jobs/sweep.py", str(folder / "small.toml")]
+    return folder / "small", run_here(command, **cluster), run_here(command, RAY_ADDRESS="nowhere:1")
 
 
 def test_every_cell_is_a_run_and_the_table_compares_them(swept):
-    storage, done = swept
+    folder, done, _ = swept
     assert done.returncode == 0, done.stderr
-    assert "4 of 4 studies finished" in done.stdout
-    folder = storage / "small"
-    runs = sorted(path.parent.name for path in folder.glob("*/run.json"))
-    assert runs == [f"small.concepts-{concept}.seed-{seed}" for concept in ("alien", "code") for seed in SEEDS]
-    for run in runs:
+    assert "2 of 2 studies finished" in done.stdout
+    assert "report:" in done.stdout
+    runs = [f"small.seed-{seed}" for seed in SEEDS]
+    assert sorted(path.parent.name for path in folder.glob("*/run.json")) == runs
+    for run, seed in zip(runs, SEEDS, strict=True):
         manifest = json.loads((folder / run / "run.json").read_text())
-        assert manifest["status"] == "finished"
+        assert (manifest["status"], manifest["seed"]) == ("finished", seed)
         assert set(manifest["checks"]) == {"chain", "evaluator"}
         assert manifest["fingerprint"]
+        assert manifest["concepts"]["code"]["vectors"] == 3
+        assert manifest["concepts"]["code"]["failures"] == 0
+        assert not Run.open(str(folder / run)).fresh()
+        assert holder(Storage(str(folder / run))) is None
         assert (folder / run / "report.html").exists()
     table = pq.read_table(folder / "sweep.parquet").to_pylist()
-    assert [(row["concept"], row["seed"], row["vectors"]) for row in table] == [
-        (concept, str(seed), 3) for concept in ("code", "alien") for seed in SEEDS
+    assert [(row["run_id"], row["seed"], row["vectors"]) for row in table] == [
+        (run, str(seed), 3) for run, seed in zip(runs, SEEDS, strict=True)
     ]
-    assert "small.concepts-code.seed-1/report.html" in (folder / "report.html").read_text()
-    found = queries.connect(str(folder)).sql("SELECT DISTINCT run_id FROM kl").fetchall()
-    assert len(found) == 4
+    assert "small.seed-1/report.html" in (folder / "report.html").read_text()
+    found = queries.connect(str(folder)).sql("SELECT seed, count(*) FROM kl JOIN runs USING (run_id) GROUP BY ALL")
+    assert {seed for seed, _ in found.fetchall()} == set(SEEDS)
+
+
+def test_a_sweep_that_is_finished_takes_no_cluster(swept):
+    _, _, again = swept
+    assert again.returncode == 0, again.stderr
+    assert "2 studies, 2 of them finished before" in again.stdout
+    assert "report:" in again.stdout
