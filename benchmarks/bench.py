@@ -29,7 +29,7 @@ from rich.table import Table
 from torch.nn.functional import normalize
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from benchmarks import chain, growth, memory, query, solvers, text
+from benchmarks import beside, chain, growth, memory, query, solvers, text
 from benchmarks.reference import Bench, Row
 from melbo_ray.cli import exit_code, read_options
 from melbo_ray.concepts.loader import load_concept
@@ -93,6 +93,7 @@ def queries(_bench: Bench) -> Iterator[Row]:
 
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "step": chain.steps,
+    "beside": beside.beside,
     "equal-loss": chain.equal_loss,
     "chain": chain.throughput,
     "solvers": solvers.solvers,
