@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import normalize
 
-from benchmarks import chain, growth, memory, query, solvers, text
+from benchmarks import beside, chain, growth, memory, query, solvers, text
 from benchmarks.reference import Bench, Row
 from benchmarks.shapes import SHAPES, random_model
 from melbo_ray.cli import exit_code, read_options
@@ -74,6 +74,7 @@ def queries(_bench: Bench) -> Iterator[Row]:
 
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "step": chain.steps,
+    "beside": beside.beside,
     "equal-loss": chain.equal_loss,
     "chain": chain.throughput,
     "solvers": solvers.solvers,
