@@ -12,18 +12,18 @@ class Subspace:
     """The span of the added vectors, with an orthonormal basis.
 
     The basis is extended by Gram-Schmidt, applied twice in float64 (Giraud, Langou and Rozložník 2005, "twice is
-    enough"), with a float32 copy on `device` for the projections of the inner loop.
+    enough"), with a float32 copy for the projections of the inner loop.
 
     Args:
         d_model: dimension of the space.
         capacity: maximum number of vectors, at most d_model.
-        device: device on which `remove` computes.
+        device: device of both, on which everything is computed.
     """
 
     def __init__(self, d_model: int, capacity: int, device: torch.device | str = "cpu") -> None:
         if not 0 < capacity <= d_model:
             raise ValueError(f"capacity is {capacity}; expected 1 to d_model = {d_model}")
-        self._exact = torch.zeros(capacity, d_model, dtype=torch.float64)
+        self._exact = torch.zeros(capacity, d_model, dtype=torch.float64, device=device)
         self._basis = torch.zeros(capacity, d_model, device=device)
         self.size = 0
 
@@ -40,8 +40,8 @@ class Subspace:
         return rest.to(vectors.device)
 
     def remove_exact(self, vector: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
-        """Like `remove`, in float64 on the CPU, for vectors that are stored."""
-        exact, basis = vector.to("cpu", torch.float64), self._exact[: self.size]
+        """Like `remove`, in float64 on the subspace's device, for vectors that are stored."""
+        exact, basis = vector.to(self._exact), self._exact[: self.size]
         for _ in range(2):
             exact = exact - (exact @ basis.T) @ basis
         return exact
@@ -54,7 +54,7 @@ class Subspace:
         """
         if self.size == len(self._exact):
             raise ValueError(f"the subspace is full: it was made for {self.size} vectors")
-        unit = vector.to("cpu", torch.float64)
+        unit = vector.to(self._exact)
         norm = unit.norm()
         if not torch.isfinite(norm) or norm == 0:
             raise ValueError(f"a direction needs a finite norm above 0; got {norm:g}")
