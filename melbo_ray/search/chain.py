@@ -136,7 +136,7 @@ class Chain:
         device = self.slice.model.device
         row = torch.tensor([self.row], device=device)
         h = self.slice.h_target(theta[None].to(device), row)
-        return torch.cat([self.slice.mean(h, row, first) for first in self._from]).cpu()
+        return torch.cat([self.slice.mean(h, row, first) for first in self._from])
 
     def _losses(self, theta: Tensor) -> list[float]:
         """‖z(θ) − z(θ₀)‖ for each z of `_z`."""
@@ -167,7 +167,7 @@ class Chain:
         size = min(self.options.block, d_model - self.subspace.size)
         self.seeds = [derive_seed(self.options.seed, self.concept, self.index + i, "start") for i in range(size)]
         starts = [torch.randn(d_model, generator=torch.Generator().manual_seed(seed)) for seed in self.seeds]
-        start = self._remove(torch.cat(starts)).view(size, -1)
+        start = self._remove(torch.cat(starts).to(self.slice.model.device)).view(size, -1)
         return start / start.norm(dim=-1, keepdim=True) * self.radius
 
     def solver(self, options: ChainOptions | None = None) -> BlockSolver:
@@ -208,7 +208,7 @@ class Chain:
             return self.stored[index - 1]
         if self.options.max_norm is not None:
             theta = theta * min(1.0, self.options.max_norm / float(theta.norm()))
-        theta = self.subspace.remove_exact(theta).float()
+        theta = self.subspace.remove_exact(theta).float().cpu()
         losses, norm = self._losses(theta), float(theta.norm())
         relative = [loss / unsteered for loss, unsteered in zip(losses, self.unsteered_losses, strict=True)]
         return SteeringVector(

@@ -16,23 +16,23 @@ class Subspace:
     """The span of the added vectors, with an orthonormal basis.
 
     The basis is extended by Gram-Schmidt, applied twice in float64 (Giraud, Langou and Rozložník 2005, "twice is
-    enough"), with a float32 copy on `device` for the projections of the inner loop. Every 64 vectors their rows are
-    computed anew as a block, by matrix products and QR, from the vectors alone. So a basis of many vectors takes no
-    pass over all rows for each (`extend`), and equals to the bit that of the same vectors added one by one (`add`).
+    enough"), with a float32 copy for the projections of the inner loop. Every 64 vectors their rows are computed anew
+    as a block, by matrix products and QR, from the vectors alone. So a basis of many vectors takes no pass over all
+    rows for each (`extend`), and equals to the bit that of the same vectors added one by one (`add`).
 
     Args:
         d_model: dimension of the space.
         capacity: maximum number of vectors, at most d_model.
-        device: device on which `remove` computes.
+        device: device of both, on which everything is computed.
     """
 
     def __init__(self, d_model: int, capacity: int, device: torch.device | str = "cpu") -> None:
         if not 0 < capacity <= d_model:
             raise ValueError(f"capacity is {capacity}; expected 1 to d_model = {d_model}")
-        self._exact = torch.zeros(capacity, d_model, dtype=torch.float64)
+        self._exact = torch.zeros(capacity, d_model, dtype=torch.float64, device=device)
         self._basis = torch.zeros(capacity, d_model, device=device)
         # Unit vectors in the directions added since the last whole block.
-        self._open = torch.zeros(_BLOCK, d_model, dtype=torch.float64)
+        self._open = torch.zeros(_BLOCK, d_model, dtype=torch.float64, device=device)
         self.size = 0
 
     @property
@@ -48,8 +48,8 @@ class Subspace:
         return rest.to(vectors.device)
 
     def remove_exact(self, vector: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
-        """Like `remove`, in float64 on the CPU, for vectors that are stored."""
-        return _remove(vector.to("cpu", torch.float64), self._exact[: self.size])
+        """Like `remove`, in float64 on the subspace's device, for vectors that are stored."""
+        return _remove(vector.to(self._exact), self._exact[: self.size])
 
     def add(self, vector: Float[Tensor, " d_model"]) -> float:
         """Extend the span by `vector`; returns its largest |cos| with any earlier direction.
@@ -93,7 +93,7 @@ class Subspace:
         """The directions of vectors for which there is room."""
         if self.size + len(vectors) > len(self._exact):
             raise ValueError(f"the subspace is full: it was made for {len(self._exact)} vectors")
-        rows = vectors.to("cpu", torch.float64)
+        rows = vectors.to(self._exact)
         # Row by row: a norm of many rows at once may differ in its last bits.
         norms = torch.stack([row.norm() for row in rows])
         for norm in norms[~(torch.isfinite(norms) & (norms > 0))]:
