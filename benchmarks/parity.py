@@ -84,14 +84,15 @@ def _for_every_release(model: Path, place: Path) -> Path:
 
 
 def measure(folder: Path, pythons: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of every environment."""
-    script, rows = str(Path(__file__).with_name("parity_peer.py")), []
+    """The rows of every environment, a tool with the same releases once."""
+    script, rows = str(Path(__file__).with_name("parity_peer.py")), {}
     for python in pythons:
         ended = subprocess.run([python, script, str(folder)], capture_output=True, text=True, check=False)
-        rows += [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
+        for row in (json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")):
+            rows.setdefault((row["peer"], row["version"], row["transformers"]), row)
         if ended.returncode:
             raise SystemExit(ended.stderr)
-    return rows
+    return list(rows.values())
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -120,7 +121,7 @@ def main() -> None:
         found = table(measure(Path(folder), options.python.split(",")))
     print(found)
     page = PAGE.read_text("utf-8")
-    between = f"{MARKS[0]}\n{found}\n{MARKS[1]}"
+    between = f"{MARKS[0]}\n\n{found}\n\n{MARKS[1]}"
     PAGE.write_text(re.sub(f"{MARKS[0]}.*{MARKS[1]}", lambda _: between, page, flags=re.DOTALL), "utf-8")
 
 

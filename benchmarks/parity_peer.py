@@ -65,6 +65,11 @@ def _plain(case: Case) -> Logits:
     return lambda tokens: _last(model(torch.tensor([tokens])).logits)
 
 
+def _null(case: Case) -> Logits:
+    model = case.model()
+    return lambda tokens: _last(model(torch.tensor([tokens])).logits)
+
+
 def _repeng(case: Case) -> Logits:
     names: dict[str, Any] = {"repeng": importlib.import_module("repeng"), "model": case.model()}
     exec(case.use("gguf", "repeng"), names)
@@ -185,6 +190,7 @@ def _llama_cpp_unsteered(case: Case) -> Logits:
 
 PEERS: dict[str, tuple[str, str, Callable[[Case], Logits]]] = {
     "transformers, the sidecar's hook": ("transformers", "npy", _plain),
+    "no vector": ("transformers", "–", _null),
     "repeng": ("repeng", "gguf", _repeng),
     "dialz": ("dialz", "gguf", _dialz),
     "steering-vectors": ("steering_vectors", "steering-vectors", _steering_vectors),
@@ -195,7 +201,7 @@ PEERS: dict[str, tuple[str, str, Callable[[Case], Logits]]] = {
     "llama.cpp, without the vector": ("xllamacpp", "–", _llama_cpp_unsteered),
 }
 """The tools: module to import, format of the file, and what makes their logits."""
-EXPECTED = {"llama.cpp": "gguf", "llama.cpp, without the vector": "unsteered"}
+EXPECTED = {"no vector": "model", "llama.cpp": "gguf", "llama.cpp, without the vector": "unsteered"}
 """What of melbo_ray's a tool is compared with, where it is not the model of transformers under the vector."""
 
 
