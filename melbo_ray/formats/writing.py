@@ -5,6 +5,7 @@ Layers are counted from 0 in all of them: layer N is the output of decoder block
 
 import base64
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ class Format:
     Attributes:
         suffix: end of the file's name.
         write: writes the file.
-        use: code by tool, with {file}, {layer} and {module} to fill in.
+        use: code by tool, with {file}, {layer}, {module} and {path}, the module in Python, to fill in.
         many: whether a file holds several vectors.
         first_layer: lowest layer that the tool can name.
     """
@@ -137,7 +138,7 @@ logits = bridge.run_with_hooks(tokens, fwd_hooks=[hook])""",
     "nnsight": """\
 vector = {load}
 with model.trace(tokens):
-    model.{module}.output[:] = model.{module}.output + vector  # output[0] on transformers below 5
+    model.{path}.output[:] = model.{path}.output + vector  # output[0] on transformers below 5
     logits = model.output.logits.save()""",
 }
 """Code for the files of plain rows, whose first row it takes; `load` reads it."""
@@ -152,7 +153,7 @@ FORMATS = {
         ".safetensors",
         _safetensors,
         {
-            "melbo_ray": "jobs/ortho.py --base {file} --source-layer {layer}",
+            "melbo_ray": "melbo-ray run --base {file} --source-layer {layer}",
             **_rows_with('safetensors.torch.load_file("{file}")["vectors"][0]'),
         },
         many=True,
@@ -225,7 +226,8 @@ steering = model.ax.proj.weight.data = torch.load("{file}", weights_only=True)""
 
 def use_of(format: Format, file: str, layer: int, module: str) -> dict[str, str]:
     """The code with which each tool takes the file."""
-    fill = {"{file}": file, "{layer}": str(layer), "{module}": module, "{{": "{", "}}": "}"}
+    path = re.sub(r"\.(\d+)", r"[\1]", module)
+    fill = {"{file}": file, "{layer}": str(layer), "{module}": module, "{path}": path, "{{": "{", "}}": "}"}
     filled = dict(format.use)
     for mark, value in fill.items():
         filled = {tool: code.replace(mark, value) for tool, code in filled.items()}
