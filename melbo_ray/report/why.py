@@ -255,4 +255,6 @@ def _reason(db: duckdb.DuckDBPyConnection, concept: str, evaluation: str) -> str
         told = select(db, f"SELECT DISTINCT left_out AS why FROM {evaluation} WHERE concept = ?", concept)["why"]
         if reasons := sorted(str(why) for why in told if why):
             return f"not measured: {reasons[0]}"
+    if db.execute("SELECT count(*) FROM vectors WHERE concept = ? AND kind = 'chain'", [concept]).fetchall()[0][0] < 2:
+        return "not measured: the chain has fewer than two vectors"
     return f"not measured: add --evals {evaluation}"

@@ -9,10 +9,10 @@ from torch import Tensor
 from melbo_ray.errors import UserError
 
 
-def read_vectors(path: str, d_model: int) -> Float[Tensor, "n d_model"]:
+def read_vectors(path: str, d_model: int, option: str = "base") -> Float[Tensor, "n d_model"]:
     """Read the single tensor, (d_model,) or (n, d_model), of a `.safetensors`, `.npy` or `.pt` file, as float32.
 
-    Code in the file is never executed.
+    Code in the file is never executed. `option` is the option that names the file, for errors.
 
     Raises:
         UserError: no such file, another format, or another shape.
@@ -30,7 +30,8 @@ def read_vectors(path: str, d_model: int) -> Float[Tensor, "n d_model"]:
             case ".pt":
                 found = [torch.load(path, weights_only=True, map_location="cpu")]
             case _:
-                raise UserError(f"`base` is {path!r}: expected melbo, contrast, or a .safetensors, .npy or .pt file")
+                other = "melbo, contrast, or " if option == "base" else ""
+                raise UserError(f"`{option}` is {path!r}: expected {other}a .safetensors, .npy or .pt file")
     except UserError:
         raise
     except Exception as error:

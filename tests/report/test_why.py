@@ -84,10 +84,15 @@ def test_what_was_not_measured_is_named_with_its_reason_and_nothing_fails(tmp_pa
     write_part(run, "frozen", "code", [{"kind": "chain", "index": 1, "attention": "free", "left_out": reason}])
     assert {f.verdict for f in findings(queries.connect(str(run)), "code")} == {LEFT_OUT}
     assert found(run, "moving attention").measured == f"not measured: {reason}"
-    assert found(run, "linear map").measured == "not measured: add --evals linear"
+    assert found(run, "linear map").measured == "not measured: the chain has fewer than two vectors"
     report.render(str(run))
     page = (run / "report.html").read_text()
     assert "Nothing that decides between the hypotheses has been measured." in page
+
+
+def test_a_longer_chain_is_told_which_evaluation_to_add(tmp_path):
+    run = write_study(tmp_path, num_vectors=3, without=["linear"])
+    assert found(run, "linear map").measured == "not measured: add --evals linear"
 
 
 def test_the_page_has_every_finding_and_a_sentence_in_the_end(tmp_path):
