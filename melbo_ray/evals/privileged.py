@@ -21,9 +21,9 @@ from melbo_ray.model.steering import PASS_TOKENS
 from melbo_ray.search import base_vectors
 from melbo_ray.seeds import derive_seed
 
-_ANGLES = (0, 22.5, 45, 67.5, 90)
+_ANGLES = (0, 45, 90)
 # The effect sought is half of the base's; norms up to 8 R are tried, in equal ratios.
-_EFFECT, _LEAST, _MOST, _GRID = 0.5, 0.25, 8.0, 16
+_EFFECT, _LEAST, _MOST, _GRID = 0.5, 0.25, 8.0, 9
 _EXPONENTS = torch.linspace(0.5, 8.0, 751, dtype=torch.float64)
 
 
@@ -31,9 +31,9 @@ def run(study: Study, vectors: Vectors) -> Rows:
     """Write `privileged`: the exponent p of each vector mixed with a partner.
 
     `partner`: `base`, `random` (a seeded direction orthogonal to the vector), and for the base itself `contrast`, where
-    the concept has contrast prompts. The effect is ‖z(θ) − z(0)‖, sought at half of the base's; p is the least-squares
-    fit over mixtures at 22.5, 45 and 67.5 degrees. `norm_pure` and `norm_partner` are a and b, `norm_mixed` that at 45
-    degrees. Where a direction does not reach the effect with norm 8 R, figures are null and `left_out` says so. Beside
+    the concept has contrast prompts. The effect is ‖z(θ) − z(0)‖, sought at half of the base's. `norm_pure` and
+    `norm_partner` are a and b, `norm_mixed` the norm of the mixture at 45 degrees, from which p follows. Where a
+    direction does not reach the effect with norm 8 R, figures are null and `left_out` says so. Beside
     a chain's rows stand those of random directions in the vectors' places, as the null.
     """
     rows = []
