@@ -183,7 +183,7 @@ def _rows(
 def _add_why(rows: dict[str, list[dict[str, Any]]], row: dict[str, Any], num_vectors: int) -> None:
     """A chain beside a linear one that ends at once; cosines and lost shares that rise with the layer."""
     n, chain = row["index"], row["kind"] == "chain"
-    found = {"relative_loss": 0.4, "found_linear_loss": 1.1, "cos": 0.05} if chain else {}
+    found = {"relative_loss": 0.4, "found_linear_loss": 1.1, "cos": 0.05, "half_share": 0.2} if chain else {}
     if n:
         rows["linear"].append(row | found | {"linear_loss": 0.35, "linear_loss_at_radius": 0.5})
     if chain:

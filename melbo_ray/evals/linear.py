@@ -31,7 +31,9 @@ def run(study: Study, chain: Vectors) -> Rows:
     vector is the best at the n-th norm found; the null `random`, n − 1 random directions. All losses are relative to
     ‖a‖. `linear_loss` is the least at the norm of the n-th vector found, `linear_loss_at_radius` at R, `least_loss` at
     any norm. `relative_loss` is that of the vector found, `found_linear_loss` what it would be if z were linear, `cos`
-    its cosine with the linear solution. `solution_loss` and `kl_from_base` are the linear solution's in the real model.
+    its cosine with the linear solution, `mirrored_loss` the relative loss of −θ (that of θ if the effect is even in θ),
+    `half_share` the share of its displacement along a that θ/2 has (½ if linear, ¼ if quadratic); these are null for
+    the other kinds. `solution_loss` and `kl_from_base` are the linear solution's in the real model.
     Rows are those of the option `sample`, spread evenly.
     """
     jacobian, aim = study.once(jacobian_and_aim)
@@ -59,9 +61,7 @@ def jacobian_and_aim(study: Study) -> tuple[Float64[Tensor, "d_model d_model"], 
         z = slice_.z(theta, z_from=z_from)
         (gradient,) = torch.autograd.grad(z.gather(1, outputs[:, None]).sum(), theta)
         rows.append(gradient.double().cpu())
-    with torch.no_grad():
-        thetas = torch.stack([torch.zeros_like(study.base), study.base]).to(study.model.device)
-        unsteered, steered = slice_.z(thetas, z_from=z_from).double().cpu()
+    unsteered, steered = z_of(study, torch.stack([torch.zeros_like(study.base), study.base]))
     return torch.cat(rows), steered - unsteered
 
 
@@ -152,7 +152,8 @@ def _rows(study: Study, chain: Vectors, places: list[int], kind: str, taken: Flo
     best = [best_at_norms(jacobian, aim, taken[: p + 1], [norms[p], study.radius, float("inf")]) for p in places]
     solutions = torch.stack([at_norm[0] for (at_norm, _, _) in best]).float()
     kls, losses = [row["kl_from_base"] for row in next_token(study, solutions)], real_losses(study, solutions)
-    found = real_losses(study, chain.theta[places])
+    of_places = chain.theta[places]
+    found, mirrored, half = real_losses(study, of_places), real_losses(study, -of_places), half_shares(study, of_places)
     rows = []
     for i, place in enumerate(places):
         theta, of_chain = chain.theta[place].double(), kind == "chain"
@@ -166,6 +167,8 @@ def _rows(study: Study, chain: Vectors, places: list[int], kind: str, taken: Flo
             "least_loss": best[i][2][1],
             "found_linear_loss": float((jacobian @ theta - aim).norm() / aim.norm()) if of_chain else None,
             "cos": cos if of_chain else None,
+            "mirrored_loss": mirrored[i] if of_chain else None,
+            "half_share": half[i] if of_chain else None,
             "solution_loss": losses[i],
             "kl_from_base": kls[i],
         }
@@ -173,15 +176,24 @@ def _rows(study: Study, chain: Vectors, places: list[int], kind: str, taken: Flo
     return rows
 
 
-@torch.no_grad()
 def real_losses(study: Study, thetas: Float[Tensor, "n d_model"]) -> list[float]:
     """‖z(θ) − z(θ₀)‖ / ‖z(0) − z(θ₀)‖ of each vector."""
-    slice_, z_from = study.once(slice_of), study.config.z_from
-    size = max(1, PASS_TOKENS // int(slice_.lengths[0]))
-    ends = torch.stack([study.base, torch.zeros_like(study.base)])
-    z = [
-        slice_.z(part.to(study.model.device), z_from=z_from).double().cpu()
-        for part in torch.cat([ends, thetas]).split(size)
-    ]
-    base, unsteered, *steered = torch.cat(z)
-    return [float((one - base).norm() / (unsteered - base).norm()) for one in steered]
+    unsteered, base = z_of(study, torch.stack([torch.zeros_like(study.base), study.base]))
+    return ((z_of(study, thetas) - base).norm(dim=-1) / (base - unsteered).norm()).tolist()
+
+
+def half_shares(study: Study, thetas: Float[Tensor, "n d_model"]) -> list[float]:
+    """(z(θ/2) − z(0))·a / (z(θ) − z(0))·a of each vector, a = z(θ₀) − z(0)."""
+    unsteered, base = z_of(study, torch.stack([torch.zeros_like(study.base), study.base]))
+    half, whole = ((z_of(study, part) - unsteered) @ (base - unsteered) for part in (thetas / 2, thetas))
+    return (half / whole).tolist()
+
+
+@torch.no_grad()
+def z_of(study: Study, thetas: Float[Tensor, "n d_model"]) -> Float64[Tensor, "n d_model"]:
+    """z(θ) of each vector on the training prompt, float64 on the CPU."""
+    slice_ = study.once(slice_of)
+    parts = thetas.split(max(1, PASS_TOKENS // int(slice_.lengths[0])))
+    return torch.cat(
+        [slice_.z(part.to(study.model.device), z_from=study.config.z_from).double().cpu() for part in parts]
+    )

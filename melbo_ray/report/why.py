@@ -44,13 +44,12 @@ def findings(db: duckdb.DuckDBPyConnection, concept: str) -> list[Finding]:
 
 def told(db: duckdb.DuckDBPyConnection, concept: str) -> tuple[list[Finding], str]:
     """The findings, and the sentence that concludes them."""
-    found = findings(db, concept)
-    return found, conclusion(found)
+    return (found := findings(db, concept)), conclusion(found)
 
 
 def conclusion(found: list[Finding]) -> str:
     """One sentence that counts the verdicts and names the hypotheses supported and contradicted."""
-    by = {verdict: [f.hypothesis for f in found if f.verdict == verdict] for verdict in (SUPPORTS, AGAINST, LEFT_OUT)}
+    by = {verdict: [f.hypothesis for f in found if f.verdict == verdict] for verdict in (SUPPORTS, AGAINST)}
     decided = sum(f.verdict != LEFT_OUT for f in found)
     if not decided:
         return "Nothing that decides between the hypotheses has been measured."
@@ -81,9 +80,9 @@ def lost_shares(db: duckdb.DuckDBPyConnection, concept: str) -> Columns:
 def _geometry(db: duckdb.DuckDBPyConnection, concept: str) -> tuple[str, str] | None:
     rows = select(
         db,
-        """SELECT c.relative_loss AS found, l.linear_loss AS linear, c.found_linear_loss AS of_first, c.cos AS cos
-           FROM linear c JOIN linear l USING (concept, index) WHERE concept = ? AND c.kind = 'chain'
-           AND l.kind = 'linear' AND isfinite(c.relative_loss) ORDER BY index""",
+        """SELECT c.relative_loss AS found, l.linear_loss AS linear, c.found_linear_loss AS of_first, c.cos AS cos,
+                  c.half_share AS half FROM linear c JOIN linear l USING (concept, index)
+           WHERE concept = ? AND c.kind = 'chain' AND l.kind = 'linear' AND isfinite(c.relative_loss) ORDER BY index""",
         concept,
     )
     if len(rows["found"]) < 2:
@@ -92,9 +91,10 @@ def _geometry(db: duckdb.DuckDBPyConnection, concept: str) -> tuple[str, str] | 
     low, high = median_interval(rows["of_first"])
     text = (
         f"{found} of {len(rows['found'])} vectors found have a loss below 0.5, and {linear} of the chain that a linear "
-        f"map (the Jacobian at 0) has at the same norms. Of their first-order effect alone the vectors found have a "
-        f"loss of {np.median(rows['of_first']):.2f} [{low:.2f}, {high:.2f}] (1: none), and a cosine of "
-        f"{np.median(rows['cos']):.2f} with the linear solution."
+        f"map (Jacobian at 0) has at these norms. To first order alone the vectors found have a loss of "
+        f"{np.median(rows['of_first']):.2f} [{low:.2f}, {high:.2f}] (1: none) and a cosine of "
+        f"{np.median(rows['cos']):.2f} with the linear solution; half of their norm has {np.median(rows['half']):.0%} "
+        f"of their effect (50% if linear)."
     )
     if not found:
         return text, UNDECIDED

@@ -34,7 +34,7 @@ def test_the_verdicts_of_the_figures_that_a_study_has(tmp_path):
     run = write_study(tmp_path, num_vectors=12)
     assert found(run, "linear map").verdict == AGAINST
     assert "12 of 12 vectors found have a loss below 0.5, and 1 of the chain" in found(run, "linear map").measured
-    assert "of 1.10 [1.10, 1.10] (1: none)" in found(run, "linear map").measured
+    assert "a loss of 1.10 [1.10, 1.10] (1: none)" in found(run, "linear map").measured
     assert found(run, "one thing downstream").verdict == SUPPORTS
     assert "0.00 at layer 8, 0.90 [0.90, 0.90] at layer 12" in found(run, "one thing downstream").measured
     assert found(run, "few directions").verdict == SUPPORTS
