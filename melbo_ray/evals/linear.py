@@ -22,26 +22,29 @@ from melbo_ray.model.steering import PASS_TOKENS
 # Dimension of the Krylov space: the loss at a norm is within 1e-3 of the dense solution's (tests).
 _KRYLOV = 64
 _HALVINGS = 60
+_NOTHING_LEFT = 0.999
 
 
 def run(study: Study, chain: Vectors) -> Rows:
     """Write `linear`: for the n-th vector what a linear model allows, beside what was found; J's spectrum to `summary`.
 
     Kinds: `chain`, whose directions taken are the chain's own; `linear`, those of the linear chain itself, whose n-th
-    vector is the best at the n-th norm found; the null `random`, n − 1 random directions. All losses are relative to
-    ‖a‖. `linear_loss` is the least at the norm of the n-th vector found, `linear_loss_at_radius` at R, `least_loss` at
-    any norm. `relative_loss` is that of the vector found, `found_linear_loss` what it would be if z were linear, `cos`
-    its cosine with the linear solution, `mirrored_loss` the relative loss of −θ (that of θ if the effect is even in θ),
-    `half_share` the share of its displacement along a that θ/2 has (½ if linear, ¼ if quadratic); these are null for
-    the other kinds. `solution_loss` and `kl_from_base` are the linear solution's in the real model.
-    Rows are those of the option `sample`, spread evenly.
+    vector is the best at the n-th norm found, up to the one that has no effect left; the null `random`, n − 1 random
+    directions. All losses are relative to ‖a‖. `linear_loss` is the least at the norm of the n-th vector found,
+    `linear_loss_at_radius` at R, `least_loss` at any norm; `solution_loss` and `kl_from_base` are what the solution at
+    the norm found has in the real model. Rows are those of the option `sample`, spread evenly.
+
+    Of the vector found (null for other kinds): `relative_loss`, and `found_linear_loss`, what it would be if z were
+    linear; `cos`, its cosine with the linear solution; `mirrored_loss`, the relative loss of −θ (that of θ if the effect
+    is even in θ); `half_share`, the share of its displacement along a that θ/2 has (½ if linear, ¼ if quadratic).
     """
-    jacobian, aim = study.once(jacobian_and_aim)
     places = evenly(len(chain), study.config.sample or len(chain))
     rows = []
-    for kind, taken in _taken(study, chain, jacobian, aim).items():
-        rows += _rows(study, chain, places, kind, taken)
-    figures = spectrum(jacobian)
+    for kind, taken in taken_before(study, chain).items():
+        rows += rows_beside(study, chain, places, kind, taken)
+    own = linear_chain(study, chain)
+    rows += rows_beside(study, chain, [place for place in places if place < len(own)], "linear", own)
+    figures = spectrum(study.once(jacobian_and_aim)[0])
     summary = [study.row("chain", 0, figure=f"jacobian_{name}", value=value) for name, value in figures.items()]
     return {"linear": rows, "summary": summary}
 
@@ -131,23 +134,34 @@ def _bounded(small: Tensor, goal: Tensor, norms: list[float]) -> list[Tensor]:
     return found
 
 
-def _taken(study: Study, chain: Vectors, jacobian: Tensor, aim: Tensor) -> dict[str, Float64[Tensor, "n d_model"]]:
-    """For each kind, orthonormal rows of which the first n are taken before the n-th vector; the first is θ₀'s."""
-    first = study.base.double()[None]
-    random = more_directions(study, chain.index).theta.double()
-    own = normalize(first, dim=-1)
+def taken_before(study: Study, chain: Vectors) -> dict[str, Float64[Tensor, "n d_model"]]:
+    """For the kinds `chain` and `random`, orthonormal rows of which the first n are taken before the n-th vector."""
+    random = more_directions(study, chain.index).theta
+    return {
+        kind: torch.linalg.qr(torch.cat([study.base[None], rows]).double().T).Q.T.contiguous()
+        for kind, rows in {"chain": chain.theta, "random": random}.items()
+    }
+
+
+def linear_chain(study: Study, chain: Vectors) -> Float64[Tensor, "n d_model"]:
+    """The directions that the linear chain takes, orthonormal, the base's first; it ends where its loss is 0.999."""
+    jacobian, aim = study.once(jacobian_and_aim)
+    own = normalize(study.base.double()[None], dim=-1)
     for norm in chain.norms[: len(aim) - 2]:
-        ((x, _),) = best_at_norms(jacobian, aim, own, [norm])
-        if not x.norm() > 0:
+        ((x, loss),) = best_at_norms(jacobian, aim, own, [norm])
+        if loss > _NOTHING_LEFT:
             break
         own = torch.cat([own, normalize(x - own.T @ (own @ x), dim=0)[None]])
-    stacked = {"chain": torch.cat([first, chain.theta.double()]), "random": torch.cat([first, random])}
-    return {kind: torch.linalg.qr(rows.T).Q.T.contiguous() for kind, rows in stacked.items()} | {"linear": own}
+    return own
 
 
-def _rows(study: Study, chain: Vectors, places: list[int], kind: str, taken: Float64[Tensor, "n d_model"]) -> list[Row]:
+def rows_beside(
+    study: Study, chain: Vectors, places: list[int], kind: str, taken: Float64[Tensor, "n d_model"]
+) -> list[Row]:
+    """The rows of a kind beside the vectors at `places` of the chain."""
+    if not places:
+        return []
     jacobian, aim = study.once(jacobian_and_aim)
-    places = [place for place in places if place < len(taken)]
     norms = chain.norms
     best = [best_at_norms(jacobian, aim, taken[: p + 1], [norms[p], study.radius, float("inf")]) for p in places]
     solutions = torch.stack([at_norm[0] for (at_norm, _, _) in best]).float()

@@ -14,8 +14,7 @@ import numpy as np
 from melbo_ray.report.intervals import median_interval, share_interval
 from melbo_ray.runs.queries import EXAMPLES, Columns, select
 
-SUPPORTS, AGAINST, UNDECIDED = "supports", "speaks against", "does not decide"
-LEFT_OUT = "left out"
+SUPPORTS, AGAINST, UNDECIDED, LEFT_OUT = "supports", "speaks against", "does not decide", "left out"
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def told(db: duckdb.DuckDBPyConnection, concept: str) -> tuple[list[Finding], st
 
 
 def conclusion(found: list[Finding]) -> str:
-    """One sentence that counts the verdicts and names the hypotheses supported and contradicted."""
+    """One sentence that counts the verdicts and names what is supported and what contradicted."""
     by = {verdict: [f.hypothesis for f in found if f.verdict == verdict] for verdict in (SUPPORTS, AGAINST)}
     decided = sum(f.verdict != LEFT_OUT for f in found)
     if not decided:
@@ -80,9 +79,11 @@ def lost_shares(db: duckdb.DuckDBPyConnection, concept: str) -> Columns:
 def _geometry(db: duckdb.DuckDBPyConnection, concept: str) -> tuple[str, str] | None:
     rows = select(
         db,
-        """SELECT c.relative_loss AS found, l.linear_loss AS linear, c.found_linear_loss AS of_first, c.cos AS cos,
-                  c.half_share AS half FROM linear c JOIN linear l USING (concept, index)
-           WHERE concept = ? AND c.kind = 'chain' AND l.kind = 'linear' AND isfinite(c.relative_loss) ORDER BY index""",
+        """WITH l AS (FROM linear WHERE concept = $1)
+           SELECT c.relative_loss AS found, coalesce(o.linear_loss, 1) AS linear, c.found_linear_loss AS of_first,
+                  c.cos AS cos, c.half_share AS half
+           FROM l c LEFT JOIN (FROM l WHERE kind = 'linear') o USING (index)
+           WHERE c.kind = 'chain' AND isfinite(c.relative_loss) ORDER BY index""",
         concept,
     )
     if len(rows["found"]) < 2:
@@ -96,9 +97,10 @@ def _geometry(db: duckdb.DuckDBPyConnection, concept: str) -> tuple[str, str] | 
         f"{np.median(rows['cos']):.2f} with the linear solution; half of their norm has {np.median(rows['half']):.0%} "
         f"of their effect (50% if linear)."
     )
-    if not found:
-        return text, UNDECIDED
-    return text, SUPPORTS if linear >= found / 2 else AGAINST if linear <= found / 4 else UNDECIDED
+    return (
+        text,
+        UNDECIDED if not found or found / 4 < linear < found / 2 else SUPPORTS if linear >= found / 2 else AGAINST,
+    )
 
 
 def _convergence(db: duckdb.DuckDBPyConnection, concept: str) -> tuple[str, str] | None:

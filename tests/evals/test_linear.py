@@ -1,5 +1,7 @@
 """The linear null chain against dense float64 algebra, and its Jacobian against differences of plain transformers."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -96,7 +98,7 @@ def test_predicted_stands_beside_found(study, chain):
         assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-3, rel=1e-3)
     nulls = [row for row in written["linear"].to_pylist() if row["kind"] in ("linear", "random")]
     assert sorted((row["kind"], row["index"]) for row in nulls) == [
-        (k, n) for k in ("linear", "random") for n in chain.index
+        (kind, n) for kind in ("linear", "random") for n in chain.index
     ]
     sigma = np.linalg.svd(jacobian)[1]
     p = sigma / sigma.sum()
@@ -121,3 +123,15 @@ def test_a_full_rank_has_all_dimensions():
     assert linear.spectrum(torch.diag(torch.tensor([5.0, 0, 0], dtype=torch.float64)))[
         "effective_rank"
     ] == pytest.approx(1)
+
+
+def test_of_a_rotation_the_linear_chain_has_one_vector(study, chain):
+    """All that is orthogonal to the solution moves z orthogonally to the aim."""
+    rotation = torch.linalg.qr(torch.randn(D_MODEL, D_MODEL, generator=torch.Generator().manual_seed(0)).double()).Q
+    aim = rotation @ torch.linalg.qr(torch.stack([study.base.double(), chain.theta[0].double()]).T).Q[:, 1]
+    study.once(jacobian_and_aim)
+    fresh = dataclasses.replace(study)
+    fresh._made[jacobian_and_aim] = rotation, aim
+    ((_, loss),) = best_at_norms(rotation, aim, torch.nn.functional.normalize(study.base.double()[None], dim=-1), [4.0])
+    assert loss < 1e-6
+    assert len(linear.linear_chain(fresh, chain)) == 2
