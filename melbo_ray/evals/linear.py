@@ -35,8 +35,9 @@ def run(study: Study, chain: Vectors) -> Rows:
     the norm found has in the real model. Rows are those of the option `sample`, spread evenly.
 
     Of the vector found (null for other kinds): `relative_loss`, and `found_linear_loss`, what it would be if z were
-    linear; `cos`, its cosine with the linear solution; `mirrored_loss`, the relative loss of −θ (that of θ if the effect
-    is even in θ); `half_share`, the share of its displacement along a that θ/2 has (½ if linear, ¼ if quadratic).
+    linear; `cos`, its cosine with the linear solution; `mirrored_loss`, the relative loss of −θ (that of θ if the
+    effect is even in θ); `half_share`, the share of its displacement along a that θ/2 has (½ if linear, ¼ if
+    quadratic).
     """
     places = evenly(len(chain), study.config.sample or len(chain))
     rows = []

@@ -225,14 +225,11 @@ def _hidden(db: duckdb.DuckDBPyConnection, concept: str) -> tuple[str, str] | No
     component, dose = known.get("bessel_rms_component", math.nan), known.get("contrast_norm_for_half_score", math.nan)
     if not math.isfinite(cos):
         return None
+    needed = f"a norm of {dose:.2f}" if math.isfinite(dose) else "more than 2 R, if any norm does it,"
     text = (
         f"The mean difference has an rms cosine of {cos:.3f} with the chain (Bessel's bound {bound:.3f}); no direction "
-        f"has an rms part of more than {component:.2f} in it, and the mean difference needs "
-        + (
-            f"a norm of {dose:.2f} for half of the effect."
-            if math.isfinite(dose)
-            else "more than 2 R, if any norm does."
-        )
+        f"has an rms part of more than {component:.2f} in it, and the mean difference needs {needed} for half of the "
+        f"effect."
     )
     small = not math.isfinite(dose) or component < dose
     return text, AGAINST if small else UNDECIDED
