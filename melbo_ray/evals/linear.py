@@ -35,9 +35,9 @@ def run(study: Study, chain: Vectors) -> Rows:
     the norm found has in the real model. Rows are those of the option `sample`, spread evenly.
 
     Of the vector found (null for other kinds): `relative_loss`, and `found_linear_loss`, what it would be if z were
-    linear; `cos`, its cosine with the linear solution; `mirrored_loss`, the relative loss of −θ (that of θ if the
-    effect is even in θ); `half_share`, the share of its displacement along a that θ/2 has (½ if linear, ¼ if
-    quadratic).
+    linear; `first_order`, Jθ·a / ‖a‖², the part of a that it has to first order; `cos`, its cosine with the linear
+    solution; `mirrored_loss`, the relative loss of −θ (that of θ if the effect is even in θ); `half_share`, the share of
+    its displacement along a that θ/2 has (½ if linear, ¼ if quadratic).
     """
     places = evenly(len(chain), study.config.sample or len(chain))
     rows = []
@@ -45,9 +45,19 @@ def run(study: Study, chain: Vectors) -> Rows:
         rows += rows_beside(study, chain, places, kind, taken)
     own = linear_chain(study, chain)
     rows += rows_beside(study, chain, [place for place in places if place < len(own)], "linear", own)
-    figures = spectrum(study.once(jacobian_and_aim)[0])
+    figures = spectrum(study.once(jacobian_and_aim)[0]) | {"most_below_half": most(study, max(chain.norms), 0.5)}
     summary = [study.row("chain", 0, figure=f"jacobian_{name}", value=value) for name, value in figures.items()]
     return {"linear": rows, "summary": summary}
+
+
+def most(study: Study, norm: float, loss: float) -> float:
+    """An upper bound of the number of orthogonal vectors of at most this norm and loss that any linear chain has.
+
+    ‖Jθ − a‖ ≤ ℓ‖a‖ needs g·θ ≥ 1 − ℓ with g = Jᵀa / ‖a‖², and by Bessel's inequality Σ (g·θ)² / ‖θ‖² ≤ ‖g‖².
+    """
+    jacobian, aim = study.once(jacobian_and_aim)
+    gain = (jacobian.T @ aim).norm() / aim.square().sum()
+    return float((gain * norm / (1 - loss)).square())
 
 
 def slice_of(study: Study) -> Slice:
@@ -181,6 +191,7 @@ def rows_beside(
             "linear_loss_at_radius": best[i][1][1],
             "least_loss": best[i][2][1],
             "found_linear_loss": float((jacobian @ theta - aim).norm() / aim.norm()) if of_chain else None,
+            "first_order": float((jacobian @ theta) @ aim / aim.square().sum()) if of_chain else None,
             "cos": cos if of_chain else None,
             "mirrored_loss": mirrored[i] if of_chain else None,
             "half_share": half[i] if of_chain else None,

@@ -79,28 +79,26 @@ def lost_shares(db: duckdb.DuckDBPyConnection, concept: str) -> Columns:
 def _geometry(db: duckdb.DuckDBPyConnection, concept: str) -> tuple[str, str] | None:
     rows = select(
         db,
-        """WITH l AS (FROM linear WHERE concept = $1)
-           SELECT c.relative_loss AS found, coalesce(o.linear_loss, 1) AS linear, c.found_linear_loss AS of_first,
-                  c.cos AS cos, c.half_share AS half
+        """WITH l AS (FROM linear WHERE concept = $1), s AS (FROM summary WHERE concept = $1)
+           SELECT c.relative_loss AS found, c.linear_loss AS beside, coalesce(o.linear_loss, 1) AS linear,
+                  c.first_order AS of_first, c.half_share AS half,
+                  (SELECT max(value) FROM s WHERE figure = 'jacobian_most_below_half') AS most,
+                  (SELECT count(*) FROM vectors WHERE concept = $1 AND kind = 'chain') / count(*) OVER () AS each
            FROM l c LEFT JOIN (FROM l WHERE kind = 'linear') o USING (index)
            WHERE c.kind = 'chain' AND isfinite(c.relative_loss) ORDER BY index""",
         concept,
     )
     if len(rows["found"]) < 2:
         return None
-    found, linear = int((rows["found"] < 0.5).sum()), int((rows["linear"] < 0.5).sum())
-    low, high = median_interval(rows["of_first"])
+    found, linear = (float((rows[name] < 0.5).sum() * rows["each"][0]) for name in ("found", "linear"))
     text = (
-        f"{found} of {len(rows['found'])} vectors found have a loss below 0.5, and {linear} of the chain that a linear "
-        f"map (Jacobian at 0) has at these norms. To first order alone the vectors found have a loss of "
-        f"{np.median(rows['of_first']):.2f} [{low:.2f}, {high:.2f}] (1: none) and a cosine of "
-        f"{np.median(rows['cos']):.2f} with the linear solution; half of their norm has {np.median(rows['half']):.0%} "
-        f"of their effect (50% if linear)."
+        f"About {found:.0f} vectors found have a loss below 0.5; the chain of a linear map (Jacobian at 0) has about "
+        f"{linear:.0f} at these norms, and none can have more than {rows['most'][0]:.0f}. To first order the vectors "
+        f"have {np.median(rows['of_first']):.0%} of the base's effect; half of their norm has "
+        f"{np.median(rows['half']):.0%} of theirs (50% if linear). Yet the least linear loss beside them differs from "
+        f"theirs by only {np.median(np.abs(rows['beside'] - rows['found'])):.2f}."
     )
-    return (
-        text,
-        UNDECIDED if not found or found / 4 < linear < found / 2 else SUPPORTS if linear >= found / 2 else AGAINST,
-    )
+    return text, SUPPORTS if linear >= found / 2 else AGAINST if found > rows["most"][0] else UNDECIDED
 
 
 def _convergence(db: duckdb.DuckDBPyConnection, concept: str) -> tuple[str, str] | None:

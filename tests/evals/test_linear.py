@@ -90,6 +90,7 @@ def test_predicted_stands_beside_found(study, chain):
             "found_linear_loss": np.linalg.norm(jacobian @ theta.numpy() - aim) / np.linalg.norm(aim),
             "cos": theta.numpy() @ x / np.linalg.norm(theta) / np.linalg.norm(x),
             "relative_loss": np.linalg.norm(z_of(study, theta) - base) / np.linalg.norm(unsteered - base),
+            "first_order": (jacobian @ theta.numpy()) @ aim / (aim @ aim),
             "mirrored_loss": np.linalg.norm(z_of(study, -theta) - base) / np.linalg.norm(unsteered - base),
             "half_share": (z_of(study, theta / 2) - unsteered) @ aim / ((z_of(study, theta) - unsteered) @ aim),
             "solution_loss": np.linalg.norm(z_of(study, torch.from_numpy(x)) - base) / np.linalg.norm(unsteered - base),
@@ -135,3 +136,16 @@ def test_of_a_rotation_the_linear_chain_has_one_vector(study, chain):
     ((_, loss),) = best_at_norms(rotation, aim, torch.nn.functional.normalize(study.base.double()[None], dim=-1), [4.0])
     assert loss < 1e-6
     assert len(linear.linear_chain(fresh, chain)) == 2
+
+
+def test_no_linear_chain_has_more_vectors_than_the_bound_and_one_reaches_it(study):
+    """With g = Jᵀa / ‖a‖² along (1, 1, 1, 1) / 2, four axes share it equally, and each has a quarter of its square."""
+    jacobian, aim = torch.zeros(D_MODEL, D_MODEL, dtype=torch.float64), torch.eye(D_MODEL, dtype=torch.float64)[0]
+    jacobian[0, :4] = 0.5
+    fresh = dataclasses.replace(study)
+    fresh._made[jacobian_and_aim] = jacobian, aim
+    assert linear.most(fresh, 1.0, 0.5) == pytest.approx(4)
+    losses = [float((jacobian @ axis - aim).norm()) for axis in torch.eye(D_MODEL, dtype=torch.float64)]
+    assert sum(loss <= 0.5 for loss in losses) == 4
+    basis = np.linalg.qr(np.random.default_rng(5).normal(size=(D_MODEL, D_MODEL)))[0]
+    assert sum(np.linalg.norm(jacobian.numpy() @ row - aim.numpy()) <= 0.5 for row in basis) <= 4
