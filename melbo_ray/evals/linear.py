@@ -36,8 +36,8 @@ def run(study: Study, chain: Vectors) -> Rows:
 
     Of the vector found (null for other kinds): `relative_loss`, and `found_linear_loss`, what it would be if z were
     linear; `first_order`, Jθ·a / ‖a‖², the part of a that it has to first order; `cos`, its cosine with the linear
-    solution; `mirrored_loss`, the relative loss of −θ (that of θ if the effect is even in θ); `half_share`, the share of
-    its displacement along a that θ/2 has (½ if linear, ¼ if quadratic).
+    solution; `half_share` and `mirrored_share`, the displacement along a of θ/2 and of −θ as a share of that of θ (½
+    and −1 if z is linear, ¼ and 1 if quadratic).
     """
     places = evenly(len(chain), study.config.sample or len(chain))
     rows = []
@@ -178,7 +178,7 @@ def rows_beside(
     solutions = torch.stack([at_norm[0] for (at_norm, _, _) in best]).float()
     kls, losses = [row["kl_from_base"] for row in next_token(study, solutions)], real_losses(study, solutions)
     of_places = chain.theta[places]
-    found, mirrored, half = real_losses(study, of_places), real_losses(study, -of_places), half_shares(study, of_places)
+    found, half, mirrored = real_losses(study, of_places), shares(study, of_places, 0.5), shares(study, of_places, -1)
     rows = []
     for i, place in enumerate(places):
         theta, of_chain = chain.theta[place].double(), kind == "chain"
@@ -193,7 +193,7 @@ def rows_beside(
             "found_linear_loss": float((jacobian @ theta - aim).norm() / aim.norm()) if of_chain else None,
             "first_order": float((jacobian @ theta) @ aim / aim.square().sum()) if of_chain else None,
             "cos": cos if of_chain else None,
-            "mirrored_loss": mirrored[i] if of_chain else None,
+            "mirrored_share": mirrored[i] if of_chain else None,
             "half_share": half[i] if of_chain else None,
             "solution_loss": losses[i],
             "kl_from_base": kls[i],
@@ -208,11 +208,11 @@ def real_losses(study: Study, thetas: Float[Tensor, "n d_model"]) -> list[float]
     return ((z_of(study, thetas) - base).norm(dim=-1) / (base - unsteered).norm()).tolist()
 
 
-def half_shares(study: Study, thetas: Float[Tensor, "n d_model"]) -> list[float]:
-    """(z(θ/2) − z(0))·a / (z(θ) − z(0))·a of each vector, a = z(θ₀) − z(0)."""
+def shares(study: Study, thetas: Float[Tensor, "n d_model"], factor: float) -> list[float]:
+    """(z(factor θ) − z(0))·a / (z(θ) − z(0))·a of each vector, a = z(θ₀) − z(0)."""
     unsteered, base = z_of(study, torch.stack([torch.zeros_like(study.base), study.base]))
-    half, whole = ((z_of(study, part) - unsteered) @ (base - unsteered) for part in (thetas / 2, thetas))
-    return (half / whole).tolist()
+    scaled, whole = ((z_of(study, part) - unsteered) @ (base - unsteered) for part in (thetas * factor, thetas))
+    return (scaled / whole).tolist()
 
 
 @torch.no_grad()

@@ -91,7 +91,7 @@ def test_predicted_stands_beside_found(study, chain):
             "cos": theta.numpy() @ x / np.linalg.norm(theta) / np.linalg.norm(x),
             "relative_loss": np.linalg.norm(z_of(study, theta) - base) / np.linalg.norm(unsteered - base),
             "first_order": (jacobian @ theta.numpy()) @ aim / (aim @ aim),
-            "mirrored_loss": np.linalg.norm(z_of(study, -theta) - base) / np.linalg.norm(unsteered - base),
+            "mirrored_share": (z_of(study, -theta) - unsteered) @ aim / ((z_of(study, theta) - unsteered) @ aim),
             "half_share": (z_of(study, theta / 2) - unsteered) @ aim / ((z_of(study, theta) - unsteered) @ aim),
             "solution_loss": np.linalg.norm(z_of(study, torch.from_numpy(x)) - base) / np.linalg.norm(unsteered - base),
             "kl_from_base": reference.divergences(study, torch.from_numpy(x).float())["kl_from_base"],
