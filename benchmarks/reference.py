@@ -3,8 +3,9 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +14,8 @@ from torch import Tensor
 from melbo_ray.config import Config
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.residual_slice import Slice
+
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -108,9 +111,9 @@ class Reference:
         return loss.detach()
 
 
-def timed(work: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
+def timed(work: Mapping[K, Callable[[], object]], repeats: int, device: torch.device) -> dict[K, float]:
     """Median seconds of each, the repeats interleaved after one unmeasured round."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
+    seconds: dict[K, list[float]] = {name: [] for name in work}
     for turn in range(repeats + 1):
         for name, function in work.items():
             start = now(device)

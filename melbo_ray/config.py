@@ -145,6 +145,8 @@ class ChainOptions(SeedOptions):
     attention sink, whose massive activation then dominates the loss."""
     num_vectors: PositiveInt = 24
     """Number of vectors to find per concept, at most d_model - 1."""
+    orthogonal_to: str | None = None
+    """File of directions (.safetensors, .npy, .pt) to which the chain is orthogonal, besides the base."""
     block: PositiveInt = 1
     """Number of mutually orthogonal vectors optimised jointly: faster, with a higher loss (docs/benchmarks.md)."""
     solver: Literal["lbfgs", "adam"] = "lbfgs"

@@ -165,7 +165,8 @@ def _rows(
             _add_why(rows, row, num_vectors)
         for name in {section.table for section in SECTIONS} - WRITTEN if row["kind"] in ("base", "chain") else ():
             rows[name].append(_ones(name) | row)
-    for figure, value in {"change_point": num_vectors // 2, "bessel_rms_component": 0.7}.items():
+    figures = {"change_point": num_vectors // 2, "bessel_rms_component": 0.7, "jacobian_most_below_half": 5.0}
+    for figure, value in figures.items():
         rows["summary"].append({"kind": "chain", "index": 0, "figure": figure, "value": value})
     for k in (k for k in (2, 3, 5, 10, 20) if k <= num_vectors):
         rows["composition"] += [
@@ -183,7 +184,11 @@ def _rows(
 def _add_why(rows: dict[str, list[dict[str, Any]]], row: dict[str, Any], num_vectors: int) -> None:
     """A chain beside a linear one that ends at once; cosines and lost shares that rise with the layer."""
     n, chain = row["index"], row["kind"] == "chain"
-    found = {"relative_loss": 0.4, "found_linear_loss": 1.1, "cos": 0.05} if chain else {}
+    found = (
+        {"relative_loss": 0.4, "found_linear_loss": 1.1, "cos": 0.05, "first_order": 0.1, "half_share": 0.2}
+        if chain
+        else {}
+    )
     if n:
         rows["linear"].append(row | found | {"linear_loss": 0.35, "linear_loss_at_radius": 0.5})
     if chain:

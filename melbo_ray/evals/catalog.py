@@ -149,7 +149,7 @@ _COMPOSITION = (Share("subsets", _of_subsets, of_length=True),)
 _SHUFFLED = (Share("shuffled", _of_shuffled, settled=SHUFFLED, in_turn=True),)
 _LINEAR = (
     *(Share(name, _of_many, of_vectors=True, of_length=True) for name in ("chain", "linear", "random")),
-    Share("spectrum", _once),
+    Share("spectrum", _once, of_length=True),
 )
 _NULLS = ("kl", "generalization", "generations", "dose", "presence")
 

@@ -24,25 +24,41 @@ from melbo_ray.model.steering import PASS_TOKENS
 # Dimension of the Krylov space: the loss at a norm is within 1e-3 of the dense solution's (tests).
 _KRYLOV = 64
 _HALVINGS = 60
+_NOTHING_LEFT = 0.999
 
 
 def run(study: Study, whole: Chain, share: str, items: Sequence[int]) -> Rows:
     """Write `linear`: for the n-th vector what a linear model allows, beside what was found; J's spectrum to `summary`.
 
     Kinds: `chain`, whose directions taken are the chain's own; `linear`, those of the linear chain itself, whose n-th
-    vector is the best at the n-th norm found; the null `random`, n − 1 random directions. All losses are relative to
-    ‖a‖. `linear_loss` is the least at the norm of the n-th vector found, `linear_loss_at_radius` at R, `least_loss` at
-    any norm. `relative_loss` is that of the vector found, `found_linear_loss` what it would be if z were linear, `cos`
-    its cosine with the linear solution. `solution_loss` and `kl_from_base` are the linear solution's in the real model.
-    Rows are those of at most 64 vectors, spread evenly.
+    vector is the best at the n-th norm found, up to the one that has no effect left; the null `random`, n − 1 random
+    directions. All losses are relative to ‖a‖. `linear_loss` is the least at the norm of the n-th vector found,
+    `linear_loss_at_radius` at R, `least_loss` at any norm; `solution_loss` and `kl_from_base` are what the solution at
+    the norm found has in the real model. Rows are those of at most 64 vectors,
+    spread evenly.
+
+    Of the vector found (null for other kinds): `relative_loss`, and `found_linear_loss`, what it would be if z were
+    linear; `first_order`, Jθ·a / ‖a‖², the part of a that it has to first order; `cos`, its cosine with the linear
+    solution; `half_share` and `mirrored_share`, the displacement along a of θ/2 and of −θ as a share of that of θ (½
+    and −1 if z is linear, ¼ and 1 if quadratic).
     """
+    chain = whole.vectors
     if share == "spectrum":
-        figures = spectrum(study.once(jacobian_and_aim)[0])
+        figures = spectrum(study.once(jacobian_and_aim)[0]) | {"most_below_half": most(study, max(chain.norms), 0.5)}
         return {"summary": [study.row("chain", 0, figure=f"jacobian_{k}", value=v) for k, v in figures.items()]}
-    vectors = whole.vectors.at(items)
-    taken = whole.once(f"linear/{share}", lambda: _taken(study, whole.vectors, share))
-    places = {index: place for place, index in enumerate(whole.vectors.index)}
-    return {"linear": _rows(study, vectors, [places[index] for index in vectors.index], share, taken)}
+    taken = whole.once(f"linear/{share}", lambda: taken_before(study, chain, share))
+    places = [place for place, index in enumerate(chain.index) if index in items and place < len(taken)]
+    return {"linear": rows_beside(study, chain, places, share, taken)}
+
+
+def most(study: Study, norm: float, loss: float) -> float:
+    """An upper bound of the number of orthogonal vectors of at most this norm and loss that any linear chain has.
+
+    ‖Jθ − a‖ ≤ ℓ‖a‖ needs g·θ ≥ 1 − ℓ with g = Jᵀa / ‖a‖², and by Bessel's inequality Σ (g·θ)² / ‖θ‖² ≤ ‖g‖².
+    """
+    jacobian, aim = study.once(jacobian_and_aim)
+    gain = (jacobian.T @ aim).norm() / aim.square().sum()
+    return float((gain * norm / (1 - loss)).square())
 
 
 def slice_of(study: Study) -> Slice:
@@ -60,9 +76,7 @@ def jacobian_and_aim(study: Study) -> tuple[Float64[Tensor, "d_model d_model"], 
         z = slice_.z(theta, z_from=z_from)
         (gradient,) = torch.autograd.grad(z.gather(1, outputs[:, None]).sum(), theta)
         rows.append(gradient.double().cpu())
-    with torch.no_grad():
-        thetas = torch.stack([torch.zeros_like(study.base), study.base]).to(study.model.device)
-        unsteered, steered = slice_.z(thetas, z_from=z_from).double().cpu()
+    unsteered, steered = z_of(study, torch.stack([torch.zeros_like(study.base), study.base]))
     return torch.cat(rows), steered - unsteered
 
 
@@ -132,72 +146,80 @@ def _bounded(small: Tensor, goal: Tensor, norms: list[float]) -> list[Tensor]:
     return found
 
 
-def _taken(study: Study, chain: Vectors, kind: str) -> Float64[Tensor, "n d_model"]:
+def taken_before(study: Study, chain: Vectors, kind: str) -> Float64[Tensor, "n d_model"]:
     """Orthonormal rows of which the first n are taken before the n-th vector of this kind; the first is θ₀'s."""
-    first = study.base.double()[None]
     if kind == "linear":
-        return _linear_chain(study, chain.norms)
+        return linear_chain(study, chain)
     others = chain.theta if kind == "chain" else more_directions(study, chain.index).theta
-    return torch.linalg.qr(torch.cat([first, others.double()]).T).Q.T.contiguous()
+    return torch.linalg.qr(torch.cat([study.base[None], others]).double().T).Q.T.contiguous()
 
 
-def _linear_chain(study: Study, norms: list[float]) -> Float64[Tensor, "n d_model"]:
-    """θ₀ and the linear chain, each the best at its norm after those before, as orthonormal rows."""
+def linear_chain(study: Study, chain: Vectors) -> Float64[Tensor, "n d_model"]:
+    """The directions that the linear chain takes, orthonormal, the base's first; it ends where its loss is 0.999."""
     jacobian, aim = study.once(jacobian_and_aim)
     own = normalize(study.base.double()[None], dim=-1)
-    for norm in norms[: len(aim) - 2]:
-        ((x, _),) = best_at_norms(jacobian, aim, own, [norm])
-        if not x.norm() > 0:
+    for norm in chain.norms[: len(aim) - 2]:
+        ((x, loss),) = best_at_norms(jacobian, aim, own, [norm])
+        if loss > _NOTHING_LEFT:
             break
         own = torch.cat([own, normalize(x - own.T @ (own @ x), dim=0)[None]])
     return own
 
 
-def _rows(
-    study: Study, vectors: Vectors, places: list[int], kind: str, taken: Float64[Tensor, "n d_model"]
+def rows_beside(
+    study: Study, chain: Vectors, places: list[int], kind: str, taken: Float64[Tensor, "n d_model"]
 ) -> list[Row]:
-    """Rows of the vectors at these places of the chain, as far as `taken` goes."""
-    jacobian, aim = study.once(jacobian_and_aim)
-    vectors = vectors.take([i for i, place in enumerate(places) if place < len(taken)])
-    norms, of_chain = vectors.norms, kind == "chain"
-    if not norms:
+    """The rows of a kind beside the vectors at `places` of the chain."""
+    if not places:
         return []
-    best = [
-        best_at_norms(jacobian, aim, taken[: place + 1], [norm, study.radius, float("inf")])
-        for place, norm in zip(places, norms, strict=False)
-    ]
+    jacobian, aim = study.once(jacobian_and_aim)
+    norms = chain.norms
+    best = [best_at_norms(jacobian, aim, taken[: p + 1], [norms[p], study.radius, float("inf")]) for p in places]
     solutions = torch.stack([at_norm[0] for (at_norm, _, _) in best]).float()
     kls, losses = [row["kl_from_base"] for row in next_token(study, solutions)], real_losses(study, solutions)
-    found = real_losses(study, vectors.theta) if of_chain else [None] * len(norms)
+    of_places = chain.theta[places]
+    found, half, mirrored = real_losses(study, of_places), shares(study, of_places, 0.5), shares(study, of_places, -1)
     rows = []
-    for i, index in enumerate(vectors.index):
-        theta = vectors.theta[i].double()
+    for i, place in enumerate(places):
+        theta, of_chain = chain.theta[place].double(), kind == "chain"
         x = best[i][0][0]
         cos = float(theta @ x / (theta.norm() * x.norm()).clamp_min(1e-30))
         columns = {
-            "norm": norms[i],
-            "relative_loss": found[i],
+            "norm": norms[place],
+            "relative_loss": found[i] if of_chain else None,
             "linear_loss": best[i][0][1],
             "linear_loss_at_radius": best[i][1][1],
             "least_loss": best[i][2][1],
             "found_linear_loss": float((jacobian @ theta - aim).norm() / aim.norm()) if of_chain else None,
+            "first_order": float((jacobian @ theta) @ aim / aim.square().sum()) if of_chain else None,
             "cos": cos if of_chain else None,
+            "mirrored_share": mirrored[i] if of_chain else None,
+            "half_share": half[i] if of_chain else None,
             "solution_loss": losses[i],
             "kl_from_base": kls[i],
         }
-        rows.append(study.row(kind, index, **columns))
+        rows.append(study.row(kind, chain.index[place], **columns))
     return rows
 
 
-@torch.no_grad()
 def real_losses(study: Study, thetas: Float[Tensor, "n d_model"]) -> list[float]:
     """‖z(θ) − z(θ₀)‖ / ‖z(0) − z(θ₀)‖ of each vector."""
-    slice_, z_from = study.once(slice_of), study.config.z_from
-    size = max(1, PASS_TOKENS // int(slice_.lengths[0]))
-    ends = torch.stack([study.base, torch.zeros_like(study.base)])
-    z = [
-        slice_.z(part.to(study.model.device), z_from=z_from).double().cpu()
-        for part in torch.cat([ends, thetas]).split(size)
-    ]
-    base, unsteered, *steered = torch.cat(z)
-    return [float((one - base).norm() / (unsteered - base).norm()) for one in steered]
+    unsteered, base = z_of(study, torch.stack([torch.zeros_like(study.base), study.base]))
+    return ((z_of(study, thetas) - base).norm(dim=-1) / (base - unsteered).norm()).tolist()
+
+
+def shares(study: Study, thetas: Float[Tensor, "n d_model"], factor: float) -> list[float]:
+    """(z(factor θ) − z(0))·a / (z(θ) − z(0))·a of each vector, a = z(θ₀) − z(0)."""
+    unsteered, base = z_of(study, torch.stack([torch.zeros_like(study.base), study.base]))
+    scaled, whole = ((z_of(study, part) - unsteered) @ (base - unsteered) for part in (thetas * factor, thetas))
+    return (scaled / whole).tolist()
+
+
+@torch.no_grad()
+def z_of(study: Study, thetas: Float[Tensor, "n d_model"]) -> Float64[Tensor, "n d_model"]:
+    """z(θ) of each vector on the training prompt, float64 on the CPU."""
+    slice_ = study.once(slice_of)
+    parts = thetas.split(max(1, PASS_TOKENS // int(slice_.lengths[0])))
+    return torch.cat(
+        [slice_.z(part.to(study.model.device), z_from=study.config.z_from).double().cpu() for part in parts]
+    )

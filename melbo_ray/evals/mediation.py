@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from melbo_ray.evals.context import TRAINING, Row, Rows, Study, Vectors
-from melbo_ray.evals.convergence import with_null
 from melbo_ray.evals.generalization import LENGTH
 from melbo_ray.evals.kl import divergences
 from melbo_ray.model.sampling import Request, generate
@@ -27,25 +26,23 @@ def run(study: Study, vectors: Vectors) -> Rows:
 
     `subspace`: `none`; `base`, the leading `rank` directions of the base's displacements over the prompt's positions
     from `z_from` on (right singular vectors, uncentred), the same for every vector. Nulls: `other`, those of a random
-    vector of norm R, and `random` ones. Layers: a quarter and half of the way to the target, the target, and half of
-    the way from there to the end.
+    vector of norm R, and `random` ones. Layers: half of the way to the target, the target, and half of the way from
+    there to the end.
 
     Effects: KL from base and unsteered of the next token; `agreement`, the share of the base's greedy continuation (16
     tokens) that stays the likeliest, forced; `concept_score` of the concept's first continuation, nats per token. The
     share of the effect lost is (KL − KL_none) / (KL_unsteered − KL_none).
     """
     rows = []
-    for part in with_null(study, vectors):
-        for index, theta in zip(part.index, part.theta, strict=True):
-            rows += _of_vector(study, part.kind, index, theta)
+    for index, theta in zip(vectors.index, vectors.theta, strict=True):
+        rows += _of_vector(study, vectors.kind, index, theta)
     return {"mediation": rows}
 
 
 def layers_of(study: Study) -> list[int]:
     """The layers at which is projected; all above the source."""
     source, target, last = study.config.source_layer, study.config.target_layer, len(study.model.layers) - 1
-    between = target - source
-    return sorted({source + max(1, between // 4), source + max(1, between // 2), target, (target + last) // 2})
+    return sorted({(source + 1 + target) // 2, target, (target + last) // 2})
 
 
 class Forced:
@@ -98,7 +95,8 @@ def subspaces(study: Study) -> list[dict[str, Float[Tensor, "rank d_model"]]]:
         for name, h in moved.items():
             on_prompt = h[place, 0, study.config.z_from : forced.prompt].double()
             leading[name] = torch.linalg.svd(on_prompt, full_matrices=False).Vh[: max(RANKS)].float()
-        found.append({f"{name}/{rank}": rows[:rank] for name, rows in leading.items() for rank in RANKS})
+        ranks = {"base": RANKS, "other": RANKS, "random": RANKS[-1:]}
+        found.append({f"{name}/{rank}": leading[name][:rank] for name, of in ranks.items() for rank in of})
     return found
 
 

@@ -16,14 +16,13 @@ from torch.nn.functional import normalize
 from melbo_ray.evals.context import Row, Rows, Study, Vectors
 from melbo_ray.evals.control import more_directions
 from melbo_ray.evals.convergence import with_null
-from melbo_ray.evals.linear import slice_of
-from melbo_ray.model.steering import PASS_TOKENS
+from melbo_ray.evals.linear import z_of
 from melbo_ray.search import base_vectors
 from melbo_ray.seeds import derive_seed
 
-_ANGLES = (0, 22.5, 45, 67.5, 90)
+_ANGLES = (0, 45, 90)
 # The effect sought is half of the base's; norms up to 8 R are tried, in equal ratios.
-_EFFECT, _LEAST, _MOST, _GRID = 0.5, 0.25, 8.0, 16
+_EFFECT, _LEAST, _MOST, _GRID = 0.5, 0.25, 8.0, 9
 _EXPONENTS = torch.linspace(0.5, 8.0, 751, dtype=torch.float64)
 
 
@@ -31,9 +30,9 @@ def run(study: Study, vectors: Vectors) -> Rows:
     """Write `privileged`: the exponent p of each vector mixed with a partner.
 
     `partner`: `base`, `random` (a seeded direction orthogonal to the vector), and for the base itself `contrast`, where
-    the concept has contrast prompts. The effect is ‖z(θ) − z(0)‖, sought at half of the base's; p is the least-squares
-    fit over mixtures at 22.5, 45 and 67.5 degrees. `norm_pure` and `norm_partner` are a and b, `norm_mixed` that at 45
-    degrees. Where a direction does not reach the effect with norm 8 R, figures are null and `left_out` says so. Beside
+    the concept has contrast prompts. The effect is ‖z(θ) − z(0)‖, sought at half of the base's. `norm_pure` and
+    `norm_partner` are a and b, `norm_mixed` the norm of the mixture at 45 degrees, from which p follows. Where a
+    direction does not reach the effect with norm 8 R, figures are null and `left_out` says so. Beside
     a chain's rows stand those of random directions in the vectors' places, as the null.
     """
     rows = []
@@ -80,7 +79,6 @@ def exponent(norms: dict[float, float]) -> float:
     return float(_EXPONENTS[errors.argmin()])
 
 
-@torch.no_grad()
 def _norms(study: Study, unit: Float[Tensor, " d_model"], other: Float[Tensor, " d_model"]) -> list[float | None]:
     """The smallest norm at each angle with the effect sought, by log-linear interpolation on the grid; None if none."""
     grid = torch.logspace(math.log10(_LEAST), math.log10(_MOST), _GRID) * study.radius
@@ -104,11 +102,7 @@ def _goal(study: Study) -> float:
     return _EFFECT * float(moved(study, study.base[None])[0])
 
 
-@torch.no_grad()
 def moved(study: Study, thetas: Float[Tensor, "n d_model"]) -> Float[Tensor, " n"]:
     """‖z(θ) − z(0)‖ of each vector, residual-stream units."""
-    slice_, z_from = study.once(slice_of), study.config.z_from
-    size = max(1, PASS_TOKENS // int(slice_.lengths[0]))
-    rows = torch.cat([torch.zeros_like(thetas[:1]), thetas]).split(size)
-    z = torch.cat([slice_.z(part.to(study.model.device), z_from=z_from).double().cpu() for part in rows])
-    return (z[1:] - z[0]).norm(dim=-1).float()
+    unsteered, *steered = z_of(study, torch.cat([torch.zeros_like(thetas[:1]), thetas]))
+    return (torch.stack(steered) - unsteered).norm(dim=-1).float()

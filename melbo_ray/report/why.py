@@ -14,8 +14,7 @@ import numpy as np
 from melbo_ray.report.intervals import median_interval, share_interval
 from melbo_ray.runs.queries import EXAMPLES, Columns, select
 
-SUPPORTS, AGAINST, UNDECIDED = "supports", "speaks against", "does not decide"
-LEFT_OUT = "left out"
+SUPPORTS, AGAINST, UNDECIDED, LEFT_OUT = "supports", "speaks against", "does not decide", "left out"
 
 
 @dataclass(frozen=True)
@@ -44,13 +43,12 @@ def findings(db: duckdb.DuckDBPyConnection, concept: str) -> list[Finding]:
 
 def told(db: duckdb.DuckDBPyConnection, concept: str) -> tuple[list[Finding], str]:
     """The findings, and the sentence that concludes them."""
-    found = findings(db, concept)
-    return found, conclusion(found)
+    return (found := findings(db, concept)), conclusion(found)
 
 
 def conclusion(found: list[Finding]) -> str:
-    """One sentence that counts the verdicts and names the hypotheses supported and contradicted."""
-    by = {verdict: [f.hypothesis for f in found if f.verdict == verdict] for verdict in (SUPPORTS, AGAINST, LEFT_OUT)}
+    """One sentence that counts the verdicts and names what is supported and what contradicted."""
+    by = {verdict: [f.hypothesis for f in found if f.verdict == verdict] for verdict in (SUPPORTS, AGAINST)}
     decided = sum(f.verdict != LEFT_OUT for f in found)
     if not decided:
         return "Nothing that decides between the hypotheses has been measured."
@@ -81,24 +79,26 @@ def lost_shares(db: duckdb.DuckDBPyConnection, concept: str) -> Columns:
 def _geometry(db: duckdb.DuckDBPyConnection, concept: str) -> tuple[str, str] | None:
     rows = select(
         db,
-        """SELECT c.relative_loss AS found, l.linear_loss AS linear, c.found_linear_loss AS of_first, c.cos AS cos
-           FROM linear c JOIN linear l USING (concept, index) WHERE concept = ? AND c.kind = 'chain'
-           AND l.kind = 'linear' AND isfinite(c.relative_loss) ORDER BY index""",
+        """WITH l AS (FROM linear WHERE concept = $1), s AS (FROM summary WHERE concept = $1)
+           SELECT c.relative_loss AS found, c.linear_loss AS beside, coalesce(o.linear_loss, 1) AS linear,
+                  c.first_order AS of_first, c.half_share AS half,
+                  (SELECT max(value) FROM s WHERE figure = 'jacobian_most_below_half') AS most,
+                  (SELECT count(*) FROM vectors WHERE concept = $1 AND kind = 'chain') / count(*) OVER () AS each
+           FROM l c LEFT JOIN (FROM l WHERE kind = 'linear') o USING (index)
+           WHERE c.kind = 'chain' AND isfinite(c.relative_loss) ORDER BY index""",
         concept,
     )
     if len(rows["found"]) < 2:
         return None
-    found, linear = int((rows["found"] < 0.5).sum()), int((rows["linear"] < 0.5).sum())
-    low, high = median_interval(rows["of_first"])
+    found, linear = (float((rows[name] < 0.5).sum() * rows["each"][0]) for name in ("found", "linear"))
     text = (
-        f"{found} of {len(rows['found'])} vectors found have a loss below 0.5, and {linear} of the chain that a linear "
-        f"map (the Jacobian at 0) has at the same norms. Of their first-order effect alone the vectors found have a "
-        f"loss of {np.median(rows['of_first']):.2f} [{low:.2f}, {high:.2f}] (1: none), and a cosine of "
-        f"{np.median(rows['cos']):.2f} with the linear solution."
+        f"About {found:.0f} vectors found have a loss below 0.5; the chain of a linear map (Jacobian at 0) has about "
+        f"{linear:.0f} at these norms, and none can have more than {rows['most'][0]:.0f}. To first order the vectors "
+        f"have {np.median(rows['of_first']):.0%} of the base's effect; half of their norm has "
+        f"{np.median(rows['half']):.0%} of theirs (50% if linear). Yet the least linear loss beside them differs from "
+        f"theirs by only {np.median(np.abs(rows['beside'] - rows['found'])):.2f}."
     )
-    if not found:
-        return text, UNDECIDED
-    return text, SUPPORTS if linear >= found / 2 else AGAINST if linear <= found / 4 else UNDECIDED
+    return text, SUPPORTS if linear >= found / 2 else AGAINST if found > rows["most"][0] else UNDECIDED
 
 
 def _convergence(db: duckdb.DuckDBPyConnection, concept: str) -> tuple[str, str] | None:
@@ -223,14 +223,11 @@ def _hidden(db: duckdb.DuckDBPyConnection, concept: str) -> tuple[str, str] | No
     component, dose = known.get("bessel_rms_component", math.nan), known.get("contrast_norm_for_half_score", math.nan)
     if not math.isfinite(cos):
         return None
+    needed = f"a norm of {dose:.2f}" if math.isfinite(dose) else "more than 2 R, if any norm does it,"
     text = (
         f"The mean difference has an rms cosine of {cos:.3f} with the chain (Bessel's bound {bound:.3f}); no direction "
-        f"has an rms part of more than {component:.2f} in it, and the mean difference needs "
-        + (
-            f"a norm of {dose:.2f} for half of the effect."
-            if math.isfinite(dose)
-            else "more than 2 R, if any norm does."
-        )
+        f"has an rms part of more than {component:.2f} in it, and the mean difference needs {needed} for half of the "
+        f"effect."
     )
     small = not math.isfinite(dose) or component < dose
     return text, AGAINST if small else UNDECIDED
@@ -255,4 +252,6 @@ def _reason(db: duckdb.DuckDBPyConnection, concept: str, evaluation: str) -> str
         told = select(db, f"SELECT DISTINCT left_out AS why FROM {evaluation} WHERE concept = ?", concept)["why"]
         if reasons := sorted(str(why) for why in told if why):
             return f"not measured: {reasons[0]}"
+    if db.execute("SELECT count(*) FROM vectors WHERE concept = ? AND kind = 'chain'", [concept]).fetchall()[0][0] < 2:
+        return "not measured: the chain has fewer than two vectors"
     return f"not measured: add --evals {evaluation}"

@@ -91,7 +91,8 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "linear": _schema(
         norm=_float, relative_loss=_float, linear_loss=_float, linear_loss_at_radius=_float, least_loss=_float,
-        found_linear_loss=_float, cos=_float, solution_loss=_float, kl_from_base=_float,
+        found_linear_loss=_float, first_order=_float, cos=_float, mirrored_share=_float, half_share=_float,
+        solution_loss=_float, kl_from_base=_float,
     ),
     "convergence": _schema(
         layer=_int, position=_text, cos_base=_float, displacement=_float, vector=pa.list_(_float),

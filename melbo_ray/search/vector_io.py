@@ -22,13 +22,14 @@ def names_vectors(base: str) -> bool:
     return base not in COMPUTED and Path(base).suffix != PAIRS
 
 
-def named_vectors(name: str, d_model: int, layer: int) -> Float[Tensor, "n d_model"]:
+def named_vectors(name: str, d_model: int, layer: int, option: str = "base") -> Float[Tensor, "n d_model"]:
     """The vectors that `name` means, float32, for use at layer `layer`.
 
     Args:
         name: path of a file (`read_vectors`), or `URL#concept/index`, a vector of the run at URL; index 0 is its base.
         d_model: width of the residual stream.
         layer: layer to whose output they are to be added.
+        option: the option that names them, for errors.
 
     Raises:
         UserError: no such file, run or vector, or one of another width or layer.
@@ -36,9 +37,9 @@ def named_vectors(name: str, d_model: int, layer: int) -> Float[Tensor, "n d_mod
     if "#" in name and not Path(name).is_file():
         return _of_run(name, d_model, layer)
     if Path(name).suffix not in READERS:
+        others = f"{', '.join(COMPUTED)}, pairs ({PAIRS}), " if option == "base" else ""
         raise UserError(
-            f"`base` is {name!r}: expected {', '.join(COMPUTED)}, pairs ({PAIRS}), a file of vectors "
-            f"({', '.join(READERS)}), or URL#concept/index"
+            f"`{option}` is {name!r}: expected {others}a file of vectors ({', '.join(READERS)}), or URL#concept/index"
         )
     told = Sidecar.beside(name)
     if told is not None and told.site.layer != layer:

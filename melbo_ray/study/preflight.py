@@ -22,6 +22,7 @@ from melbo_ray.model.residual_slice import check_layers
 from melbo_ray.runs.manifest import Manifest, Rendered, RenderedPrompt
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.work_unit import Unit, covers, progress
+from melbo_ray.search.chain import directions_avoided
 from melbo_ray.search.contrast import read_pairs
 from melbo_ray.search.vector_io import COMPUTED, named_vectors, names_vectors
 
@@ -85,6 +86,13 @@ def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
         raise UserError(
             f"--num-vectors is {config.num_vectors}: the model has d_model {shape.d_model}, so at most "
             f"{shape.d_model - 1} vectors are orthogonal to the base and each other"
+        )
+    if config.orthogonal_to is not None and config.num_vectors >= (
+        most := shape.d_model - len(directions_avoided(config, config.source_layer, shape.d_model))
+    ):
+        raise UserError(
+            f"--num-vectors is {config.num_vectors}: beside the base and the directions of --orthogonal-to at most "
+            f"{most - 1} are left of the model's d_model {shape.d_model}"
         )
     for concept in concepts:
         tokens = shape.tokenize(concept.prompt, config.system_prompt)

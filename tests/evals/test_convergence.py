@@ -88,14 +88,14 @@ def patched_logits(study, tokens, theta, layer, units):
 def test_what_is_left_without_a_subspace_is_that_of_plain_transformers(study, chain):
     rows = evaluate("mediation", study, chain.take([1]))["mediation"]
     layers = mediation.layers_of(study)
-    assert rows.num_rows == 2 * len(layers) * (1 + 3 * len(mediation.RANKS))
+    assert rows.num_rows == len(layers) * (1 + 2 * len(mediation.RANKS) + 1)
     prompt = reference.prompt_tokens(study)
     own = reference.written(study, prompt, study.base, 0, 16, greedy=True) or study.model.end_tokens[:1]
     _, base = prompt, reference.log_probs(study, torch.cat([prompt, torch.tensor(own)]), study.base)
     likeliest = base[len(prompt) - 1 : -1].argmax(-1)
     first = study.model.tokenizer(study.concept.continuations[0], add_special_tokens=False)["input_ids"]
     for row in rows.to_pylist():
-        theta = chain.theta[1] if row["kind"] == "chain" else null_of(study, 2, chain.norms[1])
+        theta = chain.theta[1]
         place = layers.index(row["layer"])
         name = f"{row['subspace']}/{row['rank']}"
         units = torch.zeros(1, D_MODEL) if name == "none/0" else study.once(mediation.subspaces)[place][name]

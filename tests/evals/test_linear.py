@@ -1,5 +1,7 @@
 """The linear null chain against dense float64 algebra, and its Jacobian against differences of plain transformers."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -88,13 +90,16 @@ def test_predicted_stands_beside_found(study, chain):
             "found_linear_loss": np.linalg.norm(jacobian @ theta.numpy() - aim) / np.linalg.norm(aim),
             "cos": theta.numpy() @ x / np.linalg.norm(theta) / np.linalg.norm(x),
             "relative_loss": np.linalg.norm(z_of(study, theta) - base) / np.linalg.norm(unsteered - base),
+            "first_order": (jacobian @ theta.numpy()) @ aim / (aim @ aim),
+            "mirrored_share": (z_of(study, -theta) - unsteered) @ aim / ((z_of(study, theta) - unsteered) @ aim),
+            "half_share": (z_of(study, theta / 2) - unsteered) @ aim / ((z_of(study, theta) - unsteered) @ aim),
             "solution_loss": np.linalg.norm(z_of(study, torch.from_numpy(x)) - base) / np.linalg.norm(unsteered - base),
             "kl_from_base": reference.divergences(study, torch.from_numpy(x).float())["kl_from_base"],
         }
         assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-3, rel=1e-3)
     nulls = [row for row in written["linear"].to_pylist() if row["kind"] in ("linear", "random")]
     assert sorted((row["kind"], row["index"]) for row in nulls) == [
-        (k, n) for k in ("linear", "random") for n in chain.index
+        (kind, n) for kind in ("linear", "random") for n in chain.index
     ]
     sigma = np.linalg.svd(jacobian)[1]
     p = sigma / sigma.sum()
@@ -119,3 +124,28 @@ def test_a_full_rank_has_all_dimensions():
     assert linear.spectrum(torch.diag(torch.tensor([5.0, 0, 0], dtype=torch.float64)))[
         "effective_rank"
     ] == pytest.approx(1)
+
+
+def test_of_a_rotation_the_linear_chain_has_one_vector(study, chain):
+    """All that is orthogonal to the solution moves z orthogonally to the aim."""
+    rotation = torch.linalg.qr(torch.randn(D_MODEL, D_MODEL, generator=torch.Generator().manual_seed(0)).double()).Q
+    aim = rotation @ torch.linalg.qr(torch.stack([study.base.double(), chain.theta[0].double()]).T).Q[:, 1]
+    study.once(jacobian_and_aim)
+    fresh = dataclasses.replace(study)
+    fresh._made[jacobian_and_aim] = rotation, aim
+    ((_, loss),) = best_at_norms(rotation, aim, torch.nn.functional.normalize(study.base.double()[None], dim=-1), [4.0])
+    assert loss < 1e-6
+    assert len(linear.linear_chain(fresh, chain)) == 2
+
+
+def test_no_linear_chain_has_more_vectors_than_the_bound_and_one_reaches_it(study):
+    """With g = Jᵀa / ‖a‖² along (1, 1, 1, 1) / 2, four axes share it equally, and each has a quarter of its square."""
+    jacobian, aim = torch.zeros(D_MODEL, D_MODEL, dtype=torch.float64), torch.eye(D_MODEL, dtype=torch.float64)[0]
+    jacobian[0, :4] = 0.5
+    fresh = dataclasses.replace(study)
+    fresh._made[jacobian_and_aim] = jacobian, aim
+    assert linear.most(fresh, 1.0, 0.5) == pytest.approx(4)
+    losses = [float((jacobian @ axis - aim).norm()) for axis in torch.eye(D_MODEL, dtype=torch.float64)]
+    assert sum(loss <= 0.5 for loss in losses) == 4
+    basis = np.linalg.qr(np.random.default_rng(5).normal(size=(D_MODEL, D_MODEL)))[0]
+    assert sum(np.linalg.norm(jacobian.numpy() @ row - aim.numpy()) <= 0.5 for row in basis) <= 4

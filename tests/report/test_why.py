@@ -33,8 +33,11 @@ def frozen(left):
 def test_the_verdicts_of_the_figures_that_a_study_has(tmp_path):
     run = write_study(tmp_path, num_vectors=12)
     assert found(run, "linear map").verdict == AGAINST
-    assert "12 of 12 vectors found have a loss below 0.5, and 1 of the chain" in found(run, "linear map").measured
-    assert "of 1.10 [1.10, 1.10] (1: none)" in found(run, "linear map").measured
+    told = found(run, "linear map").measured
+    assert "About 12 vectors found have a loss below 0.5" in told
+    assert "has about 1 at these norms, and none can have more than 5" in told
+    assert "have 10% of the base's effect; half of their norm has 20% of theirs" in told
+    assert "differs from theirs by only 0.05" in told
     assert found(run, "one thing downstream").verdict == SUPPORTS
     assert "0.00 at layer 8, 0.90 [0.90, 0.90] at layer 12" in found(run, "one thing downstream").measured
     assert found(run, "few directions").verdict == SUPPORTS
@@ -84,10 +87,15 @@ def test_what_was_not_measured_is_named_with_its_reason_and_nothing_fails(tmp_pa
     write_part(run, "frozen", "code", [{"kind": "chain", "index": 1, "attention": "free", "left_out": reason}])
     assert {f.verdict for f in findings(queries.connect(str(run)), "code")} == {LEFT_OUT}
     assert found(run, "moving attention").measured == f"not measured: {reason}"
-    assert found(run, "linear map").measured == "not measured: add --evals linear"
+    assert found(run, "linear map").measured == "not measured: the chain has fewer than two vectors"
     report.render(str(run))
     page = (run / "report.html").read_text()
     assert "Nothing that decides between the hypotheses has been measured." in page
+
+
+def test_a_longer_chain_is_told_which_evaluation_to_add(tmp_path):
+    run = write_study(tmp_path, num_vectors=3, without=["linear"])
+    assert found(run, "linear map").measured == "not measured: add --evals linear"
 
 
 def test_the_page_has_every_finding_and_a_sentence_in_the_end(tmp_path):
