@@ -21,6 +21,8 @@ FLOORS = [
     {"cluster"},
     {"study"},
     {"cli"},
+    {"commands"},
+    {"__main__"},
     {"jobs", "benchmarks"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -1,0 +1,1 @@
+"""The commands of `melbo-ray`, a module each: `main(args)` with the arguments after the command's name."""
