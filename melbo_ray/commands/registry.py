@@ -29,6 +29,8 @@ COMMANDS = {
     "report": Command("the report of a run, and its figures for papers", ("report",)),
     "status": Command("where a run stands, from its storage alone"),
     "plan": Command("what a study will take: memory, GPUs, time, storage"),
+    "steer": Command("texts under a vector of a run, its base and none, side by side"),
+    "play": Command("a local page: pick a vector, slide its norm, read what the model writes"),
 }
 
 

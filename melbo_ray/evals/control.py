@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float64
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from melbo_ray.evals import dose, generalization, generations, greedy, kl, presence
@@ -54,10 +56,17 @@ def random_directions(study: Study, chain: Vectors) -> Vectors:
     basis = torch.linalg.qr(taken.T).Q.T
     thetas = []
     for place, (index, norm) in enumerate(zip(chain.index, chain.norms, strict=True)):
-        seed = derive_seed(study.config.seed, study.concept.name, index, "random direction")
-        draw = torch.randn(taken.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        avoid = basis[: place + 1]
-        for _ in range(2):
-            draw = draw - avoid.T @ (avoid @ draw)
+        draw = random_direction(study.config.seed, study.concept.name, index, basis[: place + 1])
         thetas.append(at_norm(draw[None], norm)[0].float())
     return Vectors("random", chain.index, torch.stack(thetas))
+
+
+def random_direction(
+    seed: int, concept: str, index: int, avoid: Float64[Tensor, "taken d_model"]
+) -> Float64[Tensor, " d_model"]:
+    """The random direction of an index, orthogonal to the orthonormal rows of `avoid`; of no particular norm."""
+    drawn = torch.Generator().manual_seed(derive_seed(seed, concept, index, "random direction"))
+    draw = torch.randn(avoid.shape[1], dtype=torch.float64, generator=drawn)
+    for _ in range(2):
+        draw = draw - avoid.T @ (avoid @ draw)
+    return draw
