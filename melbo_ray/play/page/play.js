@@ -29,13 +29,13 @@ function read() {
   const n = Math.round(clamp(given.get("n"), 0, norms.length - 1, Math.min(1, norms.length - 1)));
   return {
     concept, n,
-    norm: clamp(given.get("norm"), 0, top(concept), null),
+    norm: clamp(given.get("norm"), 0, highest(concept), null),
     length: Math.round(clamp(given.get("length"), 1, known.most_tokens, 48)),
     prompt: given.get("prompt") ?? prompt,
   };
 }
 
-const top = (concept) => 2 * Math.max(...known.concepts[concept].norms);
+const highest = (concept) => 2 * Math.max(...known.concepts[concept].norms);
 
 function show(state) {
   const { norms } = known.concepts[state.concept];
@@ -43,7 +43,7 @@ function show(state) {
   $("concept").value = state.concept;
   for (const id of ["n", "chain"]) Object.assign($(id), { max: norms.length - 1, value: state.n });
   $("of").value = `of ${norms.length - 1}`;
-  Object.assign($("norm"), { max: top(state.concept), step: top(state.concept) / 200, value: norm });
+  Object.assign($("norm"), { max: highest(state.concept), step: highest(state.concept) / 200, value: norm });
   $("norm-told").value = short(norm) + (state.norm === null ? " (its own)" : ` (its own: ${short(norms[state.n])})`);
   Object.assign($("length"), { max: known.most_tokens, value: state.length });
   if ($("prompt").value !== state.prompt) $("prompt").value = state.prompt;
