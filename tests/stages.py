@@ -17,6 +17,7 @@ def write_run(folder: Path, concepts: tuple[str, ...] = ("code",), num_vectors: 
     run = write_study(folder, concepts=concepts, num_vectors=num_vectors, without=("vectors",))
     manifest = json.loads((run / "run.json").read_text())
     manifest["config"] |= {"source_layer": LAYER, "target_layer": 3, "dtype": "float32"}
+    manifest["fingerprint"] = None
     (run / "run.json").write_text(json.dumps(manifest))
     for seed, concept in enumerate(concepts):
         thetas = directions(num_vectors + 1, norm=1.0, seed=seed)
