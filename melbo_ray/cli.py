@@ -1,4 +1,4 @@
-"""The command line of the jobs: options, error messages and exit codes."""
+"""The command line: options, error messages and exit codes."""
 
 import argparse
 import difflib
@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 from pydantic_settings import CliApp, SettingsError
@@ -19,7 +19,7 @@ from melbo_ray.errors import Terminated, UserError
 
 
 def exit_code(main: Callable[[], object]) -> int:
-    """Run a job's main function in the main thread and return its exit code.
+    """Run a command's main function in the main thread and return its exit code.
 
     The code is 0; or, after one line on stderr, 2 for a `UserError`, 130 for Ctrl-C, or 143 for SIGTERM.
     """
@@ -52,15 +52,32 @@ def _flag(option: str) -> str:
     return f"--{option.replace('_', '-')}"
 
 
-def parse(description: str, args: list[str] | None = None) -> Config:
+class Parser(argparse.ArgumentParser):
+    """The options of a command other than those that take a `Config`.
+
+    Args:
+        command: its name, after `melbo-ray`.
+        described: its help, with examples.
+    """
+
+    def __init__(self, command: str, described: str | None) -> None:
+        shown = argparse.RawDescriptionHelpFormatter
+        super().__init__(f"melbo-ray {command}", description=described, formatter_class=shown, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print below its usage."""
+        raise UserError(f"{message}; {self.prog} --help lists the options")
+
+
+def parse(description: str, args: list[str], program: str = "melbo-ray run") -> Config:
     """The configuration of a command line: the options override the TOML file of `--config`, which overrides defaults.
 
     Raises:
         UserError: an unknown option, with the nearest known name, or an invalid value.
         SystemExit: after `--help`.
     """
-    args = list(sys.argv[1:] if args is None else args)
-    command = type("Config", (Config,), {"__doc__": description, "__module__": __name__})
+    described = {"__doc__": description, "__module__": __name__, "model_config": {"cli_prog_name": program}}
+    command = type("Config", (Config,), described)
     try:
         return Config(**CliApp.run(command, cli_args=args, **_read_toml(args)).model_dump())
     except ValidationError as error:

@@ -8,11 +8,14 @@ import nbclient
 import nbformat
 import pyarrow as pa
 import pytest
+import torch
 
 import melbo_ray
+from melbo_ray import Run
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.runs.schema import SCHEMAS
-from tests.families import tiny
+from tests.families import plain_logits, tiny
+from tests.stages import LAYER, write_run
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -57,8 +60,26 @@ def test_links_are_found(tmp_path):
     assert links(page) == [tmp_path / "docs/a.md", tmp_path / "b.png", tmp_path / "d.md"]
 
 
-def test_the_readme_has_one_snippet_that_runs(monkeypatch, capsys):
-    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+def snippets():
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+
+
+def test_the_readme_steers_in_three_lines(monkeypatch, tmp_path):
+    _, snippet = snippets()
+    (tmp_path / "runs").mkdir()
+    write_run(tmp_path / "runs", num_vectors=130).rename(tmp_path / "runs/RUN")
+    monkeypatch.chdir(tmp_path)
+    model, ids = tiny(), torch.arange(40, 50)[None]
+    read = []
+    handle = model.network.register_forward_hook(lambda _m, _a, output: read.append(output.logits[0, -1]))
+    exec(snippet, {"model": model.network, "inputs": {"input_ids": ids, "max_new_tokens": 1}})
+    handle.remove()
+    theta = torch.tensor(Run("runs/RUN").vectors("code")[129].theta)
+    torch.testing.assert_close(read[0], plain_logits(model, ids[0], LAYER, theta)[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_the_readme_has_a_snippet_that_runs(monkeypatch, capsys):
+    snippet, _ = snippets()
     short = {
         "BaseOptions(seed=0)": "BaseOptions(seed=0, candidates=2, melbo_steps=1, max_new_tokens=2)",
         "ChainOptions(num_vectors=4)": "ChainOptions(num_vectors=4, max_evaluations=2, max_relative_loss=99)",

@@ -12,4 +12,4 @@ from melbo_ray.study.imported import import_run
 
 def main(args: list[str]) -> None:
     """Store the vectors as a run, and print its folder."""
-    print(import_run(parse(__doc__ or "", args)).storage.url)
+    print(import_run(parse(__doc__ or "", args, "melbo-ray import")).storage.url)

@@ -4,17 +4,14 @@ melbo-ray verify vectors/code-129.gguf
 melbo-ray verify vectors/code-129.gguf --model models/mine --other-model     # another dtype, or a fine-tuned model
 """
 
-import argparse
-
+from melbo_ray.cli import Parser
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.study.replay import sidecar_of, verify
 
 
 def main(args: list[str]) -> None:
     """Print a line for each vector of the file."""
-    parser = argparse.ArgumentParser(
-        "melbo-ray verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("verify", __doc__)
     parser.add_argument("file", help="a file that export wrote, with its sidecar beside it")
     parser.add_argument("--model", help="model: hub id, directory, or GGUF file; by default the sidecar's")
     parser.add_argument("--other-model", action="store_true", help="allow a model of another fingerprint")

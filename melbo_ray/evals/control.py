@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from jaxtyping import Float64
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from melbo_ray.evals import dose, generalization, generations, greedy, kl, presence
@@ -68,11 +70,23 @@ def random_directions(study: Study, chain: Chain, index: Sequence[int]) -> Vecto
     return Vectors("random", wanted.index, normalize(theta, dim=-1).mul(wanted.theta.norm(dim=-1)[:, None]).float())
 
 
-def _draws(study: Study, index: Sequence[int]) -> torch.Tensor:
-    """A seeded standard normal draw for each index, (n, d_model) float64."""
-    size, seeds = (
-        len(study.base),
-        [derive_seed(study.config.seed, study.concept.name, i, "random direction") for i in index],
-    )
-    draws = [torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seeds]
+def random_direction(
+    seed: int, concept: str, index: int, avoid: Float64[Tensor, "taken d_model"]
+) -> Float64[Tensor, " d_model"]:
+    """The random direction of an index, orthogonal to the orthonormal rows of `avoid`; of no particular norm."""
+    draw = _draw(seed, concept, index, avoid.shape[1])
+    for _ in range(2):
+        draw = draw - avoid.T @ (avoid @ draw)
+    return draw
+
+
+def _draws(study: Study, index: Sequence[int]) -> Float64[Tensor, "n d_model"]:
+    """A seeded standard normal draw for each index."""
+    size = len(study.base)
+    draws = [_draw(study.config.seed, study.concept.name, i, size) for i in index]
     return torch.stack(draws) if draws else torch.zeros(0, size, dtype=torch.float64)
+
+
+def _draw(seed: int, concept: str, index: int, size: int) -> Float64[Tensor, " d_model"]:
+    drawn = torch.Generator().manual_seed(derive_seed(seed, concept, index, "random direction"))
+    return torch.randn(size, dtype=torch.float64, generator=drawn)

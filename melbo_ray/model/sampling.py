@@ -1,6 +1,6 @@
 """Steered text generation with continuous batching: each request has its own prompt, vector and seed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,30 +63,49 @@ def generate(
         UserError: the model cannot be steered (`require_steerable`).
         FloatingPointError: logits that are not finite, for example under a vector that is not finite.
     """
+    found = written(model, requests, source, max_new_tokens=max_new_tokens, top_p=top_p, slots=slots)
+    done = {g.index: Continuation(g.tokens, g.finish_reason) for g, _ in found if g.finish_reason}
+    return [done[index] for index in range(len(requests))]
+
+
+def written(
+    model: LanguageModel,
+    requests: Sequence[Request],
+    source: int,
+    *,
+    max_new_tokens: int,
+    top_p: float = 1.0,
+    slots: int | None = None,
+) -> Iterator[tuple[Generation, Float[Tensor, " vocab"]]]:
+    """The same token by token: every generation after each of its steps, with the logits of that step, float32.
+
+    Arguments and errors as in `generate`. A generation is done once it has a `finish_reason`.
+    """
     if requests:
         require_steerable(model, requests[0].tokens)
     waiting = [_generation(model, index, request, max_new_tokens) for index, request in enumerate(requests)][::-1]
     slots = slots or default_slots(model.device.type)
     batch = _batch(model, source, slots, max((len(g.request.tokens) + g.limit for g in waiting), default=0))
-    done: dict[int, Continuation] = {}
     ends = set(model.end_tokens)
     while waiting or batch.active:
         progress.passes += 1
-        # Prefill at least a quarter of the slots at once: one prompt takes nearly as long as several.
-        if waiting and (room := slots - len(batch.active)) >= max(1, slots // 4):
-            generations = [waiting.pop() for _ in range(min(room, len(waiting)))]
-            logits = batch.admit(generations)
-        else:
-            generations = list(batch.active.values())
-            logits = batch.step()
-        for generation, token in zip(generations, _chosen(generations, logits, top_p), strict=True):
+        with torch.no_grad():
+            # Prefill at least a quarter of the slots at once: one prompt takes nearly as long as several.
+            if waiting and (room := slots - len(batch.active)) >= max(1, slots // 4):
+                generations = [waiting.pop() for _ in range(min(room, len(waiting)))]
+                logits = batch.admit(generations)
+            else:
+                generations = list(batch.active.values())
+                logits = batch.step()
+            tokens = _chosen(generations, logits, top_p)
+        for generation, token in zip(generations, tokens, strict=True):
             if token in ends:
                 generation.finish_reason = "stop"
             else:
                 generation.tokens.append(token)
                 generation.finish_reason = "length" if len(generation.tokens) >= generation.limit else ""
-        done |= {g.index: Continuation(g.tokens, g.finish_reason) for g in batch.pop_finished()}
-    return [done[index] for index in range(len(requests))]
+        batch.pop_finished()
+        yield from zip(generations, logits, strict=True)
 
 
 def default_slots(device: str) -> int:

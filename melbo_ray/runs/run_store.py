@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import io
 import json
+import os
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,9 +25,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from melbo_ray.errors import UserError
 from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.schema import SCHEMA_VERSION, SCHEMAS
 from melbo_ray.runs.storage import Storage, StorageError
+from melbo_ray.runs.vectors import RunVectors, Site
 from melbo_ray.runs.work_unit import Coverage, Unit, cover, covers, spans_of, uncover
 
 _PARTS_AT_ONCE = 8
@@ -40,8 +43,9 @@ _Written = tuple[Unit, dict[str, pa.Table]]
 class Run:
     """One run at `<url>/<run_id>`: anyone may read it, any worker writes units, and only the driver publishes."""
 
-    def __init__(self, storage: Storage) -> None:
-        self.storage = storage
+    def __init__(self, storage: Storage | str | os.PathLike[str]) -> None:
+        """A run by its storage, or by the directory or fsspec URL of its folder."""
+        self.storage = storage if isinstance(storage, Storage) else Storage(os.fspath(storage), patient=False)
         self._known: bytes | None = None
         self._published: Counter[str] = Counter()
 
@@ -126,6 +130,30 @@ class Run:
             for name, old in zip(names, self.storage.get_many(names), strict=True)
         ]
         return _in_order(pa.concat_tables([_schema(table).empty_table(), *merged]))
+
+    def vectors(self, concept: str = "") -> RunVectors:
+        """The base and the chain of a concept; without a name, of the run's only one.
+
+        Raises:
+            UserError: no run or no such concept, no name where there are several, or no base yet.
+        """
+        manifest = self.manifest()
+        if manifest is None:
+            raise UserError(f"no run at {self.storage.url}: expected run.json there")
+        known = list(manifest.definitions or manifest.concepts)
+        if not concept and len(known) > 1:
+            raise UserError(f"{self.storage.url} has several concepts: give one of {', '.join(known)}")
+        name = concept or known[0]
+        if name not in known:
+            raise UserError(f"{self.storage.url} has no concept {concept!r}: expected one of {', '.join(known)}")
+        rows = self.read("vectors", name)
+        rows = rows.filter(pc.field("kind").isin(["base", "chain"]))
+        if rows["index"].to_pylist() != list(range(len(rows))) or not len(rows):
+            raise UserError(f"{self.storage.url} has no base vector of {name} yet: resume the run")
+        layer, model = manifest.config.get("source_layer"), manifest.config.get("model")
+        if layer is None or model is None:
+            raise UserError(f"{self.storage.url}/run.json names no source layer or model: it is no whole manifest")
+        return RunVectors(rows, Site(int(layer), str(model), manifest.fingerprint))
 
     def publish(self, manifest: Manifest, guard: Callable[[], None], everything: bool = True) -> None:
         """Merge the fresh units into the tables' parts, record them in `manifest.done`, and delete them.

