@@ -32,7 +32,7 @@ from melbo_ray.study.display import Display
 from melbo_ray.study.preflight import Checked, compare, defined, prompts, recorded
 from melbo_ray.study.summary import base_figures, base_reason
 
-_PUBLISH_EVERY = 20.0
+_PUBLISH_EVERY, _LOOK_EVERY = 20.0, 1.0
 # In other publications units wait until enough of their part are fresh.
 _EVERYTHING_EVERY = 15
 _FINGERPRINTS = ("fingerprint", "lower_fingerprint")
@@ -89,7 +89,7 @@ class _StudyRun:
         self._publications = 0
         # Concepts whose base was printed, and printed lines of the self-check.
         self._announced: set[str] = set()
-        self._next_publication = time.monotonic() + _PUBLISH_EVERY
+        self._next_publication, self._next_look = time.monotonic() + _PUBLISH_EVERY, 0.0
 
     def drive(self, layout: Any, chains: bool) -> None:
         started, before = time.time(), self.manifest.seconds
@@ -101,6 +101,7 @@ class _StudyRun:
         finished = False
         try:
             driver.drive()
+            self._announce(checks.reasons(driver.checks))
             finished = True
         finally:
             self._publisher.shutdown(wait=True)
@@ -133,10 +134,9 @@ class _StudyRun:
                     self.display.say(f"{name}: the base is {reason}")
                 if figures := base_figures(self.run, name):
                     self.display.say(_base_line(name, figures))
-        for reason in checks.reasons(driver.checks):
-            if reason not in self._announced:
-                self._announced.add(reason)
-                self.display.say(f"self-check: {reason}")
+        if time.monotonic() > self._next_look:  # at every worker's checks: not in every turn of the driver's loop
+            self._next_look = time.monotonic() + _LOOK_EVERY
+            self._announce(checks.reasons(driver.checks))
         self.display.update(driver.backlogs, driver.last, driver.pool.ready)
         if (line := driver.wait_notice()) is not None:
             self.display.say(line)
@@ -147,6 +147,12 @@ class _StudyRun:
             self._next_publication = time.monotonic() + _PUBLISH_EVERY
             self._update_manifest(driver)
             self._publishing = self._publisher.submit(self._publish)
+
+    def _announce(self, reasons: list[str]) -> None:
+        for reason in reasons:
+            if reason not in self._announced:
+                self._announced.add(reason)
+                self.display.say(f"self-check: {reason}")
 
     def _update_manifest(self, driver: Driver) -> None:
         """Copy the driver's state into the manifest; not safe while a publication is running."""

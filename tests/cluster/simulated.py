@@ -96,6 +96,10 @@ class Sleeper:
         role = "evaluator" if self.whole else "chain"
         return {"fingerprints": fingerprints, "host": "here", "device": self.device, "role": role, "checks": {}}
 
+    def progress(self) -> int:
+        """None: whatever takes long hangs."""
+        return 0
+
     def find_base(self, concept: str) -> None:
         self.run.commit(BASE, {"vectors": schema.table("vectors", [ROW | {"kind": "base", "index": 0}])})
         # The death of the chain actor is heard first: another has taken its place.
