@@ -33,7 +33,7 @@ from melbo_ray.study.preflight import Checked, compare, defined, prompts, record
 from melbo_ray.study.summary import base_figures, base_reason
 from melbo_ray.study.upgrade import upgrade
 
-_PUBLISH_EVERY = 20.0
+_PUBLISH_EVERY, _LOOK_EVERY = 20.0, 1.0
 # In other publications units wait until enough of their part are fresh.
 _EVERYTHING_EVERY = 15
 _FINGERPRINTS = ("fingerprint", "lower_fingerprint")
@@ -91,7 +91,7 @@ class StudyRun:
         self._publications = 0
         # Concepts whose base was printed, and printed lines of the self-check.
         self._announced: set[str] = set()
-        self._next_publication = time.monotonic() + _PUBLISH_EVERY
+        self._next_publication, self._next_look = time.monotonic() + _PUBLISH_EVERY, 0.0
         self._growth, self._started = Growth(checked.config, fixed), time.time()
 
     def drive(self, layout: Layout, chains: bool) -> None:
@@ -99,6 +99,7 @@ class StudyRun:
         driver, finished = self.driver(Driver, layout, chains), False
         try:
             driver.drive()
+            self._announce(checks.reasons(driver.checks))
             finished = True
         finally:
             self.conclude(driver, finished)
@@ -147,10 +148,9 @@ class StudyRun:
                     self.display.say(f"{name}: the base is {reason}")
                 if figures := base_figures(self.run, name):
                     self.display.say(_base_line(name, figures))
-        for reason in checks.reasons(driver.checks):
-            if reason not in self._announced:
-                self._announced.add(reason)
-                self.display.say(f"self-check: {reason}")
+        if time.monotonic() > self._next_look:  # at every worker's checks: not in every turn of the driver's loop
+            self._next_look = time.monotonic() + _LOOK_EVERY
+            self._announce(checks.reasons(driver.checks))
         driver.layout = self._growth.follow(driver.layout)
         self.display.update(driver.backlogs, driver.last, driver.pool.ready)
         if (line := driver.wait_notice()) is not None:
@@ -162,6 +162,12 @@ class StudyRun:
             self._next_publication = time.monotonic() + _PUBLISH_EVERY
             self._update_manifest(driver)
             self._publishing = self._publisher.submit(self._publish)
+
+    def _announce(self, reasons: list[str]) -> None:
+        for reason in reasons:
+            if reason not in self._announced:
+                self._announced.add(reason)
+                self.display.say(f"self-check: {reason}")
 
     def _update_manifest(self, driver: Driver) -> None:
         """Copy the driver's state into the manifest; not safe while a publication is running."""
