@@ -234,8 +234,10 @@ class Worker:
     def _whole_chain(self, unit: Unit, study: Study) -> Chain:
         """The chain of the unit's concept, kept until a unit of another concept or of a longer chain comes."""
         chain = self._whole.get(unit.concept)
-        if chain is None or chain.base is not study.base or chain.length < max(unit.chain, unit.last):
-            found = stored_vectors(self.run, unit.concept).chain
+        fits = chain is not None and (chain.length == unit.chain if unit.chain else chain.length >= unit.last)
+        if chain is None or not fits or chain.base is not study.base:
+            # A worker of an earlier driver may have stored a vector more than this driver knows of.
+            found = stored_vectors(self.run, unit.concept).chain[: unit.chain or None]
             vectors = Vectors("chain", [v.index for v in found], torch.stack([v.theta for v in found]))
             chain = Chain(study.base, vectors, lambda table: self.run.read(table, unit.concept))
             self._whole = {unit.concept: chain}

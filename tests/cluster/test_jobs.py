@@ -34,6 +34,7 @@ def test_a_study_ends_with_tables_a_manifest_and_a_summary(undisturbed):
     assert manifest["concepts"]["code"]["stop_reason"] == "num_vectors"
     assert manifest["concepts"]["code"]["max_abs_cos"] <= 1e-6
     assert manifest["concepts"]["code"]["failures"] == 0
+    assert not Storage(url).names("stages")
     assert len(manifest["fingerprint"]) == 64
     assert {"torch", "ray", "python"} <= set(manifest["versions"])
     assert manifest["packed"] == {"chain": True, "evaluator": True}
