@@ -251,12 +251,10 @@ class Driver:
         backlog = self.backlogs[unit.concept]
         if unit.task is Task.BASE:
             raise UserError(f"a stage of finding the base of {unit.concept!r} ended its worker {ATTEMPTS} times")
-        failed, keys = backlog.failed(unit), {"run_id": self.run_id, "kind": unit.share}
-        facts = {"evaluation": unit.evaluation, "error": "its worker died or hung"}
-        rows = [
-            keys | {"index": index} | facts | {"attempts": ATTEMPTS + failed.get(index, 0)}
-            for index in range(unit.first, unit.last + 1)
-        ]
+        failed, facts = backlog.failed(unit), {"run_id": self.run_id, "kind": unit.share, "evaluation": unit.evaluation}
+        attempts = {index: ATTEMPTS + failed.get(index, 0) for index in range(unit.first, unit.last + 1)}
+        facts |= {"error": "its worker died or hung"}
+        rows = [facts | {"index": index, "attempts": count} for index, count in attempts.items()]
         # Empty tables replace the rows that a share of a shorter chain left.
         empty = {name: schema.table(name, []) for name in EVALUATIONS[unit.evaluation].tables}
         self.run.commit(unit, empty | {"failures": schema.table("failures", rows)})

@@ -30,9 +30,8 @@ from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.work_unit import Unit
 from melbo_ray.search import base_vectors
 from melbo_ray.search.chain import chains
-from melbo_ray.search.radius import Calibration
 from melbo_ray.search.stages import Kept
-from melbo_ray.search.vectors import BaseVector, SteeringVector, row, stored_vectors
+from melbo_ray.search.vectors import SteeringVector, base_tables, row, stored_vectors
 
 _STUDIES = 2
 
@@ -156,18 +155,8 @@ class Worker:
         return Kept(begin, self.run.storage, f"stages/{concept}")
 
     def _store_base(self, concept: str, base: base_vectors.Base) -> None:
-        keys = {"run_id": self.run_id, "kind": "candidate"}
-        found = [keys | candidate.row() for candidate in base.candidates]
-        figures = {"radius": float(base.theta.norm()), **base.shares}
-        facts = {"run_id": self.run_id, "kind": "base", "index": 0}
-        written = {
-            "vectors": schema.table("vectors", [row(self.run_id, "base", BaseVector(base.theta))]),
-            "candidates": schema.table("candidates", found),
-            "radius": schema.table("radius", self._curve(base.calibration)),
-            "summary": schema.table("summary", [facts | {"figure": k, "value": v} for k, v in figures.items()]),
-        }
         with contextlib.suppress(FileExistsError):  # another worker was first; the base that it stored counts
-            self.run.commit(Unit.base(concept), written, exclusive=True)
+            self.run.commit(Unit.base(concept), base_tables(self.run_id, base), exclusive=True)
 
     def chains(self, concepts: Sequence[str]) -> Iterator[Found]:
         """Continue the chains of several concepts from their stored state; each vector is stored before it is yielded.
@@ -244,8 +233,10 @@ class Worker:
     def _whole_chain(self, unit: Unit, study: Study) -> Chain:
         """The chain of the unit's concept, kept until a unit of another concept or of a longer chain comes."""
         chain = self._whole.get(unit.concept)
-        if chain is None or chain.base is not study.base or chain.length < max(unit.chain, unit.last):
-            found = stored_vectors(self.run, unit.concept).chain
+        fits = chain is not None and (chain.length == unit.chain if unit.chain else chain.length >= unit.last)
+        if chain is None or not fits or chain.base is not study.base:
+            # A worker of an earlier driver may have stored a vector more than this driver knows of.
+            found = stored_vectors(self.run, unit.concept).chain[: unit.chain or None]
             vectors = Vectors("chain", [v.index for v in found], torch.stack([v.theta for v in found]))
             chain = Chain(study.base, vectors, lambda table: self.run.read(table, unit.concept))
             self._whole = {unit.concept: chain}
@@ -260,8 +251,3 @@ class Worker:
         if self.model.device.type == "cuda":
             return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
         return resident_peak()
-
-    def _curve(self, calibration: Calibration | None) -> list[dict[str, Any]]:
-        curve = zip(calibration.radii, calibration.nonlinearity, strict=True) if calibration else ()
-        keys = {"run_id": self.run_id, "kind": "random"}
-        return [keys | {"index": i, "radius": r, "nonlinearity": share} for i, (r, share) in enumerate(curve)]

@@ -146,7 +146,7 @@ def _concept_status(done: Coverage, concept: str, manifest: Manifest) -> dict[st
     evaluated = {}
     for name in config["evals"]:
         if name in EVALUATIONS and EVALUATIONS[name].shares:
-            evaluated[f"parts of {name}"] = _parts(done, concept, name, found)
+            evaluated[f"items of {name}"] = _items(done, concept, name, found)
             continue
         number = count(done, concept, name, "chain")
         sample = config.get("sample") if name in SAMPLED and number else None
@@ -159,7 +159,7 @@ def _concept_status(done: Coverage, concept: str, manifest: Manifest) -> dict[st
     }
 
 
-def _parts(done: Coverage, concept: str, name: str, found: int) -> str:
+def _items(done: Coverage, concept: str, name: str, found: int) -> str:
     """The items of an evaluation of the whole chain that are done, of those of the chain as it is."""
     shares = EVALUATIONS[name].shares if found else ()
     have = sum(count(done, concept, name, share.kind(found)) for share in shares)

@@ -197,7 +197,8 @@ class StudyRun:
             thetas = [vector.theta for vector in (stored.base, *stored.chain) if vector is not None]
             outcome.max_abs_cos = max_abs_cos(torch.stack(thetas)) if thetas else None
             outcome.failures = len(self.run.read("failures", name))
-        self.run.storage.delete(self.run.storage.names("stages"))
+        if self.manifest.status == "finished":
+            self.run.storage.delete(self.run.storage.names("stages"))
         self.run.storage.sweep()
         self.lease.check()
         self.run.write_manifest(self.manifest)

@@ -34,6 +34,7 @@ def test_a_study_ends_with_tables_a_manifest_and_a_summary(undisturbed):
     assert manifest["concepts"]["code"]["stop_reason"] == "num_vectors"
     assert manifest["concepts"]["code"]["max_abs_cos"] <= 1e-6
     assert manifest["concepts"]["code"]["failures"] == 0
+    assert not Storage(url).names("stages")
     assert len(manifest["fingerprint"]) == 64
     assert {"torch", "ray", "python"} <= set(manifest["versions"])
     assert manifest["packed"] == {"chain": True, "evaluator": True}
@@ -168,7 +169,8 @@ def test_evaluations_are_added_to_two_concepts_without_doing_any_again_but_those
     report = Path(f"{tmp_path}/run/report.html").read_text()
     written = Path(f"{tmp_path}/run/kl/concept=code/part-kl-00000.parquet").stat().st_mtime_ns
     _fail(f"{tmp_path}/run", Unit("code", "dose", "chain", 1, 3))
-    _fail(f"{tmp_path}/run", Unit("alien", "geometry", WHOLE, 1, 3))
+    _fail(f"{tmp_path}/run", Unit("code", "geometry", "summary-of-3", 0, 0))
+    _fail(f"{tmp_path}/run", Unit("alien", "geometry", WHOLE, 1, 3))  # as earlier releases did it
     later = run_here([sys.executable, "jobs/evaluate.py", f"--run={tmp_path}/run", "--evals=dose,geometry"], **cluster)
     assert later.returncode == 0, later.stderr
     after = rows(f"{tmp_path}/run", ("code", "alien"))
@@ -177,6 +179,7 @@ def test_evaluations_are_added_to_two_concepts_without_doing_any_again_but_those
         assert {row["index"] for row in after[concept, "dose"] if row["kind"] == "chain"} == {1, 2, 3}
         assert before[concept, "dose"] == []
         assert after[concept, "geometry"]
+        assert "median_kl" in {row["figure"] for row in after[concept, "summary"]}
         assert after[concept, "failures"] == []
     assert Path(f"{tmp_path}/run/kl/concept=code/part-kl-00000.parquet").stat().st_mtime_ns == written
     assert Path(f"{tmp_path}/run/report.html").read_text() != report
@@ -187,7 +190,8 @@ def test_evaluations_are_added_to_two_concepts_without_doing_any_again_but_those
 
 def _fail(url: str, unit: Unit) -> None:
     """As an evaluator of an earlier driver that could not do it."""
-    facts = {"run_id": "run", "kind": "chain", "evaluation": unit.evaluation, "error": "full", "attempts": 1}
+    kind = "chain" if unit.kind == WHOLE else unit.share
+    facts = {"run_id": "run", "kind": kind, "evaluation": unit.evaluation, "error": "full", "attempts": 1}
     indices = [0] if unit.kind == WHOLE else range(unit.first, unit.last + 1)
     empty = {name: table(name, []) for name in EVALUATIONS[unit.evaluation].tables}
     Run.open(url).commit(unit, empty | {"failures": table("failures", [facts | {"index": i} for i in indices])})

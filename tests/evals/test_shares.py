@@ -147,6 +147,8 @@ def test_every_item_of_a_chain_is_in_one_unit_and_none_in_two(study):
         (name, share.name, item) for name in WHOLE for share in EVALUATIONS[name].shares for item in share.items(30)
     ]
     assert sorted(seen) == sorted(wanted)
+    assert due.evaluations(30) == (len(wanted), len(wanted))
+    assert due.units(30)[0] == due.units(30)[1]
 
 
 def test_shuffled_units_come_one_after_the_other_and_before_the_chain_has_ended(study):

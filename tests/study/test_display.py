@@ -76,6 +76,16 @@ def test_the_slower_of_chain_and_evaluations_rules():
     assert seconds(line) == pytest.approx((units - 4) / 4 * 140, rel=0.1)
 
 
+def test_a_search_for_a_base_tells_its_stage():
+    lines = []
+    for stages in ([], ["R is 3.1"], ["R is 3.1", "candidates 0 to 19 scored"]):
+        out, backlog = StringIO(), Backlog("code", EVALS, BATCH, {}, stages=stages)
+        Display(Console(file=out, width=300), VECTORS, Clock()).update({"code": backlog}, {}, 1)
+        lines.append(out.getvalue())
+    told = "code: finding the base vector"
+    assert lines == [f"{told}\n", f"{told}: R is 3.1\n", f"{told}: candidates 0 to 19 scored\n"]
+
+
 def test_the_time_left_follows_what_has_changed_of_late():
     """A second evaluator has come: from half of the units on, they take half the time."""
     backlog = concept(VECTORS)
