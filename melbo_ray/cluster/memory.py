@@ -96,8 +96,10 @@ def _chain(model: LanguageModel, config: Config, concepts: Sequence[Concept], sh
 def _evaluator(model: LanguageModel, config: Config, concepts: Sequence[Concept], share: float) -> Demand:
     """An evaluator: the whole model, its products in decoding, and the larger of base search and texts with logits."""
     prompts = [_length(model, config, concept.prompt) for concept in concepts]
-    ascending = max(*prompts, min(config.candidates * max(prompts), ASCENT_TOKENS))
-    search = ascending * _kept(_slice(model, config), model) if config.base == "melbo" else 0
+    # Singular vectors are sought in a block of as many, each with both signs.
+    at_once = config.candidates * (2 if config.base == "power" else 1)
+    ascending = max(*prompts, min(at_once * max(prompts), ASCENT_TOKENS))
+    search = ascending * _kept(_slice(model, config), model) if config.base in ("melbo", "power") else 0
     head = model.network.get_output_embeddings()
     packed = _bytes(model.layers, products=True) + _bytes([head], products=True)
     if "shuffled" in resolve(config.evals):  # which optimises vectors as a chain actor does

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -138,7 +139,9 @@ def _pt(data: bytes) -> ByLayer:
     with _unpackable(data):
         pass
     try:
-        found = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of protocols that no pickle has
+            found = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     except Exception as error:
         if "weights_only" in str(error).lower():
             raise UserError("it holds more than tensors, and objects are not loaded: save the tensor alone") from None

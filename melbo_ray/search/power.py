@@ -60,11 +60,10 @@ def _squared(slice: Slice, block: Float[Tensor, "n d_model"], first: int) -> Flo
     step = _STEP * float(slice.h_source.norm(dim=-1).median())
     with torch.no_grad():
         unsteered = slice.h_target(torch.zeros(1, block.shape[1], device=device))
-    parts = []
-    for rows in block.split(max(1, _PASS_TOKENS // (2 * length))):
-        theta = (torch.cat([rows, -rows]) * step).to(device).requires_grad_()
+    signed, gradients = torch.cat([block, -block]) * step, []
+    for rows in signed.split(max(1, _PASS_TOKENS // length)):
+        theta = rows.to(device).requires_grad_()
         change = (slice.h_target(theta) - unsteered)[:, first:]
-        (gradient,) = torch.autograd.grad((change * change).sum() / 2, theta)
-        ahead, behind = gradient.cpu().chunk(2)
-        parts.append((ahead - behind) / (2 * step))
-    return torch.cat(parts)
+        gradients += torch.autograd.grad((change * change).sum() / 2, theta)
+    ahead, behind = torch.cat(gradients).cpu().chunk(2)
+    return (ahead - behind) / (2 * step)

@@ -96,7 +96,7 @@ def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
         )
     for concept in concepts:
         tokens = shape.tokenize(concept.prompt, config.system_prompt)
-        if config.base == "melbo" and len(tokens) <= config.melbo_from:
+        if config.base in ("melbo", "power") and len(tokens) <= config.melbo_from:
             raise UserError(
                 f"--melbo-from {config.melbo_from}: the prompt {_short(concept.prompt)} has only {len(tokens)} tokens, "
                 "so none is left: give a longer prompt, or a smaller --melbo-from"
@@ -198,6 +198,8 @@ def defined(concepts: Sequence[Concept]) -> dict[str, dict[str, Any]]:
 
 def _check_base(config: Config, concepts: Sequence[str], d_model: int) -> None:
     """Raise if the base's vectors or pairs cannot be read, unless the run has stored all its bases already."""
+    if config.base == "power" and config.dtype not in ("float32", "auto"):
+        raise UserError(f"--base power takes differences over small steps: give --dtype float32, not {config.dtype}")
     if config.base in COMPUTED:
         return
     try:

@@ -66,6 +66,22 @@ def test_the_file_of_a_base_may_be_gone_once_the_base_is_stored(options, tmp_pat
         check(Config(**options | {"concepts": ["code", "alien"]}))
 
 
+def test_what_a_base_needs_is_known_before_anything_is_written(options, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"positive": "a b"}\n')
+    np.save(tmp_path / "narrow.npy", np.ones(5, np.float32))
+    for others, said in (
+        ({"base": "power", "dtype": "bfloat16"}, "--dtype float32, not bfloat16"),
+        ({"base": "power", "prompt": "x"}, "--melbo-from 1"),
+        ({"base": str(tmp_path / "pairs.jsonl")}, "line 1 of .* is no pair"),
+        ({"base": str(tmp_path / "narrow.npy")}, "5 entries"),
+        ({"base": "runs/none#code/1"}, "no run at"),
+        ({"base": "nonsense"}, "URL#concept/index"),
+    ):
+        with pytest.raises(UserError, match=said):
+            check(Config(**options | others))
+    check(Config(**options | {"base": "power"}))
+
+
 def test_a_prompt_of_one_token_leaves_melbo_nothing_and_is_refused(options):
     melbo = options | {"base": "melbo", "prompt": "x"}
     with pytest.raises(UserError, match="--melbo-from 1: the prompt 'x' has only 1 tokens"):
