@@ -112,6 +112,7 @@ def value_and_grad(
     The results are on the slice's device, where the inputs are moved if they are elsewhere.
     """
     inputs = (value.to(slice.model.device) for value in (theta, z_base, rows))
-    return slice.value_and_grad(
+    losses, gradient = slice.value_and_grad(
         *inputs, z_from=options.z_from, norm_penalty=options.norm_penalty, max_norm=options.max_norm
     )
+    return losses, gradient
