@@ -13,6 +13,7 @@ from benchmarks import chain as chain_parts
 from benchmarks.gpu_checks import CONCEPTS, ENDLESS, Check, Lab, compared, step_inputs
 from benchmarks.reference import Row, dtype_of, limits, now, timed
 from melbo_ray.model.compiled_step import Recorded
+from melbo_ray.model.steering import Prompts, kl
 from melbo_ray.search.chain import Chain
 from melbo_ray.search.lockstep import steps
 
@@ -22,6 +23,8 @@ EVALUATIONS = ("kl", "generations", "generalization")
 # The study of the bar: vectors of each of its four chains.
 VECTORS = 1558
 _LATE = 1024
+# torch's names for how float32 products may be computed; on a CPU "high" changes nothing.
+PRODUCTS = {"highest": "float32", "high": "TF32", "medium": "bfloat16 or TF32"}
 
 
 def step(lab: Lab) -> Iterator[Row]:
@@ -180,6 +183,27 @@ def precision(lab: Lab) -> Iterator[Row]:
         yield Row("precision", case, statistics.mean(losses), "", note=note)
 
 
+def products(lab: Lab) -> Iterator[Check | Row]:
+    """Logits with TF32 or bfloat16 products of float32 weights: their KL from float32 ones, and their time."""
+    count = 8 if lab.bench.quick else 64
+    prompts = Prompts(lab.bench.model, lab.prompts[:1], lab.bench.config.source_layer)
+    thetas, found, seconds = lab.thetas(count).to(lab.device), {}, {}
+    try:
+        for name in PRODUCTS:
+            torch.set_float32_matmul_precision(name)
+            found[name] = torch.cat(list(prompts.logits(thetas))).double().log_softmax(-1)
+            begin = now(lab.device)
+            list(prompts.logits(thetas))
+            seconds[name] = (now(lab.device) - begin) / count
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for name, what in list(PRODUCTS.items())[1:]:
+        error = float(kl(found[name], found["highest"]).max().clamp(min=0))
+        yield Check("products", f"{what}: KL from float32's, largest of {count}, nats", error, 0.02)
+        note = f"{seconds['highest'] / seconds[name]:.2f} times as fast as float32 products"
+        yield Row("products", f"{what}: next-token logits", seconds[name] * 1e3, "ms/vector", note=note)
+
+
 def memory(lab: Lab) -> Iterator[Row]:
     """The device's peak in all stages so far, and what the formula asks for an evaluator and a chain."""
     from melbo_ray.cluster.memory import demands
@@ -199,6 +223,7 @@ FIGURES: dict[str, Callable[[Lab], Iterator[Any]]] = {
     "study": study,
     "equal loss": equal_loss,
     "precision": precision,
+    "products": products,
     "memory": memory,
     "compiled": compiled,
 }

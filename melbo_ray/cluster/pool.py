@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,11 +10,14 @@ from typing import Any
 
 import ray
 
-from melbo_ray.cluster.session import LOST, Deaths, fetch
+from melbo_ray.cluster.session import FULL, LOST, Deaths, fetch
+from melbo_ray.errors import UserError, first_line
 from melbo_ray.runs.work_unit import WHOLE, Unit
 
 ATTEMPTS = 10
 _DRAIN_SECONDS = 10.0
+# Evaluators in a row for which memory did not suffice while they loaded: once may be chance, on a GPU that others use.
+_MOST_UNFIT = 5
 _FIRST_PATIENCE, _PATIENCE_FACTOR, _LEAST_PATIENCE = 7200.0, 5.0, 60.0
 
 
@@ -60,6 +64,7 @@ class Pool:
         self._queue: deque[Unit] = deque()
         self._attempts: Counter[Unit] = Counter()
         self._seconds: dict[str, list[float]] = {}
+        self._unfit, self._room = 0, math.inf
 
     def __len__(self) -> int:
         return len(self._members)
@@ -82,7 +87,7 @@ class Pool:
         """Scale the pool to drain the backlog in about 10 s, to at most `most` evaluators; stop idle actors."""
         seconds = [value for values in self._seconds.values() for value in values[-20:]]
         each = sum(seconds) / len(seconds) if seconds else _DRAIN_SECONDS
-        wanted = min(max(math.ceil(self.backlog * each / _DRAIN_SECONDS), self._least), most)
+        wanted = min(max(math.ceil(self.backlog * each / _DRAIN_SECONDS), self._least), most, self._room)
         while len(self._members) < wanted:
             actor = self._start()
             self._members.append(_Evaluator(actor, actor.ready.remote(), self._clock()))
@@ -111,14 +116,34 @@ class Pool:
             result = fetch(member.ref)
         except LOST as error:
             self._stop(member)
+            if isinstance(error, FULL) and not member.ready:
+                self._count_unfit(error)
             self._deaths.count(error, bearable=4 + len(self._members))
             return None
         self._deaths.reset()
+        if not member.ready:
+            self._unfit = 0
         if member.work is not None:
             self._seconds.setdefault(member.work.evaluation, []).append(self._age(member))
         done = Done(member.work, result)
         member.ready, member.ref, member.work, member.since = True, None, None, self._clock()
         return done
+
+    def _count_unfit(self, error: BaseException) -> None:
+        """After several in a row that memory did not suffice to load, start no more than are at work.
+
+        Raises:
+            UserError: none is at work.
+        """
+        self._unfit += 1
+        if self._unfit < _MOST_UNFIT or self._room <= self.ready:
+            return
+        said = f"memory does not suffice for {'another' if self.ready else 'an'} evaluator: {self._unfit} in a row "
+        said += f"could not load the model ({first_line(error)})"
+        if not self.ready:
+            raise UserError(f"{said}: give each a larger share with `eval_gpus`, or 0 for the CPU")
+        self._room = self.ready
+        warnings.warn(f"{said}; the run goes on with {self.ready}", stacklevel=2)
 
     def requeue_stragglers(self) -> None:
         """Stop evaluators whose unit takes far longer than earlier ones of its evaluation, and requeue the units."""
