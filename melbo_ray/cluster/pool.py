@@ -64,7 +64,7 @@ class Pool:
         self._queue: deque[Unit] = deque()
         self._attempts: Counter[Unit] = Counter()
         self._seconds: dict[str, list[float]] = {}
-        self._unfit, self._room = 0, math.inf
+        self._unfit, self._room = 0, 1 << 30
 
     def __len__(self) -> int:
         return len(self._members)
