@@ -13,6 +13,7 @@ from benchmarks import chain as chain_parts
 from benchmarks.gpu_checks import CONCEPTS, ENDLESS, Check, Lab, compared, step_inputs
 from benchmarks.reference import Row, dtype_of, limits, now, timed
 from melbo_ray.model.compiled_step import Recorded
+from melbo_ray.model.steering import Prompts, kl
 from melbo_ray.search.chain import Chain
 from melbo_ray.search.lockstep import steps
 
@@ -22,6 +23,8 @@ EVALUATIONS = ("kl", "generations", "generalization")
 # The study of the bar: vectors of each of its four chains.
 VECTORS = 1558
 _LATE = 1024
+# torch's names for how float32 products may be computed; on a CPU "high" changes nothing.
+PRODUCTS = {"highest": "float32", "high": "TF32", "medium": "bfloat16 or TF32"}
 
 
 def step(lab: Lab) -> Iterator[Row]:
@@ -115,23 +118,26 @@ def evaluation(lab: Lab) -> Iterator[Row]:
 
 def evaluations(lab: Lab) -> Iterator[Row]:
     """Seconds a vector of each evaluation of the bar, in units as a study cuts them."""
+    for name in EVALUATIONS:
+        first, seconds, count = _evaluated(lab, name)
+        lab.kept[name] = seconds
+        yield Row("evaluations", name, seconds * 1e3, "ms/vector", note=f"units of {count}; the first {first:.1f} s")
+
+
+def _evaluated(lab: Lab, name: str) -> tuple[float, float, int]:
+    """Seconds of a first unit of this evaluation, seconds a vector of later ones, and vectors a unit."""
     from melbo_ray.evals.context import Study, Vectors
 
     study = Study(lab.bench.model, lab.bench.config, lab.concept, "gpu", lab.bench.base)
     count = 2 if lab.bench.quick else lab.bench.config.eval_batch
     vectors = Vectors("chain", range(1, count + 1), lab.thetas(count))
-    for name in EVALUATIONS:
-        run: Callable[..., object] = importlib.import_module(f"melbo_ray.evals.{name}").run
-        begin = now(lab.device)
+    run: Callable[..., object] = importlib.import_module(f"melbo_ray.evals.{name}").run
+    times = [now(lab.device)]
+    for _ in range(2 if lab.bench.quick else 4):
         run(study, vectors)
-        first = now(lab.device) - begin
-        begins = [now(lab.device)]
-        for _ in range(1 if lab.bench.quick else 3):
-            run(study, vectors)
-            begins.append(now(lab.device))
-        seconds = statistics.median(b - a for a, b in itertools.pairwise(begins)) / count
-        lab.kept[name] = seconds
-        yield Row("evaluations", name, seconds * 1e3, "ms/vector", note=f"units of {count}; the first {first:.1f} s")
+        times.append(now(lab.device))
+    first, *later = (after - before for before, after in itertools.pairwise(times))
+    return first, statistics.median(later) / count, count
 
 
 def study(lab: Lab) -> Iterator[Row]:
@@ -180,6 +186,29 @@ def precision(lab: Lab) -> Iterator[Row]:
         yield Row("precision", case, statistics.mean(losses), "", note=note)
 
 
+def products(lab: Lab) -> Iterator[Check | Row]:
+    """Logits and `generalization` with TF32 or bfloat16 products of float32 weights: KL from float32 ones, and time."""
+    count = 8 if lab.bench.quick else 64
+    prompts = Prompts(lab.bench.model, lab.prompts[:1], lab.bench.config.source_layer)
+    thetas, found, seconds, whole = lab.thetas(count).to(lab.device), {}, {}, {}
+    try:
+        for name in PRODUCTS:
+            torch.set_float32_matmul_precision(name)
+            found[name] = torch.cat(list(prompts.logits(thetas))).double().log_softmax(-1)
+            begin = now(lab.device)
+            list(prompts.logits(thetas))
+            seconds[name] = (now(lab.device) - begin) / count
+            whole[name] = _evaluated(lab, "generalization")[1]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for name, what in list(PRODUCTS.items())[1:]:
+        error = float(kl(found[name], found["highest"]).max().clamp(min=0))
+        yield Check("products", f"{what}: KL from float32's, largest of {count}, nats", error, 0.02)
+        for case, times in (("next-token logits", seconds), ("generalization", whole)):
+            note = f"{times['highest'] / times[name]:.2f} times as fast as float32 products"
+            yield Row("products", f"{what}: {case}", times[name] * 1e3, "ms/vector", note=note)
+
+
 def memory(lab: Lab) -> Iterator[Row]:
     """The device's peak in all stages so far, and what the formula asks for an evaluator and a chain."""
     from melbo_ray.cluster.memory import demands
@@ -199,6 +228,7 @@ FIGURES: dict[str, Callable[[Lab], Iterator[Any]]] = {
     "study": study,
     "equal loss": equal_loss,
     "precision": precision,
+    "products": products,
     "memory": memory,
     "compiled": compiled,
 }

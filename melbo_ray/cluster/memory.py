@@ -14,9 +14,8 @@ from melbo_ray.config import Config
 from melbo_ray.evals.catalog import resolve
 from melbo_ray.evals.dose import DOSES
 from melbo_ray.evals.generalization import LENGTH
-from melbo_ray.model.architecture import key_width
 from melbo_ray.model.language_model import LanguageModel
-from melbo_ray.model.sampling import default_slots, width
+from melbo_ray.model.sampling import default_slots, slot_bytes, width
 from melbo_ray.model.steering import PASS_TOKENS, encode
 from melbo_ray.search.base_vectors import ASCENT_TOKENS
 
@@ -111,10 +110,10 @@ def _evaluator(model: LanguageModel, config: Config, concepts: Sequence[Concept]
 
 def _texts(model: LanguageModel, config: Config, concepts: Sequence[Concept], device: str) -> int:
     """Keys and values of a full batch of slots, and of the prompts being prefilled, bytes."""
-    text = model.network.config.get_text_config()
     longest = max(_length(model, config, prompt) for c in concepts for prompt in (c.prompt, *c.held_out.values()))
-    tokens = default_slots(device) * (width(longest + config.max_new_tokens) + longest)
-    return 2 * tokens * text.num_hidden_layers * key_width(model.network) * model.dtype.itemsize
+    wide = width(longest + config.max_new_tokens)
+    slots = default_slots(model.network, wide, device)
+    return slots * (slot_bytes(model.network, wide) + slot_bytes(model.network, longest))
 
 
 def _logits(model: LanguageModel, config: Config, concepts: Sequence[Concept]) -> int:

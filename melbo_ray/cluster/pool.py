@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -9,14 +10,17 @@ from typing import Any
 
 import ray
 
-from melbo_ray.cluster.session import LOST, Deaths, fetch
+from melbo_ray.cluster.session import FULL, LOST, Deaths, fetch
 from melbo_ray.cluster.unit_queue import UnitQueue
+from melbo_ray.errors import UserError, first_line
 from melbo_ray.runs.work_unit import Unit
 
 ATTEMPTS = 10
 PROGRESS = "progress"
 """The concurrency group of an evaluator in which it tells its progress while it is at work."""
 _DRAIN_SECONDS = 10.0
+# Evaluators in a row for which memory did not suffice while they loaded: once may be chance, on a GPU that others use.
+_MOST_UNFIT = 5
 _FIRST_PATIENCE, _PATIENCE_FACTOR, _LEAST_PATIENCE = 600.0, 5.0, 60.0
 _RECENT = 20
 
@@ -91,6 +95,7 @@ class Pool:
         self._seconds: dict[str, _Durations] = {}
         self._ready = self._busy = 0
         self._next_look = 0.0
+        self._unfit, self._room = 0, 1 << 30
 
     def __len__(self) -> int:
         return len(self._members)
@@ -119,7 +124,7 @@ class Pool:
         seconds = [value for durations in self._seconds.values() for value in durations.recent]
         each = sum(seconds) / len(seconds) if seconds else _DRAIN_SECONDS
         wanted = max(math.ceil(self.backlog * each / _DRAIN_SECONDS), self._least, 2 * self.ready if full else 0)
-        wanted = min(wanted, most)
+        wanted = min(wanted, most, self._room)
         while len(self._members) < wanted:
             actor = self._start()
             self._members.append(_Evaluator(actor, actor.ready.remote(), self._clock()))
@@ -150,9 +155,13 @@ class Pool:
             result = fetch(member.ref)
         except LOST as error:
             self._stop(member)
+            if isinstance(error, FULL) and not member.ready:
+                self._count_unfit(error)
             self._deaths.count(error, bearable=4 + len(self._members))
             return None
         self._deaths.reset()
+        if not member.ready:
+            self._unfit = 0
         if member.work is not None:
             self._seconds.setdefault(member.work.sort, _Durations()).add(self._age(member))
         done = Done(member.work, result)
@@ -160,6 +169,22 @@ class Pool:
         self._ready += not member.ready
         member.ready, member.ref, member.work, member.since = True, None, None, self._clock()
         return done
+
+    def _count_unfit(self, error: BaseException) -> None:
+        """After several in a row that memory did not suffice to load, start no more than are at work.
+
+        Raises:
+            UserError: none is at work.
+        """
+        self._unfit += 1
+        if self._unfit < _MOST_UNFIT or self._room <= self.ready:
+            return
+        said = f"memory does not suffice for {'another' if self.ready else 'an'} evaluator: {self._unfit} in a row "
+        said += f"could not load the model ({first_line(error)})"
+        if not self.ready:
+            raise UserError(f"{said}: give each a larger share with `eval_gpus`, or 0 for the CPU")
+        self._room = self.ready
+        warnings.warn(f"{said}; the run goes on with {self.ready}", stacklevel=2)
 
     def requeue_stragglers(self) -> None:
         """Stop evaluators that hang, and requeue their units.

@@ -23,6 +23,8 @@ _OBJECT_STORE = 512 << 20
 _USELESS = (torch.AcceleratorError, torch.OutOfMemoryError)
 LOST = (RayActorError, ObjectLostError, OutOfMemoryError, *_USELESS)
 """Errors of an actor that is dead, unreachable, or whose GPU failed: it is killed, and its unit requeued."""
+FULL = (OutOfMemoryError, torch.OutOfMemoryError)
+"""Those of an actor for which memory did not suffice."""
 
 
 @contextlib.contextmanager

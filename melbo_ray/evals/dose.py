@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melbo_ray.evals.context import Row, Rows, Study, Vectors
-from melbo_ray.evals.kl import at_norm, divergences
+from melbo_ray.evals.kl import at_norm, distances, divergences, fetched, named
 from melbo_ray.model.steering import target_log_probs
 
 ALPHAS = tuple(i / 4 for i in range(1, 9))
@@ -51,11 +51,15 @@ def measure_all(study: Study, thetas: Float[Tensor, "n *seq d_model"]) -> list[R
 
     The concept score is that of `steering.continuation_score`: steered minus unsteered, nats per token.
     """
-    targets, unsteered, rows = study.scored.targets[0], study.once(_unsteered_log_prob), []
+    targets, unsteered, kls, scores = study.scored.targets[0], study.once(_unsteered_log_prob), [], []
     for logits in study.scored.logits(thetas):
-        score = float(target_log_probs(logits, targets).mean()) - unsteered
-        rows.append({**divergences(study, logits[0].double().log_softmax(-1)), "concept_score": score})
-    return rows
+        targets = targets.to(logits.device)
+        kls.append(distances(study, logits[0].double().log_softmax(-1)))
+        scores.append(target_log_probs(logits, targets).mean())
+    return [
+        {**columns, "concept_score": score - unsteered}
+        for columns, score in zip(named(kls), fetched(scores), strict=True)
+    ]
 
 
 def _unsteered_log_prob(study: Study) -> float:
@@ -114,4 +118,4 @@ def _bracket(curve: list[Row], goal: float) -> tuple[float, Row] | None:
 
 def _kls(study: Study, units: Float[Tensor, "n d_model"], norms: Float[Tensor, " n"]) -> list[dict[str, float]]:
     thetas = units * norms.to(units)[:, None]
-    return [divergences(study, logits[0].double().log_softmax(-1)) for logits in study.prompt.logits(thetas)]
+    return named([distances(study, logits[0].double().log_softmax(-1)) for logits in study.prompt.logits(thetas)])

@@ -6,11 +6,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from melbo_ray.evals.context import TRAINING, Row, Rows, Study, Vectors
+from melbo_ray.evals.context import TRAINING, Rows, Study, Vectors
+from melbo_ray.evals.kl import fetched
 from melbo_ray.model.sampling import Request, generate
 from melbo_ray.model.steering import Prompts, kl, target_log_probs
 
 LENGTH = 16
+_COLUMNS = ("kl_from_base", "kl_per_token", "top1_agreement", "log_likelihood_ratio", "concept_score")
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class HeldOut:
     Attributes:
         names: prompt ids: the training prompt and the held-out ones, shortest first.
         prompts: the prompts with their continuations.
+        targets: those of the prompts, on the device of the logits.
         lengths: tokens of the base's continuation, by prompt.
         base: log-probabilities along the base's continuation under θ₀, (length, vocab) by prompt.
         likeliest: most likely token at each position of `base`, by prompt.
@@ -28,6 +31,7 @@ class HeldOut:
 
     names: list[str]
     prompts: Prompts
+    targets: list[Int[Tensor, " _kept"]]
     lengths: list[int]
     base: list[Float[Tensor, "_length vocab"]]
     likeliest: list[Int[Tensor, " _length"]]
@@ -42,29 +46,29 @@ def run(study: Study, vectors: Vectors) -> Rows:
     steered minus unsteered, in nats per token.
     """
     held_out = study.once(_held_out)
-    rows = []
+    keys, figures = [], []
     for index, theta, norm in zip(vectors.index, vectors.theta, vectors.norms, strict=True):
         logits = held_out.prompts.under(theta)
         for prompt, (prompt_id, scores) in enumerate(zip(held_out.names, logits, strict=True)):
-            columns = _compare(held_out, prompt, scores)
-            rows.append(study.row(vectors.kind, index, prompt_id=prompt_id, norm=norm, **columns))
+            keys.append({"index": index, "prompt_id": prompt_id, "norm": norm})
+            figures.append(_compare(held_out, prompt, scores))
+    rows = [
+        study.row(vectors.kind, **key, **dict(zip(_COLUMNS, values, strict=True)))
+        for key, values in zip(keys, fetched(figures), strict=True)
+    ]
     return {"generalization": rows}
 
 
-def _compare(held_out: HeldOut, prompt: int, logits: Float[Tensor, "kept vocab"]) -> Row:
-    length, targets = held_out.lengths[prompt], held_out.prompts.targets[prompt]
+def _compare(held_out: HeldOut, prompt: int, logits: Float[Tensor, "kept vocab"]) -> Float[Tensor, " columns"]:
+    """The `_COLUMNS` of one prompt, on the device of `logits`."""
+    length, targets = held_out.lengths[prompt], held_out.targets[prompt]
     # Computed once, because the vocabulary may be large.
     log_p = logits.log_softmax(-1)
     divergence = kl(log_p[:length], held_out.base[prompt])
     agrees = log_p[:length].argmax(-1) == held_out.likeliest[prompt]
-    gain = log_p.gather(-1, targets.to(log_p.device)[:, None])[:, 0] - held_out.unsteered[prompt]
-    return {
-        "kl_from_base": float(divergence[0]),
-        "kl_per_token": float(divergence.mean()),
-        "top1_agreement": float(agrees.float().mean()),
-        "log_likelihood_ratio": float(gain[:length].mean()),
-        "concept_score": float(gain[length:].mean()),
-    }
+    gain = log_p.gather(-1, targets[:, None])[:, 0] - held_out.unsteered[prompt]
+    parts = divergence, agrees.float(), gain[:length], gain[length:]
+    return torch.stack([divergence[0], *(part.mean() for part in parts)])
 
 
 def _held_out(study: Study) -> HeldOut:
@@ -79,8 +83,9 @@ def _held_out(study: Study) -> HeldOut:
     unsteered = prompts.under(torch.zeros_like(study.base))
     log_p = [logits[:length].log_softmax(-1) for logits, length in zip(base, lengths, strict=True)]
     likeliest = [rows.argmax(-1) for rows in log_p]
-    scored = [target_log_probs(logits, targets) for logits, targets in zip(unsteered, prompts.targets, strict=True)]
-    return HeldOut(names, prompts, lengths, log_p, likeliest, scored)
+    targets = [own.to(kept.device) for own, kept in zip(prompts.targets, log_p, strict=True)]
+    scored = [target_log_probs(logits, own) for logits, own in zip(unsteered, targets, strict=True)]
+    return HeldOut(names, prompts, targets, lengths, log_p, likeliest, scored)
 
 
 def _continuations(study: Study, prompts: list[Int[Tensor, " _seq"]]) -> list[Int[Tensor, " _length"]]:

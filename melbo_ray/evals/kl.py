@@ -1,5 +1,8 @@
 """KL divergences of the next-token distribution from those of the base and of the unsteered model."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -8,6 +11,7 @@ from melbo_ray.evals.context import TRAINING, Row, Rows, Study, Vectors
 from melbo_ray.model.steering import kl
 
 TOP = 10
+KLS = ("kl_from_base", "kl_to_base", "kl_from_unsteered")
 
 
 def run(study: Study, vectors: Vectors) -> Rows:
@@ -26,30 +30,46 @@ def run(study: Study, vectors: Vectors) -> Rows:
 
 def next_token(study: Study, thetas: Float[Tensor, "n d_model"]) -> list[Row]:
     """For each vector, the columns of `kl` computed from its next-token distribution on the training prompt."""
-    best = int(study.base_log_probs.argmax())
-    columns = []
+    rows = []
     for logits in study.prompt.logits(thetas):
         log_p = logits[0].double().log_softmax(-1)
         top = log_p.topk(min(TOP, len(log_p)))
+        agrees = top.indices[:1] == study.base_log_probs.argmax()
+        rows.append(torch.cat([distances(study, log_p), agrees, top.values.exp(), top.indices]))
+    columns = []
+    for row in fetched(rows):
+        kls, (agrees, *rest) = row[: len(KLS)], row[len(KLS) :]
+        probs, tokens = rest[: len(rest) // 2], map(int, rest[len(rest) // 2 :])
         columns.append(
             {
-                **divergences(study, log_p),
-                "top_tokens": [study.model.tokenizer.decode([token]) for token in top.indices.tolist()],
-                "top_probs": top.values.exp().tolist(),
-                "top1_agrees": int(top.indices[0]) == best,
+                **dict(zip(KLS, kls, strict=True)),
+                "top_tokens": [study.model.tokenizer.decode([token]) for token in tokens],
+                "top_probs": probs,
+                "top1_agrees": bool(agrees),
             }
         )
     return columns
 
 
-def divergences(study: Study, log_p: Float[Tensor, " vocab"]) -> dict[str, float]:
-    """KL(P‖P_base), KL(P_base‖P) and KL(P‖P_unsteered), nats, computed in float64."""
+def distances(study: Study, log_p: Float[Tensor, " vocab"]) -> Float[Tensor, " 3"]:
+    """KL(P‖P_base), KL(P_base‖P) and KL(P‖P_unsteered), nats, in float64, on the device of `log_p`."""
     base, unsteered = study.base_log_probs, study.unsteered_log_probs
-    return {
-        "kl_from_base": float(kl(log_p, base)),
-        "kl_to_base": float(kl(base, log_p)),
-        "kl_from_unsteered": float(kl(log_p, unsteered)),
-    }
+    return torch.stack([kl(log_p, base), kl(base, log_p), kl(log_p, unsteered)])
+
+
+def named(kls: Sequence[Float[Tensor, " 3"]]) -> list[dict[str, float]]:
+    """The columns of `distances` of several vectors, fetched at once."""
+    return [dict(zip(KLS, row, strict=True)) for row in fetched(kls)]
+
+
+def divergences(study: Study, log_p: Float[Tensor, " vocab"]) -> dict[str, float]:
+    """The columns of `distances` of one vector."""
+    return named([distances(study, log_p)])[0]
+
+
+def fetched(rows: Sequence[Tensor]) -> list[Any]:
+    """The values of tensors of one shape, in one transfer: the host waits once, after all that it has asked for."""
+    return torch.stack(list(rows)).tolist() if rows else []
 
 
 def at_norm(thetas: Float[Tensor, "n d_model"], norm: float) -> Float[Tensor, "n d_model"]:

@@ -123,11 +123,7 @@ class Batch:
             self._disable_cache(f"the masks of {min(unknown)} are not known here")
 
     def admit(self, generations: list[Generation]) -> Float[Tensor, "admitted vocab"]:
-        """Prefill new generations, at most as many as slots are free; return their next-token logits, float32.
-
-        Raises:
-            FloatingPointError: logits that are not finite.
-        """
+        """Prefill new generations, at most as many as slots are free; return their next-token logits, float32."""
         free = [slot for slot in range(self.shape[0]) if slot not in self.active][: len(generations)]
         self.active |= zip(free, generations, strict=True)
         requests = [generation.request for generation in generations]
@@ -135,17 +131,20 @@ class Batch:
         slots = torch.tensor(free).to(self.theta.device)
         self.theta[slots] = torch.stack([request.theta for request in requests]).to(self.theta)
         self.ablated[slots] = torch.stack(ablated).to(self.ablated)
-        logits = self._prefill_and_cache(slots) if self.cached else None
-        return self._prefill(slots, None) if logits is None else logits
+        logits = self._prefill_and_cache(free, slots) if self.cached else None
+        return self._prefill(free, None) if logits is None else logits
 
-    def _prefill_and_cache(self, slots: Tensor) -> Tensor | None:
-        """Prefill these slots and cache their keys and values; None if the model does not use this kind of cache."""
+    def _prefill_and_cache(self, slots: list[int], where: Tensor) -> Tensor | None:
+        """Prefill these slots, cache their keys and values; None if the model does not use this kind of cache.
+
+        `where` are the slots on the device.
+        """
         # A cache without a configuration keeps every position, also in layers with a sliding window.
         prompts = DynamicCache()
         try:
             logits = self._prefill(slots, prompts)
-            self.cache.admit(slots, prompts, self.shape)
-        except (FloatingPointError, UserError, torch.OutOfMemoryError, torch.AcceleratorError):
+            self.cache.admit(where, prompts, self.shape)
+        except (UserError, torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         # Models raise errors of any type for a cache that is not of their own kind.
         except Exception as error:
@@ -154,32 +153,28 @@ class Batch:
         return logits
 
     def step(self) -> Float[Tensor, "generations vocab"]:
-        """Process the last token of every active generation; next-token logits in the order of `active`, float32.
-
-        Raises:
-            FloatingPointError: logits that are not finite.
-        """
-        slots = torch.tensor(list(self.active)).to(self.theta.device)
-        if not self.cached:
-            return self._prefill(slots, None)
-        if self.checked:
-            return _finite(self._next()[slots])
-        self.checked, whole = True, self._prefill(slots, None)
-        try:
-            if not agree(self._next()[slots], whole):
-                raise RuntimeError("this model writes something else with them")
-        # Models raise errors of any type for arguments that they do not accept.
-        except Exception as error:
-            self._disable_cache(first_line(error))
+        """Process the last token of every active generation; next-token logits in the order of `active`, float32."""
+        if self.cached and self.checked:
+            return self._next()
+        whole = self._prefill(list(self.active), None)
+        # A vector that breaks the model says nothing about its cache.
+        if self.cached and bool(whole.isfinite().all()):
+            self.checked = True
+            try:
+                if not agree(self._next(), whole):
+                    raise RuntimeError("this model writes something else with them")
+            # Models raise errors of any type for arguments that they do not accept.
+            except Exception as error:
+                self._disable_cache(first_line(error))
         return whole
 
     def _disable_cache(self, reason: str) -> None:
         warnings.warn(f"keys and values are not kept, which costs time only: {reason}", stacklevel=3)
         self.cached = False
 
-    def _prefill(self, slots: Tensor, cache: DynamicCache | None) -> Tensor:
+    def _prefill(self, slots: list[int], cache: DynamicCache | None) -> Tensor:
         """Next-token logits of these slots, from one pass over their prompts and generated tokens; float32."""
-        active = [self.active[slot] for slot in slots.tolist()]
+        active = [self.active[slot] for slot in slots]
         texts = [torch.cat([g.request.tokens, torch.tensor(g.tokens, dtype=torch.long)]) for g in active]
         # Right padding is invisible to a causal model.
         tokens = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(self.theta.device)
@@ -187,15 +182,17 @@ class Batch:
         theta, ablated = self.theta[slots], self.ablated[slots]
         with steering(self.model, self.source, theta, ablated), logits_at(self.model, last), onednn():
             output = self.model.network(input_ids=tokens, past_key_values=cache, use_cache=cache is not None)
-        return _finite(output.logits[0].float())
+        return output.logits[0].float()
 
     def _next(self) -> Tensor:
-        """Next-token logits of every slot, from its last token and the cache; float32."""
-        tokens, positions = torch.zeros(2, self.shape[0], dtype=torch.long)
+        """Next-token logits of the active generations, from their last tokens and the cache; float32."""
+        tokens, positions = [0] * self.shape[0], [0] * self.shape[0]
         for slot, active in self.active.items():
             tokens[slot], positions[slot] = active.tokens[-1], len(active.request.tokens) + len(active.tokens) - 1
-        moved = tokens.to(self.theta.device), positions.to(self.theta.device)
-        return self.decode(*moved, self.theta, self.ablated)[0]
+        slots = [*self.active, *[0] * (self.shape[0] - len(self.active))]
+        # In one transfer.
+        moved = torch.tensor([tokens, positions, slots]).to(self.theta.device)
+        return self.decode(moved[0], moved[1], self.theta, self.ablated)[0][moved[2, : len(self.active)]]
 
     def _decode(self, tokens: Tensor, positions: Tensor, theta: Tensor, ablated: Tensor) -> tuple[Tensor]:
         self.cache.positions = positions
@@ -215,9 +212,3 @@ class Batch:
         finished = {slot: active for slot, active in self.active.items() if active.finish_reason}
         self.active = {slot: active for slot, active in self.active.items() if slot not in finished}
         return list(finished.values())
-
-
-def _finite(logits: Tensor) -> Tensor:
-    if not bool(logits.sum(-1).isfinite().all()):
-        raise FloatingPointError("the model's logits are not finite under this vector")
-    return logits

@@ -1,20 +1,26 @@
 """Steered text generation with continuous batching: each request has its own prompt, vector and seed."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from melbo_ray.host import progress
+from melbo_ray.model.architecture import key_width
 from melbo_ray.model.kv_cache import Batch, Generation, Request
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.soundness import require_steerable
 
-# Slots of a batch. On the CPU a step with 16 slots takes a third longer than one with 4, and one with 32 nearly twice.
+# Most slots of a batch. On the CPU a step with 16 slots takes a third longer than one with 4, and one with 32 nearly
+# twice.
 _SLOTS = {"cpu": 16}
 _SLOTS_ON_A_GPU = 64
+# Most bytes of their keys and values; on a GPU at most half of what is free there, too.
+_ROOM = 8 << 30
 # The width of a slot is a multiple of this number of tokens, prompt included.
 _WIDTH = 128
 
@@ -54,7 +60,7 @@ def generate(
         source: layer to whose output θ is added.
         max_new_tokens: maximum length of a continuation, tokens; the model's context limits it too.
         top_p: sample from the smallest set of tokens with at least this total probability.
-        slots: number of slots; by default a number that suits the device.
+        slots: number of slots; by default a number that suits the device and its memory (`default_slots`).
 
     Returns:
         The continuations, in the order of `requests`.
@@ -81,11 +87,12 @@ def written(
 
     Arguments and errors as in `generate`. A generation is done once it has a `finish_reason`.
     """
-    if requests:
-        require_steerable(model, requests[0].tokens)
+    if not requests:
+        return
+    require_steerable(model, requests[0].tokens)
     waiting = [_generation(model, index, request, max_new_tokens) for index, request in enumerate(requests)][::-1]
-    slots = slots or default_slots(model.device.type)
-    batch = _batch(model, source, slots, max((len(g.request.tokens) + g.limit for g in waiting), default=0))
+    batch = _batch(model, source, slots, max(len(g.request.tokens) + g.limit for g in waiting))
+    slots = batch.shape[0]
     ends = set(model.end_tokens)
     while waiting or batch.active:
         progress.passes += 1
@@ -108,9 +115,19 @@ def written(
         yield from zip(generations, logits, strict=True)
 
 
-def default_slots(device: str) -> int:
-    """Default number of slots on a device of this type."""
-    return _SLOTS.get(device, _SLOTS_ON_A_GPU)
+def default_slots(network: PreTrainedModel, width: int, device: str, free: float = math.inf) -> int:
+    """Default number of slots of `width` tokens on a device of this type with so much `free` memory (bytes).
+
+    Their keys and values take at most 8 GiB, and half of what is free.
+    """
+    room = min(_ROOM, free / 2)
+    return max(1, min(_SLOTS.get(device, _SLOTS_ON_A_GPU), int(room // slot_bytes(network, width))))
+
+
+def slot_bytes(network: PreTrainedModel, width: int) -> int:
+    """Bytes of the keys and values of a slot of `width` tokens."""
+    layers = network.config.get_text_config().num_hidden_layers
+    return 2 * width * layers * key_width(network) * network.dtype.itemsize
 
 
 def width(length: int) -> int:
@@ -118,19 +135,40 @@ def width(length: int) -> int:
     return -(-length // _WIDTH) * _WIDTH
 
 
-def _batch(model: LanguageModel, source: int, slots: int, length: int) -> Batch:
+def _batch(model: LanguageModel, source: int, slots: int | None, length: int) -> Batch:
     """An empty batch for texts of this length; the model's previous one if it fits."""
     batch = model.kept.get("batch")
-    if batch is None or batch.source != source or batch.shape[0] != slots or batch.shape[1] < length:
+    if batch is None or batch.source != source or slots not in (None, batch.shape[0]) or batch.shape[1] < length:
+        # The previous one first gives back its memory.
+        del batch
+        model.kept.pop("batch", None)
+        slots = slots or default_slots(model.network, width(length), model.device.type, _free(model.device))
         batch = model.kept["batch"] = Batch(model, source, slots, width(length))
     batch.active = {}
     return batch
 
 
+def _free(device: torch.device) -> float:
+    """Bytes of a GPU's memory that this process can still take; no bound is known elsewhere."""
+    if device.type != "cuda":
+        return math.inf
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def _chosen(generations: list[Generation], logits: Tensor, top_p: float) -> list[int]:
-    uniforms = torch.stack([g.uniforms[len(g.tokens)] for g in generations])
-    temperatures = torch.tensor([g.request.temperature for g in generations], dtype=torch.float32)
-    return choose(logits, uniforms, temperatures, top_p).tolist()
+    """The next token of each generation; the host waits for the device once.
+
+    Raises:
+        FloatingPointError: logits that are not finite.
+    """
+    drawn = [(float(g.uniforms[len(g.tokens)]), g.request.temperature) for g in generations]
+    uniforms, temperatures = torch.tensor(drawn, dtype=torch.float64).to(logits.device).unbind(-1)
+    finite = logits.sum(-1).isfinite().all().long()
+    *tokens, sound = torch.cat([choose(logits, uniforms, temperatures, top_p), finite[None]]).tolist()
+    if not sound:
+        raise FloatingPointError("the model's logits are not finite under this vector")
+    return tokens
 
 
 def _generation(model: LanguageModel, index: int, request: Request, max_new_tokens: int) -> Generation:

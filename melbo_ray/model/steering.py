@@ -252,5 +252,5 @@ def continuation_score(
     """
     prompts = Prompts(model, [prompt_tokens], source_layer, [[encode(model, text) for text in continuations]])
     rows = torch.cat([thetas.new_zeros(1, model.d_model), thetas])
-    scores = [target_log_probs(logits, prompts.targets[0]).mean().cpu() for logits in prompts.logits(rows)]
-    return torch.stack(scores)[1:] - scores[0]
+    scores = torch.stack([target_log_probs(logits, prompts.targets[0]).mean() for logits in prompts.logits(rows)]).cpu()
+    return scores[1:] - scores[0]

@@ -220,4 +220,4 @@ def _unsteered_kls(
     unsteered, *steered = (
         logits[0].double().log_softmax(-1) for logits in Prompts(model, [tokens], source).logits(rows)
     )
-    return [float(kl(unsteered, log_p)) for log_p in steered]
+    return torch.stack([kl(unsteered, log_p) for log_p in steered]).tolist()

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from melbo_ray.model.compiled_step import Recorded
+from melbo_ray.model.kv_cache import Batch, Generation, Request
 from melbo_ray.model.residual_slice import Slice
 from tests.families import directions, every_family, tiny
+from tests.pretended import on_one, pretending, waiting
 
 
 def step_of(slice, compiled=False):
@@ -78,6 +80,22 @@ def test_where_there_is_no_compiler_a_warning_says_so_and_the_recording_stays(mo
     monkeypatch.setattr(torch, "compile", missing)
     with pytest.warns(UserWarning, match="steps are not compiled, which costs time only: no g\\+\\+$"):
         assert torch.equal(Recorded(lambda x: (x * 2,), compiled=True)(torch.ones(2))[0], torch.full((2,), 2.0))
+
+
+@every_family
+def test_neither_a_step_of_a_chain_nor_of_decoding_waits_for_a_device_so_that_each_can_be_a_cuda_graph(family):
+    with pretending():
+        model = on_one(tiny(family))
+        slice = Slice(model, [torch.arange(40, 60), torch.arange(70, 83)], source=1, target=3)
+        batch = Batch(model, 1, slots=2, width=128)
+        requests = [Request(torch.arange(40, 60), theta) for theta in directions(2)]
+        batch.admit([Generation(i, request, torch.rand(4).double(), 4) for i, request in enumerate(requests)])
+        theta, z, numbers = (value.to(model.device) for value in (directions(2), directions(2, seed=9), torch.ones(2)))
+        with waiting() as waits:
+            slice._value_and_grad(theta, z, numbers.long(), norm_penalty=0.1, max_norm=3.0)
+            batch._decode(numbers.long(), 20 * numbers.long(), theta, batch.ablated)
+        assert batch.cached
+        assert not waits
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -1,6 +1,8 @@
 """Generation with a vector on every row is transformers' own with a hook, one prompt and one vector at a time."""
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +16,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from benchmarks.shapes import SHAPES
 from melbo_ray.model.language_model import LanguageModel
-from melbo_ray.model.sampling import Request, choose, generate
+from melbo_ray.model.sampling import Request, choose, default_slots, generate, slot_bytes, width
 from tests.families import D_MODEL, END, byte_tokenizer, directions, every_family, tiny
 
 SOURCE = 1
@@ -162,3 +165,24 @@ def test_top_p_keeps_the_tokens_that_transformers_keeps():
         assert bool(kept.gather(-1, chosen[:, None]).all())
     reached = {int(choose(logits[:1], u[None], torch.ones(1), 0.7)) for u in torch.linspace(0, 0.9999, 2000).double()}
     assert reached == set(kept[0].nonzero()[:, 0].tolist())
+
+
+def test_as_many_slots_as_memory_holds_and_no_more_than_suit_the_device():
+    network = tiny().network
+    config = network.config
+    keys = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    assert slot_bytes(network, 128) == 128 * keys
+    assert [default_slots(network, 128, device) for device in ("cpu", "cuda")] == [16, 64]
+    assert default_slots(network, 128, "cuda", free=2 * 10.5 * 128 * keys) == 10
+    assert default_slots(network, 128, "cuda", free=0) == 1
+    # 64 slots of Qwen1.5-1.8B at 3,000 tokens would take 77 GB.
+    large: Any = SimpleNamespace(config=SHAPES["qwen1.5-1.8b"], dtype=torch.float32)
+    assert default_slots(large, width(3000), "cuda") * slot_bytes(large, width(3000)) < 8 << 30
+    assert default_slots(large, width(3000), "cuda") == 7
+
+
+def test_a_wider_batch_takes_the_place_of_the_one_before_and_a_narrower_text_uses_it():
+    model = dataclasses.replace(tiny())
+    for text, length in (("Hi", 128), ("a prompt of more tokens than a slot has. " * 4, 256), ("Hi", 256)):
+        generate(model, [Request(model.tokenize(text), directions(1)[0])], SOURCE, max_new_tokens=3)
+        assert model.kept["batch"].shape == (16, length)

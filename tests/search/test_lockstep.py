@@ -34,8 +34,10 @@ def begun(part, config):
     return found
 
 
-@pytest.mark.parametrize("options", [{}, {"block": 2}, {"solver": "adam"}, {"norm_penalty": 0.1, "max_norm": 2.0}])
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [(1, {"norm_penalty": 0.1, "max_norm": 2.0}), (3, {}), (2, {"block": 2}), (2, {"solver": "adam"})],
+)
 def test_the_host_waits_once_for_an_evaluation_of_all_chains(count, options):
     with pretending():
         part = sliced(on_one(tiny()), count)
