@@ -83,6 +83,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "evaluations": text.evaluations,
     "texts": text.texts,
     "logits": text.logits,
+    "rounded": text.rounded,
     "query": queries,
     "memory": memory.memory,
 }

@@ -17,6 +17,7 @@ from melbo_ray.model.steering import Prompts
 
 # Vectors per pass of the evaluator.
 _VECTORS = 16
+_ALONE = "alone, 1 thread"
 
 
 def beside(bench: Bench) -> Iterator[Row]:
@@ -30,19 +31,16 @@ def beside(bench: Bench) -> Iterator[Row]:
     steps = {"reference": reference.step, "recorded": stepper(slice, bench.config, theta, reference.z_base[None])}
     threads = torch.get_num_threads()
     with _evaluator(bench) as process:
-        turns = [("alone", threads, signal.SIGSTOP), ("alone", 1, signal.SIGSTOP), ("beside", 1, signal.SIGCONT)]
-        work = {
-            (name, where, count): _turn(process, sent, count, step)
-            for name, step in steps.items()
-            for where, count, sent in dict.fromkeys(turns)
-        }
+        turns = {f"alone, {threads} threads": (signal.SIGSTOP, threads)}
+        turns |= {_ALONE: (signal.SIGSTOP, 1), "beside an evaluator, 1 thread": (signal.SIGCONT, 1)}
+        cases = {f"{name}, {turn}": (name, turn) for name in steps for turn in turns}
+        work = {case: _turn(process, *turns[turn], steps[name]) for case, (name, turn) in cases.items()}
         median = timed(work, bench.repeats, bench.model.device)
     torch.set_num_threads(threads)
-    for (name, where, count), seconds in median.items():
-        case = f"{name}, {'beside an evaluator' if where == 'beside' else 'alone'}, {count} threads"
-        ratio = median["reference", where, count] / seconds
-        note = f"{seconds / median[name, 'alone', 1]:.2f} times its time alone on one thread"
-        yield Row("beside", case, seconds * 1e3, "ms", ratio, None, note)
+    for case, (name, turn) in cases.items():
+        ratio = median[f"reference, {turn}"] / median[case]
+        note = f"{median[case] / median[f'{name}, {_ALONE}']:.2f} times its time alone on one thread"
+        yield Row("beside", case, median[case] * 1e3, "ms", ratio, None, note)
 
 
 def _turn(process: int, sent: int, threads: int, step: Callable[[], object]) -> Callable[[], object]:

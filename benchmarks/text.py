@@ -97,6 +97,40 @@ def evaluations(bench: Bench) -> Iterator[Row]:
             yield Row("evaluations", case, seconds, "s/vector", median[f"{name}, plainly"] / seconds)
 
 
+def rounded(bench: Bench) -> Iterator[Row]:
+    """Next-token logits on the CPU with bfloat16 products and float32 sums, and the error of KL from the base's."""
+    if bench.model.device.type != "cpu":
+        return
+    count = 4 if bench.quick else 24
+    prompts = Prompts(bench.model, [bench.tokens], bench.config.source_layer)
+    thetas, found = torch.cat([bench.base[None], _thetas(bench, count)]), {}
+    multiply: Any = packed_linear._packed
+    weights: dict[Tensor, Tensor] = {}
+
+    def halved(x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
+        if weight not in weights:
+            weights[weight] = weight.bfloat16()
+        product = multiply(x.bfloat16(), weights[weight], None, *how).float()
+        return product if bias is None else product + bias
+
+    def run(name: str, product: Any) -> None:
+        with mock.patch.object(packed_linear, "_packed", product):
+            found[name] = torch.stack([part[-1] for part in prompts.logits(thetas)]).double().log_softmax(-1)
+
+    names = {"float32 products": multiply, "bfloat16 products": halved}
+    work = {name: lambda name=name, product=product: run(name, product) for name, product in names.items()}
+    median = timed(work, max(2, bench.repeats // 3), bench.model.device)
+    exact, rough = (_kl(logs[1:], logs[0]) for logs in found.values())
+    error, between = (rough - exact).abs(), _kl(*found.values())
+    note = (
+        f"KL from the base {float(exact.median()):.2g} nats (median), its error {float(error.median()):.2g} "
+        f"(median), {float(error.max()):.2g} (maximum); KL between both at most {float(between.max()):.2g}"
+    )
+    for name, seconds in median.items():
+        ratio = median["float32 products"] / seconds
+        yield Row("rounded", name, len(thetas) / seconds, "vectors/s", ratio, note=note if name.startswith("b") else "")
+
+
 @contextlib.contextmanager
 def _plain(bench: Bench) -> Generator[None]:
     # As where this model had been found not to share what its prompts begin with.
@@ -112,6 +146,10 @@ def _thetas(bench: Bench, count: int) -> Tensor:
     return normalize(normalize(bench.base, dim=-1) + 0.5 * normalize(noise, dim=-1), dim=-1) * float(
         bench.config.radius
     )
+
+
+def _kl(of: Tensor, beside: Tensor) -> Tensor:
+    return (of.exp() * (of - beside)).sum(-1)
 
 
 def _until_end(tokens: list[int], ends: list[int]) -> list[int]:

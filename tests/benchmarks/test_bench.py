@@ -46,7 +46,7 @@ def test_the_reference_takes_the_steps_that_our_adam_takes(small):
         torch.testing.assert_close(published.theta.detach(), ours, rtol=1e-4, atol=1e-5)
 
 
-PARTS = ["step", "beside", "equal-loss", "chain", "growth", "precision", "evaluations", "texts", "logits"]
+PARTS = ["step", "beside", "equal-loss", "chain", "growth", "precision", "evaluations", "texts", "logits", "rounded"]
 
 
 @pytest.mark.parametrize("part", PARTS)
