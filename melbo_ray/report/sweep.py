@@ -80,11 +80,13 @@ def write_comparison(url: str, name: str, cells: Cells) -> pa.Table:
     return table
 
 
+_HEADINGS = ("vectors", "KL, nats [95 %]", "unsteered", "random [95 %]", "texts with the concept")
+
+
 def lines(table: pa.Table) -> tuple[list[str], list[list[str]]]:
     """The table as text: its headings, and the cells of each row."""
     own = [name for name in table.schema.names if name not in ("run_id", "concepts", *FIGURES)]
-    headings = [*own, "vectors", "KL, nats [95 %]", "unsteered", "random [95 %]", "texts with the concept"]
-    return headings, [_line(row, own) for row in table.to_pylist()]
+    return [*own, *_HEADINGS], [_line(row, own) for row in table.to_pylist()]
 
 
 def _line(row: Mapping[str, Any], own: list[str]) -> list[str]:
@@ -130,15 +132,16 @@ def _page(db: duckdb.DuckDBPyConnection, name: str, url: str, table: pa.Table) -
 
 
 def _names(table: pa.Table) -> list[str]:
-    """A short name for every row: the values of its cell."""
-    _, rows = lines(table)
-    return [html.escape(" · ".join(row[:-5])) for row in rows]
+    """A short name for every row: the concept, and the options of its cell with their values."""
+    headings, rows = lines(table)
+    own = [f"{name} " for name in headings[1 : -len(_HEADINGS)]]
+    return [html.escape(" · ".join(map("".join, zip(("", *own), row, strict=False)))) for row in rows]
 
 
 def _medians(table: pa.Table) -> go.Figure:
     """The median KL of every run with its interval, beside random directions and the unsteered model."""
     rows, names = table.to_pylist(), _names(table)
-    figure = _empty("KL(P_n ‖ P_base), nats", 120 + 26 * len(rows))
+    figure = _empty("KL(P_n ‖ P_base), nats", max(380, 120 + 26 * len(rows)))
     for key, label, colour in (("kl", "chain", CHAIN), ("kl_random", "random", CONTROL)):
         ends = [(row[f"{key}_low"], row[f"{key}_high"]) for row in rows]
         plus = [0 if high is None else high - row[key] for row, (_, high) in zip(rows, ends, strict=True)]

@@ -72,4 +72,5 @@ def test_the_page_is_whole_its_scripts_are_allowed_and_names_are_text(written):
     assert [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts] == allowed
     figures = json.loads(re.search(r'id="figures">(.*?)</script>', page, re.DOTALL).group(1))
     assert [len(figure["data"]) for figure in figures] == [3, 3]
+    assert figures[0]["data"][0]["y"] == ["alien · radius auto", "code · radius auto", "code · radius 7"]
     assert "://" not in page.replace(page[page.index(scripts[0]) :][: len(scripts[0])], "")
