@@ -11,7 +11,7 @@ import sys
 from rich.console import Console
 
 from melbo_ray.cli import exit_code
-from melbo_ray.evals.catalog import ALL, EVALUATIONS
+from melbo_ray.evals.catalog import ALL, EVALUATIONS, WHY
 from melbo_ray.report.page import render
 from melbo_ray.study.preflight import recheck
 from melbo_ray.study.runner import run
@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, help="folder of the run: a directory or fsspec URL")
     parser.add_argument(
-        "--evals", help=f"evaluations to add, comma-separated: {ALL}, or names: {', '.join(EVALUATIONS)}"
+        "--evals", help=f"evaluations to add, comma-separated: {ALL}, {WHY}, or names: {', '.join(EVALUATIONS)}"
     )
     parser.add_argument(
         "--sample", type=int, help="number of evenly spread vectors for per-vector evaluations other than kl and greedy"
