@@ -169,7 +169,7 @@ class EvaluationOptions(AnswerOptions):
     """Options of the evaluations."""
 
     evals: Names = ["all"]
-    """Evaluations to run, comma-separated: `all`, or names."""
+    """Evaluations to run, comma-separated: `all`, `why` (why the vectors do the same, not in `all`), or names."""
     sample: PositiveInt | None = None
     """Number of vectors, evenly spread over the chain, that the per-vector evaluations other than `kl` and `greedy`
     cover; by default the whole chain."""

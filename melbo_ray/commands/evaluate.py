@@ -9,7 +9,7 @@ from rich.console import Console
 
 from melbo_ray.cli import Parser
 from melbo_ray.commands.run import report
-from melbo_ray.evals.catalog import ALL, EVALUATIONS
+from melbo_ray.evals.catalog import ALL, EVALUATIONS, WHY
 from melbo_ray.study.preflight import recheck
 from melbo_ray.study.runner import run
 from melbo_ray.study.summary import epilogue
@@ -20,7 +20,7 @@ def main(args: list[str]) -> None:
     parser = Parser("evaluate", __doc__)
     parser.add_argument("--run", required=True, help="folder of the run: a directory or fsspec URL")
     parser.add_argument(
-        "--evals", help=f"evaluations to add, comma-separated: {ALL}, or names: {', '.join(EVALUATIONS)}"
+        "--evals", help=f"evaluations to add, comma-separated: {ALL}, {WHY}, or names: {', '.join(EVALUATIONS)}"
     )
     parser.add_argument(
         "--sample", type=int, help="number of evenly spread vectors for per-vector evaluations other than kl and greedy"

@@ -12,7 +12,9 @@ from melbo_ray.errors import UserError
 from melbo_ray.runs.work_unit import WHOLE, of_chain
 
 ALL = "all"
-"""The value of the option `evals` that selects every evaluation."""
+"""The value of the option `evals` that selects every evaluation but those of `WHY`."""
+WHY = "why"
+"""The value of the option `evals` that selects those that ask why the vectors do the same (docs/why.md)."""
 CONTROLS = ("base", "unsteered")
 """The reference kinds, of one vector each with index 0; `unsteered` is the zero vector."""
 FEW = 8
@@ -78,6 +80,7 @@ class Evaluation:
         of_every: for scope `vector`: run on every vector, regardless of the option `sample`.
         every_layer: for scope `vector`: it generates texts, so it runs all layers, not only those above the source.
         shares: for scope `whole`: what it is cut into.
+        why: whether it is of the group `WHY`; together they cost as much as all the others.
         passes: for scope `whole`: the number of vectors evaluated by each evaluation of scope `vector` as part of it,
             given the chain's length; None if the plan does not count it.
     """
@@ -88,6 +91,7 @@ class Evaluation:
     of_every: bool = False
     every_layer: bool = False
     shares: tuple[Share, ...] = ()
+    why: bool = False
     passes: Callable[[int], dict[str, int]] | None = None
 
 
@@ -167,13 +171,13 @@ EVALUATIONS = {
         Evaluation("composition", ("composition",), WHOLE, shares=_COMPOSITION),
         Evaluation("geometry", ("geometry", "summary"), WHOLE, shares=_GEOMETRY),
         Evaluation("rescaled", ("kl",), WHOLE, shares=_RESCALED, passes=_of_rescaled),
-        Evaluation("convergence", ("convergence",)),
-        Evaluation("mediation", ("mediation",)),
-        Evaluation("independence", ("independence",)),
-        Evaluation("frozen", ("frozen",)),
-        Evaluation("efficiency", ("efficiency",)),
-        Evaluation("privileged", ("privileged",)),
-        Evaluation("linear", ("linear", "summary"), WHOLE, shares=_LINEAR),
+        Evaluation("convergence", ("convergence",), why=True),
+        Evaluation("mediation", ("mediation",), why=True),
+        Evaluation("independence", ("independence",), why=True),
+        Evaluation("frozen", ("frozen",), why=True),
+        Evaluation("efficiency", ("efficiency",), why=True),
+        Evaluation("privileged", ("privileged",), why=True),
+        Evaluation("linear", ("linear", "summary"), WHOLE, shares=_LINEAR, why=True),
     )
 }
 PER_VECTOR = [name for name, evaluation in EVALUATIONS.items() if evaluation.scope == "vector"]
@@ -189,11 +193,14 @@ def resolve(names: Iterable[str]) -> list[str]:
     """
     found: dict[str, None] = {}
     for name in names:
-        if name not in (ALL, *EVALUATIONS):
-            near = difflib.get_close_matches(name, EVALUATIONS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"expected {ALL}, or some of {', '.join(EVALUATIONS)}"
+        if name not in (ALL, WHY, *EVALUATIONS):
+            near = difflib.get_close_matches(name, [*EVALUATIONS, WHY], n=1)
+            hint = (
+                f"did you mean {near[0]}?" if near else f"expected {ALL}, or some of {', '.join([*EVALUATIONS, WHY])}"
+            )
             raise UserError(f"no evaluation {name!r}: {hint}")
-        for each in EVALUATIONS if name == ALL else [name]:
+        group = [own for own, evaluation in EVALUATIONS.items() if evaluation.why == (name == WHY)]
+        for each in group if name in (ALL, WHY) else [name]:
             needed = [share.after for share in EVALUATIONS[each].shares if share.after]
             found |= dict.fromkeys([*needed, each])
     return list(found)

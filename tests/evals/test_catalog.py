@@ -28,10 +28,14 @@ def test_the_catalogue_loads_without_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_all_is_every_evaluation_and_the_default():
-    assert resolve(Config().evals) == resolve(["all"]) == list(EVALUATIONS)
+def test_all_is_every_evaluation_but_those_that_ask_why_and_the_default():
+    every, why = resolve(["all"]), resolve(["why"])
+    assert resolve(Config().evals) == every
+    assert resolve(["all", "why"]) == list(EVALUATIONS)
+    assert not set(every) & set(why)
+    assert {"linear", "convergence", "mediation"} <= set(why)
     assert resolve(["dose", "kl", "dose"]) == ["dose", "kl"]
-    assert resolve(["dose", "all"]) == ["dose", *(name for name in EVALUATIONS if name != "dose")]
+    assert resolve(["dose", "all"]) == ["dose", *(name for name in every if name != "dose")]
     assert resolve([]) == []
 
 
