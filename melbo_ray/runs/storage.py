@@ -54,7 +54,8 @@ class Storage:
         try:
             self._fs, root = fsspec.core.url_to_fs(url, **options)
         except (ValueError, ImportError) as error:
-            raise UserError(f"storage {url!r}: {error}") from None
+            remedy = ": pip install 'melbo-ray[cluster]'" if options and isinstance(error, ImportError) else ""
+            raise UserError(f"storage {url!r}: {error}{remedy}") from None
         self._s3 = bool(options)
         if self._s3:
             self._fs.retries = 1  # botocore retries already; both together would multiply
