@@ -106,11 +106,11 @@ def test_the_guards_above_can_fail(tmp_path):
     assert ours(imported(file)) == {"cluster"}
 
 
-def test_the_notebook_part_loads_without_ray():
+def test_the_notebook_part_loads_without_ray_and_s3fs():
     below = {name for floor in FLOORS[: FLOOR["cluster"]] for name in floor}
     files = [path.relative_to(ROOT) for path in MODULES if part_of(path) in below]
     names = [".".join(file.with_suffix("").parts).removesuffix(".__init__") for file in files]
-    code = f"import sys; sys.modules['ray'] = None\nfor name in {names}: __import__(name)"
+    code = f"import sys; sys.modules['ray'] = sys.modules['s3fs'] = None\nfor name in {names}: __import__(name)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

@@ -151,7 +151,8 @@ def _layer(vector: Any, layer: int | None, depth: int) -> int:
 def _compare(network: nn.Module, vector: Any) -> None:
     """Warn, once for a model and place, of a vector that was found on other weights."""
     site = getattr(vector, "site", None)
-    if site is None or site.fingerprint is None:
+    # Weights that accelerate keeps on disk cannot be read here.
+    if site is None or site.fingerprint is None or any(weight.is_meta for weight in network.parameters()):
         return
     if network not in _FINGERPRINTS:
         _FINGERPRINTS[network] = fingerprint(network.config, network.state_dict())

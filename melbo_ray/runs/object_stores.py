@@ -41,6 +41,12 @@ def connect(url: str, patient: bool) -> tuple[Any, str]:
     return fs, root
 
 
+def extra(url: str) -> str | None:
+    """The extra of this package that installs the file system of a URL; None if none does."""
+    extras = {"cluster": _S3, "gcs": _GCS, "azure": _AZURE}
+    return next((name for name, schemes in extras.items() if urlsplit(url).scheme in schemes), None)
+
+
 def version(fs: Any, info: dict[str, Any]) -> str:
     """The version of an object: ETag on S3 and Azure, generation on GCS; "" where replacement is unconditional."""
     key = _VERSIONS.get(_kind(fs))

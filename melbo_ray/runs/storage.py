@@ -51,7 +51,9 @@ class Storage:
         try:
             self._fs, root = object_stores.connect(url, patient)
         except (ValueError, ImportError) as error:
-            raise UserError(f"storage {url!r}: {error}") from None
+            extra = object_stores.extra(url) if isinstance(error, ImportError) else None
+            remedy = f": pip install 'melbo-ray[{extra}]'" if extra else ""
+            raise UserError(f"storage {url!r}: {error}{remedy}") from None
         self._local = isinstance(self._fs, LocalFileSystem)
         self._root = root.rstrip("/")
         self.url = self._root if self._local else url.rstrip("/")

@@ -219,6 +219,15 @@ def test_a_model_with_a_device_map_is_steered():
     torch.testing.assert_close(found, plain_logits(model, LONG, LAYER, theta), rtol=0, atol=0)
 
 
+def test_weights_that_lie_elsewhere_are_not_compared():
+    with torch.device("meta"):
+        elsewhere = AutoModelForCausalLM.from_config(network(tiny()).config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with steer(elsewhere, vector(THETA, fingerprint="0" * 64)):
+            pass
+
+
 def test_half_precision_adds_in_float32():
     model, theta = tiny(), directions(1)[0]
     other: Any = AutoModelForCausalLM.from_config(network(model).config).to(torch.bfloat16).eval()

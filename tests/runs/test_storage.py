@@ -206,6 +206,15 @@ def test_an_unknown_protocol_is_one_line():
     assert "\n" not in str(caught.value)
 
 
+def test_without_s3fs_the_extra_is_named(monkeypatch):
+    def missing(*_, **__):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(melbo_ray.runs.storage.fsspec.core, "url_to_fs", missing)
+    with pytest.raises(UserError, match=r"Install s3fs to access S3: pip install 'melbo-ray\[cluster\]'"):
+        Storage("s3://bucket/runs")
+
+
 def test_a_full_disk_is_said_and_leaves_what_was_there(tmp_path):
     mount = tmp_path / "small"
     mount.mkdir()
