@@ -88,7 +88,7 @@ def test_evaluators_grow_with_the_cluster_and_those_of_lost_nodes_stay_asked_for
 
 def demands():
     """What an autoscaler is asked for: (GPUs, role)."""
-    state = get_cluster_resource_state(global_worker.gcs_client)
+    state = get_cluster_resource_state(global_worker.gcs_client)  # ty: ignore[missing-attribute]
     requests = [each.request for each in state.pending_resource_requests]
     return [
         (request.resources_bundle.get("GPU"), request.label_selectors[0].label_constraints[0].label_values[0])

@@ -1,5 +1,7 @@
 """One worker for several runs: each finds what a worker of its own finds, on weights that are loaded once."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ def job(tiny, tmp_path):
     concept = load_concept(str(tiny.folder / "code.toml"))
 
     def call(name, **options):
-        asked = tiny.options(str(tmp_path), name, candidates=2, melbo_steps=2) | options
+        asked: Any = tiny.options(str(tmp_path), name, candidates=2, melbo_steps=2) | options
         config = Config(**{**asked, "concepts": [asked["concepts"]]})
         url = f"{tmp_path}/{name}"
         Run.open(url).write_manifest(Manifest(run_id=name))

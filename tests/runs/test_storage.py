@@ -10,6 +10,7 @@ import uuid
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import fsspec
 import pytest
 
 import melbo_ray.runs.local_files
@@ -47,7 +48,8 @@ def test_many_are_deleted_on_s3_in_one_request_or_one_by_one_where_that_is_refus
         names = [f"units/a b+{number}.zip" for number in range(40)]
         for name in names:
             storage.put(name, b"x")
-        before, faults.waiting = faults.served, [(501, "NotImplemented")] if refused else []
+        before = faults.served
+        faults.waiting += [(501, "NotImplemented")] if refused else []
         storage.delete([*names, "units/none"])
         assert faults.served - before == (1 + 41 if refused else 1)
         assert storage.names() == []
@@ -210,7 +212,7 @@ def test_without_s3fs_the_extra_is_named(monkeypatch):
     def missing(*_, **__):
         raise ImportError("Install s3fs to access S3")
 
-    monkeypatch.setattr(melbo_ray.runs.storage.fsspec.core, "url_to_fs", missing)
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
     with pytest.raises(UserError, match=r"Install s3fs to access S3: pip install 'melbo-ray\[cluster\]'"):
         Storage("s3://bucket/runs")
 

@@ -2,6 +2,7 @@
 
 from io import StringIO
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -23,7 +24,7 @@ def said(monkeypatch):
         monkeypatch.setattr(placement, "resources", lambda: (cluster, {}))
         monkeypatch.setattr(placement, "wait_for_nodes", lambda missing, say: missing(cluster, {}) and say("waits"))
         out = StringIO()
-        checked = SimpleNamespace(config=Config(**options), demands=NO_DEMANDS)
+        checked: Any = SimpleNamespace(config=Config(**options), demands=NO_DEMANDS)
         placement.place(checked, 1, fixed, ALL_PACKED, Console(file=out, width=200))
         return out.getvalue()
 
@@ -41,11 +42,11 @@ def test_nodes_that_join_are_looked_for_now_and_then(monkeypatch):
     looked = []
     monkeypatch.setattr(placement, "resources", lambda: ({"CPU": 8.0}, {}))
     monkeypatch.setattr(placement, "grown", lambda layout, config, *found: looked.append(found) or "grown")
-    growth = placement.Growth(Config(), fixed=False)
+    growth: Any = placement.Growth(Config(), fixed=False)
     assert growth.follow("layout") == "layout"
     growth._next = 0.0
     assert (growth.follow("layout"), growth.follow("layout")) == ("grown", "layout")
     assert looked == [({"CPU": 8.0}, {})]
-    fixed = placement.Growth(Config(), fixed=True)
+    fixed: Any = placement.Growth(Config(), fixed=True)
     fixed._next = 0.0
     assert fixed.follow("layout") == "layout"

@@ -7,7 +7,7 @@ from melbo_ray.evals.catalog import EVALUATIONS
 from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.run_store import Run
 from melbo_ray.study.preflight import check, defined, recheck, recorded
-from melbo_ray.study.runner import _lease
+from melbo_ray.study.runner import leased
 from tests.families import tiny
 
 
@@ -107,7 +107,7 @@ def test_the_manifest_names_every_evaluation_where_all_are_asked_for(options, tm
 
 def end(run, begun):
     """What a driver does that is refused once it has the lease."""
-    with _lease(run):
+    with leased(run):
         assert run.storage.names("lease")
         if begun:
             run.storage.put("run.json", b"{}")
