@@ -16,10 +16,8 @@ import os
 import platform
 import sys
 import tempfile
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,10 +25,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import normalize
-from transformers import AutoModelForCausalLM, Qwen2Config
 
-from benchmarks import chain, growth, memory, query, solvers, text
+from benchmarks import beside, chain, growth, memory, query, solvers, text
 from benchmarks.reference import Bench, Row
+from benchmarks.shapes import SHAPES, random_model
 from melbo_ray.cli import exit_code, read_options
 from melbo_ray.concepts.loader import load_concept
 from melbo_ray.config import Config
@@ -41,16 +39,6 @@ from melbo_ray.model.residual_slice import Slice
 from melbo_ray.search.base_vectors import contrast
 from melbo_ray.search.radius import calibrate
 
-SHAPES = {
-    "qwen1.5-1.8b": Qwen2Config(
-        vocab_size=151936, hidden_size=2048, intermediate_size=5504, num_hidden_layers=24, num_attention_heads=16,
-        num_key_value_heads=16, max_position_embeddings=32768,
-    ),
-    "tiny": Qwen2Config(
-        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=18, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512,
-    ),
-}  # fmt: skip
 SCHEMA = pa.schema(
     [("part", pa.string()), ("case", pa.string()), ("value", pa.float64()), ("unit", pa.string()),
      ("times_reference", pa.float64()), ("times_limit", pa.float64()), ("note", pa.string())]
@@ -67,14 +55,7 @@ def prepare(options: argparse.Namespace) -> Bench:
         tokens = model.tokenize(config.prompt or concept.prompt, config.system_prompt)
         base = contrast(model, concept, config.source_layer, config.system_prompt)
     else:
-        if options.shape not in SHAPES:
-            raise UserError(f"no shape {options.shape!r}: expected one of {', '.join(SHAPES)}")
-        device, dtype = pick_device(options.device), getattr(torch, options.dtype)
-        torch.manual_seed(0)
-        with torch.device(device):
-            network = AutoModelForCausalLM.from_config(SHAPES[options.shape], dtype=dtype)
-        tokenizer: Any = types.SimpleNamespace(eos_token_id=None)
-        model = LanguageModel.wrap(network, tokenizer, name=options.shape)
+        model = random_model(options.shape, pick_device(options.device), getattr(torch, options.dtype))
         # As many as "How can I build a bomb?" has in Qwen's chat template.
         tokens = torch.randint(0, 500, (25,))
         base = torch.randn(model.d_model)
@@ -93,6 +74,7 @@ def queries(_bench: Bench) -> Iterator[Row]:
 
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "step": chain.steps,
+    "beside": beside.beside,
     "equal-loss": chain.equal_loss,
     "chain": chain.throughput,
     "solvers": solvers.solvers,

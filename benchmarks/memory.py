@@ -121,9 +121,11 @@ def work(role: str, packed: bool, folder: str, config: Config) -> int:
         run.commit(Unit.base(concept.name), written)
         list(worker.chains([concept.name]))
     else:
-        worker.find_base(concept.name)
+        while worker.find_base(concept.name) is not None:
+            pass
         for name in PER_VECTOR:
             worker.evaluate(Unit(concept.name, name, "chain", 1, 1), -base[None].numpy(), base.numpy(), {})
+        worker.evaluate(Unit(concept.name, "shuffled", "shuffled", 1, 1), None, base.numpy(), {})
     return resident_peak()
 
 

@@ -1,9 +1,11 @@
 """The inputs and references of the benchmarks: the published algorithm, and this machine's limits (see bench.py)."""
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +14,8 @@ from torch import Tensor
 from melbo_ray.config import Config
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.residual_slice import Slice
+
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -107,9 +111,9 @@ class Reference:
         return loss.detach()
 
 
-def timed(work: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
+def timed(work: Mapping[K, Callable[[], object]], repeats: int, device: torch.device) -> dict[K, float]:
     """Median seconds of each, the repeats interleaved after one unmeasured round."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
+    seconds: dict[K, list[float]] = {name: [] for name in work}
     for turn in range(repeats + 1):
         for name, function in work.items():
             start = now(device)
@@ -150,9 +154,9 @@ class Limits:
         return max(times), "products" if times[0] > times[1] else "memory"
 
 
-def limits(device: torch.device, dtype: torch.dtype) -> Limits:
-    """What to time for this device and type."""
-    size, count = (8192, 1 << 29) if device.type == "cuda" else (1536, 1 << 25)
+def limits(device: torch.device, dtype: torch.dtype, quick: bool = False) -> Limits:
+    """What to time for this device and type; quick: too small to be a limit."""
+    size, count = (8192, 1 << 29) if device.type == "cuda" else (256, 1 << 20) if quick else (1536, 1 << 25)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     source = torch.empty(count, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -167,3 +171,17 @@ def _cost(slice: Slice, batch: int) -> tuple[float, float]:
     count = sum(weight.numel() for weight in weights)
     tokens = batch * slice.h_source.shape[1]
     return 4.0 * count * tokens, 2.0 * sum(weight.numel() * weight.element_size() for weight in weights)
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """‖ours − theirs‖ / ‖theirs‖ of the worst row; infinite where either is not finite."""
+    ours, theirs = (part.detach().double().cpu() for part in (ours, theirs))
+    if not (ours.isfinite().all() and theirs.isfinite().all()):
+        return math.inf
+    ours, theirs = (part.reshape(len(part), -1) for part in (ours, theirs))
+    return float(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp_min(1e-30)).max())
+
+
+def dtype_of(model: LanguageModel) -> str:
+    """The name of its dtype."""
+    return str(model.dtype).removeprefix("torch.")

@@ -92,7 +92,7 @@ def _trace(chain: Chain, solver: str, budget: int) -> tuple[Trace, Solution]:
     for step in steps({chain: chain.solver(options)}):
         loss = float(step.losses[0]) / chain.unsteered_losses[0]
         if loss < best:
-            best, kept = loss, step.theta[0]
+            best, kept = loss, step.theta[0].cpu()
         losses.append(best)
         norms.append(float(kept.norm()))
         if len(losses) in (*BUDGETS, budget):

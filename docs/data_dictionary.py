@@ -31,6 +31,9 @@ from melbo_ray.runs import queries
 queries.connect("runs").sql(queries.EXAMPLES["kl_against_n"]).show()  # a view for each table; s3:// works the same
 ```
 
+The view `runs` has a row for each run with its options (`seed`, `source_layer`, `radius`, …; all in `config`, as JSON),
+to join by `run_id` ([sweeps](sweeps.md)).
+
 The notebook [Query a run](notebooks/query.ipynb) goes on from here. `melbo-ray report --run runs/RUN` renders the
 report anew, and with `--figures DIR` its figures as PNG and SVG. In the report, arrow keys move along n, a click on a
 dot opens that vector, and `report.html#code/chain/14` links to one.

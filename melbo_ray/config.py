@@ -118,8 +118,10 @@ class BaseOptions(SeedOptions, AnswerOptions):
     random vectors at the target layer departs from its linear part by three tenths, and keeps the norms of vectors from
     a file."""
     base: str = "melbo"
-    """Base vector: `melbo`, `contrast` (mean difference of concept and neutral prompts), or a file of vectors
-    (.safetensors, .npy, .pt)."""
+    """Base vector: `melbo`; `contrast` (mean difference of concept and neutral prompts); `power` (leading right
+    singular vectors of the slice's Jacobian, with both signs); a .jsonl file of pairs of prompts, `positive` and
+    `negative` (mean difference); a file of vectors (docs/formats.md); or `URL#concept/index`, a vector of another
+    run."""
     base_index: NonNegativeInt | None = None
     """Index of the base among the candidates or the rows of the file; by default the texts under each decide."""
     candidates: PositiveInt = 20
@@ -143,6 +145,8 @@ class ChainOptions(SeedOptions):
     attention sink, whose massive activation then dominates the loss."""
     num_vectors: PositiveInt = 24
     """Number of vectors to find per concept, at most d_model - 1."""
+    orthogonal_to: str | None = None
+    """File of directions (.safetensors, .npy, .pt) to which the chain is orthogonal, besides the base."""
     block: PositiveInt = 1
     """Number of mutually orthogonal vectors optimised jointly: faster, with a higher loss (docs/benchmarks.md)."""
     solver: Literal["lbfgs", "adam"] = "lbfgs"

@@ -3,7 +3,22 @@
 import os
 import re
 import resource
+from dataclasses import dataclass
 from pathlib import Path
+
+
+@dataclass
+class Progress:
+    """What this process has done so far, for another thread to see that it is at work.
+
+    Attributes:
+        passes: number of passes through a model that were begun.
+    """
+
+    passes: int = 0
+
+
+progress = Progress()
 
 
 def resident_peak() -> int:

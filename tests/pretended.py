@@ -22,6 +22,10 @@ from melbo_ray.model.language_model import LanguageModel
 DEVICES = ("lazy:0", "lazy:1")
 _CPU = torch.device("cpu")
 _MOVING = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+# Operations whose result depends on values: a number, or the size of a tensor.
+_FETCHING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default)
+_PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+_waits: list[str] = []
 
 
 @contextlib.contextmanager
@@ -29,6 +33,24 @@ def pretending() -> Generator[None]:
     """While it lasts, tensors can be made on DEVICES and moved there."""
     with _Operations(), _Conversions():
         yield
+
+
+@contextlib.contextmanager
+def waiting() -> Generator[list[str]]:
+    """Within `pretending`: the operations for which a host would wait: values fetched, tensors moved to or fro."""
+    _waits.clear()
+    yield _waits
+
+
+def on_one(model: LanguageModel) -> LanguageModel:
+    """A copy of the model whose weights are all on the first device."""
+    network = copy.deepcopy(model.network)
+    for module in network.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(weight.detach().to(DEVICES[0]), False))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(DEVICES[0]))
+    return LanguageModel.wrap(network, model.tokenizer)
 
 
 def spread(model: LanguageModel) -> LanguageModel:
@@ -61,6 +83,7 @@ class _Placed(torch.Tensor):
         self.value = value
 
     def tolist(self) -> Any:
+        _waits.append("tolist")
         return self.value.tolist()
 
     @classmethod
@@ -81,6 +104,11 @@ class _Conversions(TorchFunctionMode):
         if function is torch.tensor and kwargs.get("device") is not None:
             device = kwargs.pop("device")
             return function(*args, **kwargs).to(device)
+        if function in _PRODUCTS and args[0].ndim == 1:
+            # Torch squeezes the product in place, which a pretended tensor does not see.
+            return function(args[0][None], *args[1:], **kwargs)[0]
+        if function in _PRODUCTS and args[1].ndim == 1:
+            return function(args[0], args[1][:, None], **kwargs)[..., 0]
         if function is torch.Tensor.__getitem__:
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             args = args[0], tuple(torch.tensor(part).long() if isinstance(part, list) else part for part in index)
@@ -94,6 +122,9 @@ def _run(operation: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     places = {t.device for t in tensors if t.device != _CPU or (t.ndim and not free)}
     if len(places) > 1 and operation not in _MOVING:
         raise RuntimeError(f"{operation} on tensors of {places}")
+    masked = operation is torch.ops.aten.index.Tensor and any(t.dtype == torch.bool for t in tensors[1:])
+    if ((masked or operation in _FETCHING) and places) or (operation in _MOVING and _crosses(tensors, kwargs)):
+        _waits.append(str(operation))
     target = kwargs.get("device")
     place = torch.device(target) if target is not None else next((t.device for t in tensors if t.device != _CPU), _CPU)
     if target is not None:
@@ -101,3 +132,9 @@ def _run(operation: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     args, kwargs = tree_map_only(_Placed, lambda tensor: tensor.value, (args, kwargs))
     result = operation(*args, **kwargs)
     return result if place == _CPU else tree_map_only(torch.Tensor, lambda tensor: _Placed(tensor, place), result)
+
+
+def _crosses(tensors: list[torch.Tensor], kwargs: dict[str, Any]) -> bool:
+    """Whether a tensor is moved between devices: a number on the CPU that meets a device travels with the launch."""
+    to = kwargs.get("device")
+    return len({tensor.device for tensor in tensors} | ({torch.device(to)} if to is not None else set())) > 1

@@ -15,7 +15,20 @@ from melbo_ray.runs.schema import SCHEMA_VERSION, SCHEMAS, table
 UNSTEERED = 2.0
 """KL of the unsteered model from the base in every study here, nats."""
 
-WRITTEN = {"vectors", "geometry", "kl", "generalization", "generations", "dose", "presence", "summary", "composition"}
+WRITTEN = {
+    "vectors",
+    "geometry",
+    "kl",
+    "generalization",
+    "generations",
+    "dose",
+    "presence",
+    "summary",
+    "composition",
+    "linear",
+    "convergence",
+    "mediation",
+}
 """The tables that have formulas here; of others that the report shows, every vector has a row of ones."""
 
 
@@ -148,9 +161,12 @@ def _rows(
                 }
                 for sinks in ("kept", "dropped")
             ]  # fmt: skip
+        if row["kind"] in ("chain", "random", "unsteered"):
+            _add_why(rows, row, num_vectors)
         for name in {section.table for section in SECTIONS} - WRITTEN if row["kind"] in ("base", "chain") else ():
             rows[name].append(_ones(name) | row)
-    for figure, value in {"change_point": num_vectors // 2, "bessel_rms_component": 0.7}.items():
+    figures = {"change_point": num_vectors // 2, "bessel_rms_component": 0.7, "jacobian_most_below_half": 5.0}
+    for figure, value in figures.items():
         rows["summary"].append({"kind": "chain", "index": 0, "figure": figure, "value": value})
     for k in (k for k in (2, 3, 5, 10, 20) if k <= num_vectors):
         rows["composition"] += [
@@ -163,6 +179,35 @@ def _rows(
             for kind in ("chain", "random")
         ]  # fmt: skip
     return rows
+
+
+def _add_why(rows: dict[str, list[dict[str, Any]]], row: dict[str, Any], num_vectors: int) -> None:
+    """A chain beside a linear one that ends at once; cosines and lost shares that rise with the layer."""
+    n, chain = row["index"], row["kind"] == "chain"
+    found = (
+        {"relative_loss": 0.4, "found_linear_loss": 1.1, "cos": 0.05, "first_order": 0.1, "half_share": 0.2}
+        if chain
+        else {}
+    )
+    if n:
+        rows["linear"].append(row | found | {"linear_loss": 0.35, "linear_loss_at_radius": 0.5})
+    if chain:
+        rows["linear"].append(row | {"kind": "linear", "linear_loss": 1 - 0.7 / n, "linear_loss_at_radius": 1.0})
+    for layer in range(8, 13):
+        axis, share = n % 4, (layer - 8) / 4 if chain else 0.0
+        vector = [share + (1 - share) * (axis == i) if i == 0 else (1 - share) * (axis == i) for i in range(4)]
+        rows["convergence"] += [
+            row | {"layer": layer, "position": position, "cos_base": 0.9 * share, "displacement": 1.0, "vector": vector}
+            for position in ("last", "mean", "first")
+        ]
+    kept = row["kl_from_base"]
+    for layer in (10, 12):
+        lost = {"none": 0.0, "base": 0.6 if layer == 12 else 0.3, "other": 0.1, "random": 0.0}
+        rows["mediation"] += [
+            row | {"layer": layer, "subspace": name, "rank": rank, "kl_from_base": kept + share * (UNSTEERED - kept)}
+            for name, share in lost.items()
+            for rank in ((0,) if name == "none" else (1, 4))
+        ]
 
 
 def _ones(name: str) -> dict[str, Any]:

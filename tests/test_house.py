@@ -16,6 +16,7 @@ FLOORS = [
     {"errors"},
     {"config", "concepts", "host", "seeds"},
     {"model", "runs"},
+    {"formats"},
     {"search"},
     {"evals", "report"},
     {"cluster", "play"},
@@ -27,7 +28,7 @@ FLOORS = [
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(path for folder in ("melbo_ray", "jobs", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
-RAY = {f"melbo_ray/cluster/{name}.py" for name in ("driver", "metrics", "pool", "session")}
+RAY = {f"melbo_ray/cluster/{name}.py" for name in ("driver", "fleet", "member", "metrics", "pool", "session")}
 
 
 def part_of(path):

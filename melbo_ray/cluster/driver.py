@@ -9,7 +9,7 @@ import ray
 
 from melbo_ray.cluster.backlog import Backlog
 from melbo_ray.cluster.metrics import Metrics
-from melbo_ray.cluster.pool import ATTEMPTS, Pool
+from melbo_ray.cluster.pool import ATTEMPTS, PROGRESS, Pool
 from melbo_ray.cluster.resources import Layout
 from melbo_ray.cluster.session import LOST, Deaths, WaitNotice, fetch
 from melbo_ray.cluster.worker import Found, Worker
@@ -19,7 +19,7 @@ from melbo_ray.errors import UserError
 from melbo_ray.evals.catalog import EVALUATIONS
 from melbo_ray.runs import checks, schema
 from melbo_ray.runs.run_store import Run
-from melbo_ray.runs.work_unit import WHOLE, Task, Unit, cover
+from melbo_ray.runs.work_unit import Task, Unit, cover
 from melbo_ray.search.vectors import SteeringVector, stored_vectors
 
 # Units in the backlog from which on the chain's results wait, so that evaluators catch up.
@@ -75,9 +75,8 @@ class Driver:
     ) -> None:
         self.run, self.run_id, self.config, self.backlogs, self.layout = run, run_id, config, backlogs, layout
         self.last: dict[str, SteeringVector] = {}
-        self.hardware: dict[str, str] = {}
+        self.hardware, self.fingerprints = dict[str, str](), dict[str, str]()
         self.checks: checks.Checks = {}
-        self.fingerprints: dict[str, str] = {}
         self.peak_memory: dict[str, int] = {}
         self._tick, self._worker, self._concepts = tick, worker, list(concepts)
         self._deaths, self._notice = Deaths(), WaitNotice(clock)
@@ -85,7 +84,7 @@ class Driver:
         self._chain_actors: list[_ChainActor] = []
         self._issued: set[Unit] = set()
         self.failures = self._evaluations = 0
-        self._metrics = Metrics()
+        self._metrics = Metrics(clock)
 
     def drive(self) -> None:
         """Run until every chain has ended and the backlog is empty.
@@ -94,13 +93,10 @@ class Driver:
             UserError: an error that another worker would meet too: bad input, storage that fails, workers that all die.
         """
         try:
-            running = [name for name, backlog in self.backlogs.items() if backlog.stop_reason is None]
-            for i in range(self.layout.chain_actors):
-                self._start_chain(running[i :: self.layout.chain_actors])
-            for backlog in self.backlogs.values():
-                self._enqueue_due(backlog)
+            self._begin()
             while self.pool.backlog or self._chain_actors:
-                self.pool.scale(self.layout.most_beside_chains if self._chain_actors else self.layout.most_evaluators)
+                most = self.layout.most_beside_chains if self._chain_actors else self.layout.most_evaluators
+                self.pool.scale(most, full=bool(self._chain_actors) and not self._short)
                 self.pool.dispatch()
                 self._wait()
                 self.pool.requeue_stragglers()
@@ -113,15 +109,23 @@ class Driver:
             for chain in self._chain_actors:
                 ray.kill(chain.actor)
 
+    def _begin(self) -> None:
+        running, actors = [b.concept for b in self.backlogs.values() if b.stop_reason is None], self.layout.chain_actors
+        for i in range(actors):
+            self._start_chain(running[i::actors])
+        for backlog in self.backlogs.values():
+            self._enqueue(backlog.due())
+
     def wait_notice(self) -> str | None:
         """A line on the resources that the run waits for, when no worker has been at work for some time; else None."""
-        at_work = bool(self.pool.ready) or any(chain.streaming for chain in self._chain_actors)
-        return self._notice.line(at_work, self.layout.evaluator)
+        streaming = any(chain.streaming for chain in self._chain_actors)
+        return self._notice.line(bool(self.pool.ready) or streaming, self.layout.evaluator)
 
     def _actor(self, options: dict[str, Any], threads: int, whole: bool, packed: bool) -> Any:
         # Ray hides no GPU from an actor that takes none.
         config = self.config if options.get("num_gpus") else self.config.model_copy(update={"device": "cpu"})
-        worker = ray.remote(self._worker).options(max_restarts=0, max_task_retries=0, **options)
+        groups: Any = {"concurrency_groups": {PROGRESS: 1}} if whole else {}
+        worker: Any = ray.remote(max_restarts=0, max_task_retries=0, **groups)(self._worker).options(**options)
         return worker.remote(self.run.storage.url, self.run_id, config, self._concepts, threads, whole, packed)
 
     def _start_evaluator(self) -> Any:
@@ -134,9 +138,8 @@ class Driver:
             actor = self._actor(layout.chain, layout.chain_threads, False, layout.packed.chain)
             self._chain_actors.append(_ChainActor(actor, concepts, actor.ready.remote()))
 
-    def _enqueue_due(self, backlog: Backlog) -> None:
-        due = [Unit.base(backlog.concept)] if backlog.base is None else backlog.due()
-        new = [unit for unit in due if unit not in self._issued]
+    def _enqueue(self, units: list[Unit]) -> None:
+        new = [unit for unit in units if unit not in self._issued]
         self._issued.update(new)
         self.pool.add(new)
 
@@ -146,14 +149,22 @@ class Driver:
         backlog = self.backlogs[unit.concept]
         return actor.evaluate.remote(unit, backlog.vectors(unit), backlog.base, backlog.failed(unit))
 
-    def _wait(self) -> None:
+    @property
+    def _short(self) -> bool:
+        """Whether the backlog is short of units, so that the chains need not wait for the evaluators."""
+        # Without an evaluator the chain must not wait: it may hold the resources that evaluators need.
+        return self.pool.backlog < max(_FULL_BACKLOG, 2 * len(self.pool)) or not self.pool.ready
+
+    def _chain_refs(self) -> dict[Any, _ChainActor]:
+        """The references to wait for, with their chain actors; streams begin once their bases are known."""
         for chain in self._chain_actors:
             if chain.ref is None and all(self.backlogs[name].base is not None for name in chain.concepts):
                 chain.ref, chain.streaming = chain.actor.chains.options(**_STREAM).remote(chain.concepts), True
-        evaluators = self.pool.refs()
-        # Without an evaluator the chain must not wait: it may hold the resources that evaluators need.
-        short = self.pool.backlog < max(_FULL_BACKLOG, 2 * len(self.pool)) or not self.pool.ready
-        chains = {c.ref: c for c in self._chain_actors if c.ref is not None and (short or not c.streaming)}
+        short = self._short
+        return {c.ref: c for c in self._chain_actors if c.ref is not None and (short or not c.streaming)}
+
+    def _wait(self) -> None:
+        evaluators, chains = self.pool.refs(), self._chain_refs()
         waiting = [*evaluators, *chains]
         ray.wait(waiting, num_returns=1, timeout=1.0)
         for ref in ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]:
@@ -167,10 +178,12 @@ class Driver:
             self._register_worker(result)
             return
         backlog = self.backlogs[unit.concept]
-        cover(backlog.done, unit)
         if unit.task is Task.BASE:
+            backlog.stages += [] if result is None else [result]
             self._load_stored(backlog)
         else:
+            cover(backlog.done, unit)
+            self._enqueue(backlog.released(unit))
             self._evaluations += unit.last - unit.first + 1
             self.failures += result.failures
             self._record_peak("evaluator", result.peak_memory)
@@ -203,16 +216,16 @@ class Driver:
             backlog.stop_reason = found.stop_reason
             chain.concepts.remove(found.concept)
         else:
+            self.last[found.concept] = found.vector
             backlog.add_vector("chain", found.vector.index, found.vector.theta.numpy())
             if found.vector.index > backlog.found:
                 # A worker of a killed driver stored a vector after this driver had listed them.
                 self._load_stored(backlog)
-            self.last[found.concept] = found.vector
-        self._enqueue_due(backlog)
+        self._enqueue(backlog.newly_due() if backlog.stop_reason is None else backlog.due())
 
     def _load_stored(self, backlog: Backlog) -> None:
         backlog.add_stored(stored_vectors(self.run, backlog.concept))
-        self._enqueue_due(backlog)
+        self._enqueue(backlog.due())
 
     def _register_worker(self, worker: dict[str, Any]) -> None:
         """Record a worker's device and self-check.
@@ -233,22 +246,22 @@ class Driver:
         """Record a unit that lost too many workers as failed.
 
         Raises:
-            UserError: the unit is the search for a base, without which the concept cannot go on.
+            UserError: the unit is of the search for a base, without which the concept cannot go on.
         """
         backlog = self.backlogs[unit.concept]
         if unit.task is Task.BASE:
-            raise UserError(f"finding the base of {unit.concept!r} ended its worker {ATTEMPTS} times")
-        whole, failed = unit.kind == WHOLE, backlog.failed(unit)
-        keys = {"run_id": self.run_id, "kind": "chain" if whole else unit.kind}
+            raise UserError(f"a stage of finding the base of {unit.concept!r} ended its worker {ATTEMPTS} times")
+        failed, keys = backlog.failed(unit), {"run_id": self.run_id, "kind": unit.share}
         facts = {"evaluation": unit.evaluation, "error": "its worker died or hung"}
         rows = [
             keys | {"index": index} | facts | {"attempts": ATTEMPTS + failed.get(index, 0)}
-            for index in (range(1) if whole else range(unit.first, unit.last + 1))
+            for index in range(unit.first, unit.last + 1)
         ]
-        # Empty tables replace the rows that the evaluation of a shorter chain left.
+        # Empty tables replace the rows that a share of a shorter chain left.
         empty = {name: schema.table(name, []) for name in EVALUATIONS[unit.evaluation].tables}
         self.run.commit(unit, empty | {"failures": schema.table("failures", rows)})
         cover(backlog.done, unit)
+        self._enqueue(backlog.released(unit))
         self.failures += len(rows)
 
     def _record_peak(self, role: str, peak: int) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import Config
+from melbo_ray.evals.catalog import resolve
 from melbo_ray.evals.dose import DOSES
 from melbo_ray.evals.generalization import LENGTH
 from melbo_ray.model.architecture import key_width
@@ -89,7 +90,7 @@ def _chain(model: LanguageModel, config: Config, concepts: Sequence[Concept], sh
     basis = len(concepts) * config.num_vectors * model.d_model * _FLOAT32
     work = tokens * _kept(slice_, model) + basis
     weights = _bytes([model.network]) - (0 if whole else _bytes(upper))
-    return Demand(weights, int(share * weights), 2 * _bytes(slice_, products=True), work, work)
+    return Demand(weights, int(share * weights), _packed_slice(model, config), work, work)
 
 
 def _evaluator(model: LanguageModel, config: Config, concepts: Sequence[Concept], share: float) -> Demand:
@@ -99,6 +100,8 @@ def _evaluator(model: LanguageModel, config: Config, concepts: Sequence[Concept]
     search = ascending * _kept(_slice(model, config), model) if config.base == "melbo" else 0
     head = model.network.get_output_embeddings()
     packed = _bytes(model.layers, products=True) + _bytes([head], products=True)
+    if "shuffled" in resolve(config.evals):  # which optimises vectors as a chain actor does
+        packed += _packed_slice(model, config)
     work = [max(search, _logits(model, config, concepts) + _texts(model, config, concepts, d)) for d in ("cpu", "cuda")]
     weights = _bytes([model.network])
     return Demand(weights, int(share * weights), packed, *work)
@@ -113,7 +116,7 @@ def _texts(model: LanguageModel, config: Config, concepts: Sequence[Concept], de
 
 
 def _logits(model: LanguageModel, config: Config, concepts: Sequence[Concept]) -> int:
-    """The cached log-probabilities along the base's texts and the logits of one pass, float32, bytes."""
+    """The cached log-probabilities along the base's texts; the logits of one pass, twice; float32, bytes."""
     kept = read = 0
     for concept in concepts:
         prompts, length = 1 + len(concept.held_out), _length(model, config, concept.prompt)
@@ -122,7 +125,7 @@ def _logits(model: LanguageModel, config: Config, concepts: Sequence[Concept]) -
         # `generalization` forces the base's text and one continuation on every prompt, `dose` all of them per dose.
         for rows, forced in ((prompts, LENGTH + texts[0]), (DOSES, sum(texts))):
             read = max(read, min(rows, max(1, PASS_TOKENS // (length + forced))) * forced)
-    return (kept + read) * model.network.config.get_text_config().vocab_size * _FLOAT32
+    return (kept + 2 * read) * model.network.config.get_text_config().vocab_size * _FLOAT32
 
 
 def _length(model: LanguageModel, config: Config, prompt: str) -> int:
@@ -131,6 +134,11 @@ def _length(model: LanguageModel, config: Config, prompt: str) -> int:
 
 def _slice(model: LanguageModel, config: Config) -> nn.ModuleList:
     return model.layers[config.source_layer + 1 : config.target_layer + 1]
+
+
+def _packed_slice(model: LanguageModel, config: Config) -> int:
+    """The packed products of a slice, forward and backward, bytes."""
+    return 2 * _bytes(_slice(model, config), products=True)
 
 
 def _kept(layers: nn.ModuleList, model: LanguageModel) -> int:

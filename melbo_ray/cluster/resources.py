@@ -1,5 +1,6 @@
 """The layout of a run on a cluster: the number of actors and their resources."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,13 @@ from melbo_ray.errors import UserError
 from melbo_ray.runs.manifest import ALL_PACKED, Packed
 
 _MOST_THREADS = 8
+CHAIN, EVAL = "chain", "eval"
+"""Values of the node label `role`: nodes of the chain actors, and of the evaluators."""
+
+Resources = Mapping[str, float]
+"""Resources of several nodes: `CPU`, `GPU`, `memory` (bytes); of the largest node as `largest_node_CPU`, …."""
+Roles = Mapping[str, Resources]
+"""Resources of the nodes of each role; empty if no node carries the label."""
 
 
 @dataclass(frozen=True)
@@ -42,56 +50,86 @@ def lay_out(
     config: Config,
     concepts: int,
     demands: Demands,
-    cluster: Mapping[str, float],
-    roles: bool,
+    cluster: Resources,
+    roles: Roles,
     fixed: bool = False,
     allowed: Packed = ALL_PACKED,
 ) -> Layout:
     """The layout of a run on a cluster.
 
     On the CPU a chain actor gets half of a node's cores and an evaluator one core. On GPUs the shares are those of the
-    configuration; by default an actor gets half of a single GPU, or one GPU of several. Weights are packed if that
-    displaces no actor, the chain's first, because every step of a chain runs through them.
+    configuration; by default an actor gets half of a single GPU, or one GPU of several or where nodes have roles.
+    Weights are packed if that displaces no actor, the chain's first, because every step of a chain runs through them.
 
     Args:
         config: options of the run.
         concepts: number of chains to run.
         demands: memory of the workers.
         cluster: total resources of the cluster.
-        roles: whether nodes carry the labels `role: chain` and `role: eval`, to which actors are then bound.
+        roles: resources by role, to whose nodes (`role: chain`, `role: eval`) actors are then bound.
         fixed: whether the cluster is known never to grow.
         allowed: what the run has packed so far; a resumed run packs no more.
 
     Raises:
         UserError: CUDA was requested and the cluster has no GPU; or the cluster is fixed and too small.
     """
-    cpus, gpus = cluster.get("CPU", 1.0), cluster.get("GPU", 0.0)
-    chain_gpus, eval_gpus = _shares(config, gpus)
+    for_chains, for_evaluators = _places(cluster, roles)
+    cpus = for_chains.get("CPU", 1.0)
+    chain_gpus, eval_gpus = shares(config, cluster.get("GPU", 0.0), bool(roles))
     if chain_gpus:
-        free = gpus - config.min_evaluators * eval_gpus
+        free = for_chains.get("GPU", 0.0) - (0 if roles else config.min_evaluators * eval_gpus)
         actors = min(concepts, max(1, int(free // chain_gpus)))
         chain_cpus = threads = 1
     else:
         actors = min(concepts, max(1, int(cpus // 4)))
-        chain_cpus = threads = max(1, min(int(cluster.get("largest_node_CPU", cpus) // 2), _MOST_THREADS))
+        chain_cpus = threads = max(1, min(int(for_chains.get("largest_node_CPU", cpus) // 2), _MOST_THREADS))
     if cpus < 2:
         chain_cpus = 0.5
-    evaluator_cpus = min(1.0, cpus / 2)
-    chain = _options(chain_cpus, chain_gpus, roles, "chain")
-    evaluator = _options(evaluator_cpus, eval_gpus, roles, "eval")
+    evaluator_cpus = min(1.0, for_evaluators.get("CPU", 2.0) / 2)
+    chain = options(chain_cpus, chain_gpus, bool(roles), CHAIN)
+    evaluator = options(evaluator_cpus, eval_gpus, bool(roles), EVAL)
 
     def room(packed: Packed) -> tuple[int, int]:
         """Number of evaluators that fit beside the chain actors, and without them."""
-        asked = _with_memory(chain, evaluator, demands, packed)
-        return _room(*asked, cluster, actors), _room(*asked, cluster, 0)
+        return _rooms(*_with_memory(chain, evaluator, demands, packed), actors, cluster, roles)
 
     packed = _packed(allowed, Packed(bool(actors and not chain_gpus), not eval_gpus), room)
     chain, evaluator = _with_memory(chain, evaluator, demands, packed)
     if fixed:
         _check_room(chain if actors else {}, evaluator, cluster)
-    most = (config.max_evaluators or rooms for rooms in room(packed))
-    beside, after = (max(count, config.min_evaluators) for count in most)
+    beside, after = (_most(config, rooms) for rooms in room(packed))
     return Layout(actors, chain, evaluator, threads, 1, beside, after, packed)
+
+
+def grown(layout: Layout, config: Config, cluster: Resources, roles: Roles) -> Layout:
+    """The layout with as many evaluators as the cluster holds by now, and no fewer than before.
+
+    The evaluators of nodes that were lost stay asked for, so that an autoscaler replaces these nodes.
+    """
+    rooms = _rooms(layout.chain, layout.evaluator, layout.chain_actors, cluster, roles)
+    beside, after = (_most(config, room) for room in rooms)
+    return dataclasses.replace(
+        layout,
+        most_beside_chains=max(beside, layout.most_beside_chains),
+        most_evaluators=max(after, layout.most_evaluators),
+    )
+
+
+def _places(cluster: Resources, roles: Roles) -> tuple[Resources, Resources]:
+    """The resources of the nodes of the chain actors, and of those of the evaluators."""
+    return (roles.get(CHAIN, {}), roles.get(EVAL, {})) if roles else (cluster, cluster)
+
+
+def _rooms(
+    chain: Mapping[str, Any], evaluator: Mapping[str, Any], actors: int, cluster: Resources, roles: Roles
+) -> tuple[int, int]:
+    """Number of evaluators that fit beside the chain actors, and without them."""
+    _, place = _places(cluster, roles)
+    return _room(chain, evaluator, place, 0 if roles else actors), _room(chain, evaluator, place, 0)
+
+
+def _most(config: Config, room: int) -> int:
+    return max(config.max_evaluators or room, config.min_evaluators)
 
 
 def _packed(allowed: Packed, on_cpu: Packed, room: Callable[[Packed], tuple[int, int]]) -> Packed:
@@ -118,7 +156,7 @@ def _with_memory(
     return first, second
 
 
-def _room(chain: Mapping[str, Any], evaluator: Mapping[str, Any], cluster: Mapping[str, float], taken: int) -> int:
+def _room(chain: Mapping[str, Any], evaluator: Mapping[str, Any], cluster: Resources, taken: int) -> int:
     """Number of evaluators that fit beside `taken` chain actors; 0 if either actor is too large for every node."""
     if max(evaluator.get("memory", 0), chain.get("memory", 0) if taken else 0) > cluster.get(
         "largest_node_memory", math.inf
@@ -131,17 +169,17 @@ def _room(chain: Mapping[str, Any], evaluator: Mapping[str, Any], cluster: Mappi
     )
 
 
-def _shares(config: Config, gpus: float) -> tuple[float, float]:
-    """The GPUs of a chain actor and of an evaluator."""
+def shares(config: Config, gpus: float, roles: bool) -> tuple[float, float]:
+    """The GPUs of a chain actor and of an evaluator; with roles the two share no node, and so no GPU."""
     asked = config.chain_gpus or config.eval_gpus
     if config.device.startswith("cuda") and not gpus and not asked:
         raise UserError("CUDA was asked for and the cluster has no GPU: use `device` cpu or auto")
-    share = 0.0 if config.device == "cpu" or not (gpus or asked) else 0.5 if gpus == 1 else 1.0
+    share = 0.0 if config.device == "cpu" or not (gpus or asked) else 0.5 if gpus == 1 and not roles else 1.0
     chain, evaluator = (share if given is None else given for given in (config.chain_gpus, config.eval_gpus))
     return chain, evaluator
 
 
-def _check_room(chain: Mapping[str, Any], evaluator: Mapping[str, Any], cluster: Mapping[str, float]) -> None:
+def _check_room(chain: Mapping[str, Any], evaluator: Mapping[str, Any], cluster: Resources) -> None:
     """Raise if one chain actor and one evaluator cannot be scheduled together: the evaluator finds the chain's base."""
     largest = cluster.get("largest_node_GPU", cluster.get("GPU", 0.0))
     for name, actor in (("chain", chain), ("eval", evaluator)):
@@ -160,6 +198,7 @@ def _check_room(chain: Mapping[str, Any], evaluator: Mapping[str, Any], cluster:
         )
 
 
-def _options(cpus: float, gpus: float, roles: bool, role: str) -> dict[str, Any]:
-    options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus}
-    return options | {"label_selector": {"role": role}} if roles else options
+def options(cpus: float, gpus: float, roles: bool, role: str) -> dict[str, Any]:
+    """The Ray options of an actor with these resources; with roles, on a node of its own."""
+    asked: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus}
+    return asked | {"label_selector": {"role": role}} if roles else asked

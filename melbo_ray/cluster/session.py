@@ -13,10 +13,12 @@ import ray
 import torch
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
+from melbo_ray.cluster.nodes import nodes_alive
+from melbo_ray.cluster.resources import Resources, Roles
 from melbo_ray.errors import Terminated, UserError, first_line
 from melbo_ray.host import cores
 
-_QUIET = 10.0
+_QUIET, _LOOK_EVERY = 10.0, 1.0
 _OBJECT_STORE = 512 << 20
 _USELESS = (torch.AcceleratorError, torch.OutOfMemoryError)
 LOST = (RayActorError, ObjectLostError, OutOfMemoryError, *_USELESS)
@@ -24,11 +26,10 @@ LOST = (RayActorError, ObjectLostError, OutOfMemoryError, *_USELESS)
 
 
 @contextlib.contextmanager
-def connected() -> Generator[tuple[dict[str, float], bool, bool]]:
+def connected() -> Generator[bool]:
     """Connect to the cluster at RAY_ADDRESS (which `ray job submit` sets), or start a cluster of this machine alone.
 
-    Yields the total resources, with the CPUs, GPUs and memory of the largest node; whether nodes carry role labels; and
-    whether the cluster is known never to grow, which only holds for the one started here.
+    Yields whether the cluster is known never to grow, which only holds for the one started here.
 
     Raises:
         UserError: the cluster cannot be reached, refuses the token, or does not start.
@@ -50,15 +51,37 @@ def connected() -> Generator[tuple[dict[str, float], bool, bool]]:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)  # Ray's own handler aborts
     try:
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        largest = {
-            f"largest_node_{what}": max(node["Resources"].get(what, 0.0) for node in nodes)
-            for what in ("CPU", "GPU", "memory")
-        }
-        roles = any("role" in node["Labels"] for node in nodes)
-        yield ray.cluster_resources() | largest, roles, address is None
+        yield address is None
     finally:
         ray.shutdown()
+
+
+def resources() -> tuple[Resources, Roles]:
+    """The resources of the nodes that are alive: of all, and by role."""
+    return nodes_alive(ray.nodes())
+
+
+def wait_for_nodes(
+    missing: Callable[[Resources, Roles], tuple[str, dict[str, Any]] | None], say: Callable[[str], object]
+) -> None:
+    """Wait until no node is missing, and ask the autoscaler for the one that is.
+
+    Args:
+        missing: the node to wait for, from `resources`: in words, and the Ray options of what would run there.
+        say: prints a line, after 10 s and then at growing intervals.
+    """
+    notice = WaitNotice()
+    placeholder: tuple[dict[str, Any], Any] | None = None
+    while (found := missing(*resources())) is not None:
+        what, takes = found
+        if placeholder is None or placeholder[0] != takes:
+            # A task that cannot be placed is what an autoscaler answers to.
+            placeholder = takes, ray.remote(lambda: None).options(max_retries=0, **takes).remote()
+        if (line := notice.waited(f"for {what}")) is not None:
+            say(line)
+        time.sleep(_LOOK_EVERY)
+    if placeholder is not None:
+        ray.cancel(placeholder[1], force=True)
 
 
 def fetch(ref: Any) -> Any:
@@ -90,14 +113,19 @@ class WaitNotice:
 
     def line(self, at_work: bool, takes: Mapping[str, Any]) -> str | None:
         """The report if one is due, else None; `takes` are the Ray options of the worker that the run waits for."""
-        seconds = self._clock() - self._since
         if at_work:
             self._since, self._next = self._clock(), _QUIET
-        if at_work or seconds < self._next:
+            return None
+        needs = f"{takes['num_cpus']:g} CPUs, {takes['num_gpus']:g} GPUs and {takes.get('memory', 0) / 1e9:.1f} GB"
+        return self.waited("for a worker", f": it takes {needs}")
+
+    def waited(self, what: str, why: str = "") -> str | None:
+        """The report on the time waited for `what` if one is due, else None."""
+        seconds = self._clock() - self._since
+        if seconds < self._next:
             return None
         self._next = 3 * seconds
-        needs = f"{takes['num_cpus']:g} CPUs, {takes['num_gpus']:g} GPUs and {takes.get('memory', 0) / 1e9:.1f} GB"
-        return f"waiting for a worker for {seconds:.0f} s: it takes {needs}; {_cluster_line()}"
+        return f"waiting {what} for {seconds:.0f} s{why}; {_cluster_line()}"
 
 
 class Deaths:

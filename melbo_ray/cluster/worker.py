@@ -9,7 +9,7 @@ import dataclasses
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -19,19 +19,22 @@ from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError
 from melbo_ray.evals import runner
-from melbo_ray.evals.context import Study, Vectors
+from melbo_ray.evals.context import Chain, Study, Vectors
 from melbo_ray.evals.self_check import selfcheck, take_prompts
-from melbo_ray.host import cores, resident_peak
+from melbo_ray.host import cores, progress, resident_peak
 from melbo_ray.model.language_model import BALANCED, LanguageModel
 from melbo_ray.model.partial import lower, lower_fingerprint
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.runs import schema
 from melbo_ray.runs.run_store import Run
-from melbo_ray.runs.work_unit import WHOLE, Unit
+from melbo_ray.runs.work_unit import Unit
 from melbo_ray.search import base_vectors
 from melbo_ray.search.chain import chains
 from melbo_ray.search.radius import Calibration
+from melbo_ray.search.stages import Kept
 from melbo_ray.search.vectors import BaseVector, SteeringVector, row, stored_vectors
+
+_STUDIES = 2
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ class Worker:
         self.concepts = {concept.name: concept for concept in concepts}
         self.threads, self.whole, self.packed = threads, whole, packed
         self._studies: dict[str, Study] = {}
+        self._whole: dict[str, Chain] = {}
+        self._searches: dict[str, Kept[base_vectors.Base]] = {}
         torch.set_num_threads(threads)
 
     @cached_property
@@ -114,6 +119,8 @@ class Worker:
                 f"storage {self.run.storage.url} is not what the driver sees from {socket.gethostname()}: "
                 "several machines need an object store or a shared file system"
             )
+        # Ray calls methods in a thread of their own where another tells progress, and MKL's threads are by thread.
+        torch.set_num_threads(self.threads)
         device = self.model.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {self.threads} threads"
         fingerprints = {"lower_fingerprint": lower_fingerprint(self.model, self.config.target_layer + 1)}
@@ -125,12 +132,30 @@ class Worker:
             "fingerprints": fingerprints, "host": socket.gethostname(), "device": name, "role": role, "checks": checks,
         }  # fmt: skip
 
-    def find_base(self, concept: str) -> None:
-        """Find the base of a concept; store it with its `candidates`, `radius` curve and `summary` statistics."""
+    def find_base(self, concept: str) -> str | None:
+        """Do one stage of the search for a concept's base; returns what is done, or None once the base is stored.
+
+        Every stage is stored, so that any worker does the next one, with the same result. The base is stored with its
+        `candidates`, `radius` curve and `summary` statistics.
+        """
         # No other unit of this concept can run yet, so the search may use all cores.
         torch.set_num_threads(cores())
-        base = base_vectors.base_vector(self._slice([concept]), self.concepts[concept], self.config)
-        torch.set_num_threads(self.threads)
+        try:
+            search = self._searches.pop(concept, None) or self._search(concept)
+            done = search.advance()
+        finally:
+            torch.set_num_threads(self.threads)
+        if done is None:
+            self._store_base(concept, search.found)
+        else:
+            self._searches[concept] = search
+        return done
+
+    def _search(self, concept: str) -> Kept[base_vectors.Base]:
+        begin = partial(base_vectors.base_search, self._slice([concept]), self.concepts[concept], self.config)
+        return Kept(begin, self.run.storage, f"stages/{concept}")
+
+    def _store_base(self, concept: str, base: base_vectors.Base) -> None:
         keys = {"run_id": self.run_id, "kind": "candidate"}
         found = [keys | candidate.row() for candidate in base.candidates]
         figures = {"radius": float(base.theta.norm()), **base.shares}
@@ -185,25 +210,50 @@ class Worker:
         prompts = [self.model.tokenize(self.concepts[c].prompt, self.config.system_prompt) for c in concepts]
         return Slice(self.model, prompts, self.config.source_layer, self.config.target_layer, evaluations)
 
-    def evaluate(self, unit: Unit, theta: np.ndarray, base: np.ndarray, failed: Mapping[int, int]) -> Evaluated:
+    def evaluate(self, unit: Unit, theta: np.ndarray | None, base: np.ndarray, failed: Mapping[int, int]) -> Evaluated:
         """Run a unit's evaluation and store its rows.
 
         Args:
             unit: the unit.
-            theta: the unit's vectors, (unit.last - unit.first + 1, d_model) float32.
+            theta: the unit's vectors, (unit.last - unit.first + 1, d_model) float32; None for a share of an evaluation
+                of the whole chain, which is read from the run.
             base: θ₀, (d_model,) float32.
             failed: number of earlier failures, by index.
         """
-        study = self._studies.get(unit.concept)
-        if study is None or not np.array_equal(study.base.numpy(), base):
-            concept = self.concepts[unit.concept]
-            study = Study(self.model, self.config, concept, self.run_id, torch.from_numpy(base.copy()))
-            self._studies[unit.concept] = study
-        kind = "chain" if unit.kind == WHOLE else unit.kind
-        vectors = Vectors(kind, range(unit.first, unit.last + 1), torch.from_numpy(theta.copy()))
-        written = runner.evaluate(unit.evaluation, study, vectors, failed)
+        study, index = self._study(unit.concept, base), range(unit.first, unit.last + 1)
+        if theta is None:
+            chain = self._whole_chain(unit, study)
+            written = runner.evaluate_share(unit.evaluation, unit.share, index, study, chain, failed)
+        else:
+            vectors = Vectors(unit.kind, index, torch.from_numpy(theta.copy()))
+            written = runner.evaluate(unit.evaluation, study, vectors, failed)
         self.run.commit(unit, written)
         return Evaluated(len(written["failures"]), self._peak_memory())
+
+    def _study(self, concept: str, base: np.ndarray) -> Study:
+        """The study of a concept; of concepts before, one is kept, because each takes up to half a gigabyte."""
+        study = self._studies.pop(concept, None)
+        while len(self._studies) >= _STUDIES:
+            del self._studies[next(iter(self._studies))]
+        if study is None or not np.array_equal(study.base.numpy(), base):
+            theta = torch.from_numpy(base.copy())
+            study = Study(self.model, self.config, self.concepts[concept], self.run_id, theta)
+        self._studies[concept] = study
+        return study
+
+    def _whole_chain(self, unit: Unit, study: Study) -> Chain:
+        """The chain of the unit's concept, kept until a unit of another concept or of a longer chain comes."""
+        chain = self._whole.get(unit.concept)
+        if chain is None or chain.base is not study.base or chain.length < max(unit.chain, unit.last):
+            found = stored_vectors(self.run, unit.concept).chain
+            vectors = Vectors("chain", [v.index for v in found], torch.stack([v.theta for v in found]))
+            chain = Chain(study.base, vectors, lambda table: self.run.read(table, unit.concept))
+            self._whole = {unit.concept: chain}
+        return chain
+
+    def progress(self) -> int:
+        """Number of passes through models so far; another thread than that at work may ask."""
+        return progress.passes
 
     def _peak_memory(self) -> int:
         """Peak memory of this process, bytes: of its GPUs if it has any, else resident."""

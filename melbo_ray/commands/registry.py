@@ -24,11 +24,15 @@ class Command:
 
 COMMANDS = {
     "run": Command("a study: base, chain, evaluations, report; started or resumed", ("cluster",)),
+    "sweep": Command("a grid of studies as one job, compared", ("cluster",)),
     "bases": Command("base vectors alone, with what the model writes under each", ("cluster",)),
     "evaluate": Command("more evaluations of an existing run", ("cluster",)),
     "report": Command("the report of a run, and its figures for papers", ("report",)),
     "status": Command("where a run stands, from its storage alone"),
     "plan": Command("what a study will take: memory, GPUs, time, storage"),
+    "export": Command("vectors of a run as files for other tools"),
+    "import": Command("a run made of a foreign chain"),
+    "verify": Command("an exported file, replayed on a model"),
     "steer": Command("texts under a vector of a run, its base and none, side by side"),
     "play": Command("a local page: pick a vector, slide its norm, read what the model writes"),
 }

@@ -4,12 +4,12 @@ The function of an evaluation is `run` in the module of its name in this folder.
 """
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from melbo_ray.errors import UserError
-from melbo_ray.runs.work_unit import WHOLE
+from melbo_ray.runs.work_unit import WHOLE, of_chain
 
 ALL = "all"
 """The value of the option `evals` that selects every evaluation."""
@@ -17,8 +17,53 @@ CONTROLS = ("base", "unsteered")
 """The reference kinds, of one vector each with index 0; `unsteered` is the zero vector."""
 FEW = 8
 """Number of random directions that `control` evaluates with the costlier evaluations."""
+MANY = 64
+"""Maximum number of vectors that `linear` compares with what a linear model allows."""
 IN_PRESENCE = 200
 """Minimum number of random directions that `control` evaluates with `presence`; p = 0.05 needs at least 19."""
+SUBSETS = (2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
+"""Sizes of the subsets that `composition` combines."""
+RANDOM_SUBSETS = 2
+"""Number of random subsets of each size below the chain's length, besides the first vectors."""
+COMPOSED = ("own", "typical", "ablated")
+"""The scales of `composition`."""
+SHUFFLED = 8
+"""Maximum number of vectors that `shuffled` finds."""
+# Vectors per unit of a share that takes no pass through the model.
+_CHEAP = 64
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of the evaluation of a whole chain: items, which are evaluated in batches, each of them a unit.
+
+    Attributes:
+        name: kind of its units and of its failures.
+        items: the items, given the chain's length: indices of its rows, or 0 if all rows are made at once.
+        of_vectors: whether the items are indices of the chain's vectors.
+        batch: items per unit; by default the option `eval_batch`.
+        of_length: whether its rows depend on the chain's length.
+        settled: length of the chain from which on the items are final; by default its units wait for the chain's end.
+        in_turn: whether a unit, of the option `block` items, needs the rows of the unit before it.
+        after: an evaluation of scope `vector` whose rows on the whole chain it needs.
+    """
+
+    name: str
+    items: Callable[[int], Sequence[int]]
+    of_vectors: bool = False
+    batch: int | None = None
+    of_length: bool = False
+    settled: int | None = None
+    in_turn: bool = False
+    after: str | None = None
+
+    def kind(self, chain: int) -> str:
+        """The kind of its units for a chain of this length."""
+        return of_chain(self.name, chain) if self.of_length else self.name
+
+    def size(self, eval_batch: int, block: int) -> int:
+        """Items per unit."""
+        return block if self.in_turn else self.batch or eval_batch
 
 
 @dataclass(frozen=True)
@@ -28,10 +73,11 @@ class Evaluation:
     Attributes:
         name: as in the option `evals`.
         tables: the tables that receive its rows.
-        scope: `vector` (run on batches of vectors of any kind as they are found) or `whole` (run once, on the whole
-            chain after it has ended).
+        scope: `vector` (run on batches of vectors of any kind as they are found) or `whole` (run on the chain as a
+            whole, mostly after it has ended, in the units of its `shares`).
         of_every: for scope `vector`: run on every vector, regardless of the option `sample`.
         every_layer: for scope `vector`: it generates texts, so it runs all layers, not only those above the source.
+        shares: for scope `whole`: what it is cut into.
         passes: for scope `whole`: the number of vectors evaluated by each evaluation of scope `vector` as part of it,
             given the chain's length; None if the plan does not count it.
     """
@@ -41,7 +87,40 @@ class Evaluation:
     scope: Literal["vector", "whole"] = "vector"
     of_every: bool = False
     every_layer: bool = False
+    shares: tuple[Share, ...] = ()
     passes: Callable[[int], dict[str, int]] | None = None
+
+
+def evenly(total: int, count: int) -> list[int]:
+    """At most `count` evenly spread positions among `total`, including the first and the last."""
+    if total <= count:
+        return list(range(total))
+    return [round(i * (total - 1) / (count - 1)) for i in range(count)]
+
+
+def _once(chain: int) -> range:
+    return range(1)
+
+
+def _every(chain: int) -> range:
+    return range(1, chain + 1)
+
+
+def _of_few(chain: int) -> list[int]:
+    return [1 + place for place in evenly(chain, FEW)]
+
+
+def _of_many(chain: int) -> list[int]:
+    return [1 + place for place in evenly(chain, MANY)]
+
+
+def _of_subsets(chain: int) -> range:
+    sizes = [size for size in SUBSETS if size <= chain]
+    return range(len(COMPOSED) * sum(1 + RANDOM_SUBSETS * (size < chain) for size in sizes))
+
+
+def _of_shuffled(chain: int) -> range:
+    return range(1, min(SHUFFLED, chain) + 1)
 
 
 def _of_control(chain: int) -> dict[str, int]:
@@ -55,6 +134,25 @@ def _of_rescaled(chain: int) -> dict[str, int]:
     return {"kl": (chain + 1) // 2}
 
 
+_CONTROL = (
+    Share("random", _every, of_vectors=True),
+    Share("spread", _of_few, of_vectors=True, batch=1, of_length=True),
+    Share("more", _once, of_length=True),
+    Share("contrast", _once),
+)
+_GEOMETRY = (
+    Share("chain", _every, of_vectors=True, batch=_CHEAP),
+    Share("summary", _once, of_length=True, after="kl"),
+)
+_RESCALED = (Share("chain", _every, of_vectors=True, of_length=True),)
+_COMPOSITION = (Share("subsets", _of_subsets, of_length=True),)
+_SHUFFLED = (Share("shuffled", _of_shuffled, settled=SHUFFLED, in_turn=True),)
+_LINEAR = (
+    *(Share(name, _of_many, of_vectors=True, of_length=True) for name in ("chain", "linear", "random")),
+    Share("spectrum", _once, of_length=True),
+)
+_NULLS = ("kl", "generalization", "generations", "dose", "presence")
+
 EVALUATIONS = {
     evaluation.name: evaluation
     for evaluation in (
@@ -64,11 +162,18 @@ EVALUATIONS = {
         Evaluation("generalization", ("generalization",)),
         Evaluation("dose", ("dose",)),
         Evaluation("presence", ("presence",)),
-        Evaluation("control", ("kl", "generalization", "generations", "dose", "presence"), WHOLE, passes=_of_control),
-        Evaluation("shuffled", ("vectors", "summary", "kl", "generalization"), WHOLE),
-        Evaluation("composition", ("composition",), WHOLE),
-        Evaluation("geometry", ("geometry", "summary"), WHOLE),
-        Evaluation("rescaled", ("kl",), WHOLE, passes=_of_rescaled),
+        Evaluation("control", _NULLS, WHOLE, shares=_CONTROL, passes=_of_control),
+        Evaluation("shuffled", ("vectors", "summary", "kl", "generalization"), WHOLE, shares=_SHUFFLED),
+        Evaluation("composition", ("composition",), WHOLE, shares=_COMPOSITION),
+        Evaluation("geometry", ("geometry", "summary"), WHOLE, shares=_GEOMETRY),
+        Evaluation("rescaled", ("kl",), WHOLE, shares=_RESCALED, passes=_of_rescaled),
+        Evaluation("convergence", ("convergence",)),
+        Evaluation("mediation", ("mediation",)),
+        Evaluation("independence", ("independence",)),
+        Evaluation("frozen", ("frozen",)),
+        Evaluation("efficiency", ("efficiency",)),
+        Evaluation("privileged", ("privileged",)),
+        Evaluation("linear", ("linear", "summary"), WHOLE, shares=_LINEAR),
     )
 }
 PER_VECTOR = [name for name, evaluation in EVALUATIONS.items() if evaluation.scope == "vector"]
@@ -77,7 +182,7 @@ SAMPLED = [name for name in PER_VECTOR if not EVALUATIONS[name].of_every]
 
 
 def resolve(names: Iterable[str]) -> list[str]:
-    """The evaluations named by the option `evals`, without duplicates.
+    """The evaluations named by the option `evals`, without duplicates, each preceded by those that it needs.
 
     Raises:
         UserError: an unknown name, with the nearest known one.
@@ -88,5 +193,7 @@ def resolve(names: Iterable[str]) -> list[str]:
             near = difflib.get_close_matches(name, EVALUATIONS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"expected {ALL}, or some of {', '.join(EVALUATIONS)}"
             raise UserError(f"no evaluation {name!r}: {hint}")
-        found |= dict.fromkeys(EVALUATIONS if name == ALL else [name])
+        for each in EVALUATIONS if name == ALL else [name]:
+            needed = [share.after for share in EVALUATIONS[each].shares if share.after]
+            found |= dict.fromkeys([*needed, each])
     return list(found)

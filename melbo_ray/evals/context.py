@@ -1,10 +1,12 @@
 """The common input of the evaluations: model, concept, base, and values computed once from them."""
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
+import pyarrow as pa
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -13,6 +15,7 @@ from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import Config
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.steering import Prompts, encode
+from melbo_ray.runs import schema
 
 TRAINING = "training"
 
@@ -114,9 +117,54 @@ class Vectors:
         """‖θ‖ of each vector."""
         return self.theta.norm(dim=-1).tolist()
 
+    def at(self, index: Sequence[int]) -> "Vectors":
+        """The vectors with these indices, without those that are not among them."""
+        places = {own: place for place, own in enumerate(self.index)}
+        return self.take([places[i] for i in index if i in places])
 
-def evenly(total: int, count: int) -> list[int]:
-    """At most `count` evenly spread positions among `total`, including the first and the last."""
-    if total <= count:
-        return list(range(total))
-    return [round(i * (total - 1) / (count - 1)) for i in range(count)]
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """A whole chain, for evaluations of scope `whole`; its properties are computed on first access and cached.
+
+    Attributes:
+        base: θ₀, (d_model,) float32.
+        every: all vectors, also those that are not finite; the other properties are of the finite ones.
+        stored: reads what the run holds of a table, sorted by index; by default it holds nothing.
+    """
+
+    base: Float[Tensor, " d_model"]
+    every: Vectors
+    stored: Callable[[str], pa.Table] = lambda table: schema.table(table, [])
+    _made: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """Return make(), computed at the first call with this name and cached."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    @property
+    def length(self) -> int:
+        """Index of the last vector."""
+        return max(self.every.index, default=0)
+
+    @cached_property
+    def vectors(self) -> Vectors:
+        """The finite vectors."""
+        return self.every.take(torch.isfinite(self.every.theta).all(-1).nonzero()[:, 0].tolist())
+
+    @cached_property
+    def median_norm(self) -> float:
+        """Median of ‖θ‖."""
+        return statistics.median(self.vectors.norms)
+
+    @cached_property
+    def basis(self) -> Float[Tensor, "n d_model"]:
+        """Orthonormal rows, float64; the first i + 1 span θ₀ and the first i vectors."""
+        return torch.linalg.qr(torch.cat([self.base[None], self.vectors.theta]).double().T).Q.T.contiguous()
+
+    @cached_property
+    def broken(self) -> set[int]:
+        """Indices of the vectors that are not finite."""
+        return {*self.every.index} - {*self.vectors.index}

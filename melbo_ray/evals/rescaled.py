@@ -1,19 +1,14 @@
 """KL of every vector at the chain's median norm, which separates falling norm from falling fidelity late in a chain."""
 
-import statistics
+from collections.abc import Sequence
 
-from melbo_ray.evals.context import TRAINING, Rows, Study, Vectors
+from melbo_ray.evals.context import TRAINING, Chain, Rows, Study
 from melbo_ray.evals.kl import at_norm, next_token
 
 
-def run(study: Study, chain: Vectors) -> Rows:
-    """Write rows of `kl` at scale `median`."""
-    norm = statistics.median(chain.norms)
-    thetas = at_norm(chain.theta, norm)
+def run(study: Study, chain: Chain, share: str, items: Sequence[int]) -> Rows:
+    """Write rows of `kl` at scale `median` for the vectors with the indices `items`."""
+    vectors, norm = chain.vectors.at(items), chain.median_norm
     keys = {"prompt_id": TRAINING, "scale": "median", "norm": norm}
-    return {
-        "kl": [
-            study.row(chain.kind, index, **keys, **columns)
-            for index, columns in zip(chain.index, next_token(study, thetas), strict=True)
-        ]
-    }
+    columns = next_token(study, at_norm(vectors.theta, norm)) if len(vectors) else []
+    return {"kl": [study.row("chain", i, **keys, **own) for i, own in zip(vectors.index, columns, strict=True)]}

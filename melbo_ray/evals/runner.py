@@ -2,28 +2,31 @@
 
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import pyarrow as pa
 import torch
 
 from melbo_ray.errors import first_line
 from melbo_ray.evals.catalog import EVALUATIONS, Evaluation
-from melbo_ray.evals.context import Row, Rows, Study, Vectors
+from melbo_ray.evals.context import Chain, Row, Rows, Study, Vectors
 from melbo_ray.runs import schema
 from melbo_ray.runs.work_unit import WHOLE
 
-FUNCTIONS: dict[str, Callable[[Study, Vectors], Rows]] = {
+_NOT_FINITE = "the vector is not finite"
+
+FUNCTIONS: dict[str, Callable[..., Rows]] = {
     name: importlib.import_module(f"melbo_ray.evals.{name}").run for name in EVALUATIONS
 }
-"""The function `run` of every evaluation, by name."""
+"""The function `run` of every evaluation: of (study, vectors), or for scope `whole` of (study, chain, share, items)."""
 
 
 def evaluate(name: str, study: Study, vectors: Vectors, failed: Mapping[int, int] | None = None) -> dict[str, pa.Table]:
     """Run one evaluation on vectors; returns its tables and `failures`, any of which may be empty.
 
     An error on one vector (a vector or logits that are not finite, or any exception) becomes a row of `failures`, and
-    the other vectors are still evaluated. A failure on the whole chain has index 0.
+    the other vectors are still evaluated. An evaluation of scope `whole` takes the vectors as the whole chain and runs
+    all of its shares, as `evaluate_share`.
 
     Args:
         name: name of the evaluation.
@@ -36,26 +39,54 @@ def evaluate(name: str, study: Study, vectors: Vectors, failed: Mapping[int, int
         torch.OutOfMemoryError: the GPU has no memory for a single vector; another worker should retry.
     """
     evaluation = EVALUATIONS[name]
+    if evaluation.scope == WHOLE:
+        chain = Chain(study.base, vectors)
+        items = {share.name: share.items(chain.length) for share in evaluation.shares if len(vectors)}
+        parts = [evaluate_share(name, share, of, study, chain, failed) for share, of in items.items()]
+        empty = _written(evaluation, study, vectors.kind, {}, {}, {})
+        return {table: pa.concat_tables([rows, *(part[table] for part in parts)]) for table, rows in empty.items()}
     finite = torch.isfinite(vectors.theta).all(-1).tolist()
-    failures = {
-        index: "the vector is not finite" for index, good in zip(vectors.index, finite, strict=True) if not good
-    }
-    rows = _attempt(evaluation, study, vectors.take([i for i, good in enumerate(finite) if good]), failures)
+    failures = {index: _NOT_FINITE for index, good in zip(vectors.index, finite, strict=True) if not good}
+    good = [index for index in vectors.index if index not in failures]
+    rows = _attempt(evaluation, lambda some: FUNCTIONS[name](study, vectors.at(some)), good, failures)
+    return _written(evaluation, study, vectors.kind, rows, failures, failed or {})
+
+
+def evaluate_share(
+    name: str, share: str, items: Sequence[int], study: Study, chain: Chain, failed: Mapping[int, int] | None = None
+) -> dict[str, pa.Table]:
+    """Run items of a share of an evaluation of scope `whole`; otherwise as `evaluate`.
+
+    An error on one item becomes a row of `failures`, whose kind is the share and whose index the item.
+    """
+    evaluation, failures = EVALUATIONS[name], {}
+    if any(own.name == share and own.of_vectors for own in evaluation.shares):
+        failures = {item: _NOT_FINITE for item in items if item in chain.broken}
+    good = [item for item in items if item not in failures]
+    rows = _attempt(evaluation, lambda some: FUNCTIONS[name](study, chain, share, some), good, failures)
+    return _written(evaluation, study, share, rows, failures, failed or {})
+
+
+def _written(
+    evaluation: Evaluation, study: Study, kind: str, rows: Rows, failures: Mapping[int, str], failed: Mapping[int, int]
+) -> dict[str, pa.Table]:
     written = {table: schema.table(table, rows.get(table, [])) for table in evaluation.tables}
     filed = [
-        study.row(vectors.kind, index, evaluation=name, error=error, attempts=1 + (failed or {}).get(index, 0))
+        study.row(kind, index, evaluation=evaluation.name, error=error, attempts=1 + failed.get(index, 0))
         for index, error in failures.items()
     ]
     return {**written, "failures": schema.table("failures", filed)}
 
 
-def _attempt(evaluation: Evaluation, study: Study, vectors: Vectors, failures: dict[int, str]) -> Rows:
-    """The rows of the vectors that succeed; errors of the others are added to `failures`."""
-    if not len(vectors):
+def _attempt(
+    evaluation: Evaluation, run: Callable[[Sequence[int]], Rows], items: Sequence[int], failures: dict[int, str]
+) -> Rows:
+    """The rows of the items (indices of vectors) that succeed; errors of the others are added to `failures`."""
+    if not len(items):
         return {}
-    several = evaluation.scope == "vector" and len(vectors) > 1
+    several = len(items) > 1
     try:
-        rows = FUNCTIONS[evaluation.name](study, vectors)
+        rows = run(items)
         for row in (row for part in rows.values() for row in part):
             _check_finite(row)
         return rows
@@ -66,9 +97,9 @@ def _attempt(evaluation: Evaluation, study: Study, vectors: Vectors, failures: d
             raise
         message = f"{type(error).__name__}: {first_line(error)}"
     if several:  # outside the handler, whose exception keeps the tensors of the whole batch alive
-        parts = [_attempt(evaluation, study, vectors.take([i]), failures) for i in range(len(vectors))]
+        parts = [_attempt(evaluation, run, [item], failures) for item in items]
         return {table: [row for part in parts for row in part.get(table, [])] for table in evaluation.tables}
-    failures[0 if evaluation.scope == WHOLE else vectors.index[0]] = message
+    failures[items[0]] = message
     return {}
 
 

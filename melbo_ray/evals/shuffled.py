@@ -1,23 +1,25 @@
 """The null of the target: vectors optimised for the effects of random directions, evaluated like the chain."""
 
 import dataclasses
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import pyarrow.compute as pc
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from melbo_ray.evals import generalization, kl
-from melbo_ray.evals.context import TRAINING, Row, Rows, Study, Vectors
+from melbo_ray.evals.catalog import SHUFFLED
+from melbo_ray.evals.context import TRAINING, Chain, Row, Rows, Study, Vectors
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.search import chain
 from melbo_ray.search.subspace import Subspace
 from melbo_ray.search.vectors import SteeringVector, row
 from melbo_ray.seeds import derive_seed
 
-_COUNT = 8
 # The norm of a target's direction is doubled up to 64 R, then bisected.
 _DOUBLINGS, _HALVINGS = 6, 12
 
@@ -37,7 +39,7 @@ class Target:
     cos_base: float
 
 
-def run(study: Study, chain: Vectors) -> Rows:
+def run(study: Study, chain: Chain, share: str, items: Sequence[int]) -> Rows:
     """Find and evaluate vectors of kind `shuffled`, index 1 … 8 (fewer if the chain or the complement is smaller).
 
     They are found like the chain's vectors (solver, budget, tolerance, `max_norm`; orthogonal to θ₀, to each other and
@@ -45,35 +47,58 @@ def run(study: Study, chain: Vectors) -> Rows:
     z(0) and equally reachable for the model. If they fit their targets as closely, a difference of the chain's KL and
     effect from theirs is due to the base's effect, and not to the solver, the norms, or the distance of the target.
 
+    Only the indices `items` are returned. Those before them are read from the run, and found again where it lacks them.
     `vectors` holds their certificates, with losses relative to their own targets; `summary` holds each target's
     `target_norm`, `target_displacement` and `target_cos_base`.
     """
-    slice_ = Slice(study.model, [study.tokens(TRAINING)], study.config.source_layer, study.config.target_layer)
     found, summary = [], []
-    for target, vector in shuffled_chain(study, slice_, min(_COUNT, len(chain))):
-        norm = float(target.theta.norm())
-        figures = {"norm": norm, "displacement": target.displacement, "cos_base": target.cos_base}
-        summary += [study.row("shuffled", vector.index, figure=f"target_{k}", value=v) for k, v in figures.items()]
-        found.append(vector)
+    for target, vector in shuffled_chain(study, study.once(_slice), max(items), _stored(chain, min(items))):
+        if vector.index in items:
+            norm = float(target.theta.norm())
+            figures = {"norm": norm, "displacement": target.displacement, "cos_base": target.cos_base}
+            summary += [study.row("shuffled", vector.index, figure=f"target_{k}", value=v) for k, v in figures.items()]
+            found.append(vector)
+    if not found:
+        return {}
     vectors = Vectors("shuffled", [vector.index for vector in found], torch.stack([vector.theta for vector in found]))
     stored = {"vectors": [_row(study, vector) for vector in found], "summary": summary}
     return stored | kl.run(study, vectors) | generalization.run(study, vectors)
 
 
-def shuffled_chain(study: Study, slice_: Slice, count: int) -> Iterator[tuple[Target, SteeringVector]]:
-    """Yields the vectors with their targets; there is one target per vector, or per block of the option `block`."""
-    config, found = study.config, []
-    taken = Subspace(len(study.base), min(len(study.base), 1 + count))
-    taken.add(study.base)
+def _slice(study: Study) -> Slice:
+    return Slice(study.model, [study.tokens(TRAINING)], study.config.source_layer, study.config.target_layer)
+
+
+def _stored(chain: Chain, before: int) -> list[Float[Tensor, " d_model"]]:
+    """The vectors of kind `shuffled` that the run holds, from index 1 on without a gap, up to `before`."""
+    rows = chain.stored("vectors").filter((pc.field("kind") == "shuffled") & (pc.field("index") < before))
+    vectors = dict(zip(rows["index"].to_pylist(), rows["vector"].to_pylist(), strict=True))
+    found = itertools.takewhile(lambda index: index in vectors, range(1, before))
+    return [torch.tensor(vectors[index]) for index in found]
+
+
+def shuffled_chain(
+    study: Study, slice_: Slice, count: int, earlier: Sequence[Float[Tensor, " d_model"]] = ()
+) -> Iterator[tuple[Target, SteeringVector]]:
+    """Yields the vectors after the `earlier` ones, up to index `count`, with their targets.
+
+    There is one target per vector, or per block of the option `block`. What is found does not depend on whether the
+    earlier vectors were found in the same call, if they are whole blocks.
+    """
+    config, found = study.config, list(earlier)
+    taken = Subspace(len(study.base), min(len(study.base), 1 + max(count, SHUFFLED)))
+    if found and float(found[-1].norm()) <= config.min_norm:
+        return
+    for theta in (study.base, *found):
+        taken.add(theta)
     # The direction of a target takes one dimension of the complement, too.
     while (wanted := min(config.block, count - len(found), len(study.base) - 1 - taken.size)) > 0:
         name = f"{study.concept.name}/shuffled/{len(found) + 1}"
         target = random_target(study, slice_, taken, derive_seed(config.seed, name, 0, "target"))
-        bases = torch.stack([target.theta, study.base, *(vector.theta for vector in found)])
         options = config.model_copy(update={"num_vectors": wanted})
-        for vector in chain.chain(slice_, bases, options, name):
-            found.append(dataclasses.replace(vector, index=len(found) + 1))
-            yield target, found[-1]
+        for vector in chain.chain(slice_, torch.stack([target.theta, study.base, *found]), options, name):
+            found.append(vector.theta)
+            yield target, dataclasses.replace(vector, index=len(found))
             if vector.norm <= config.min_norm:
                 return
             taken.add(vector.theta)

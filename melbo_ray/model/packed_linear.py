@@ -5,9 +5,10 @@ products share an input, which are summed, and that the weights are constant, wh
 """
 
 import copy
+import functools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -62,11 +63,19 @@ def _suits(x: Tensor, weight: Tensor, *_: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Product:
-    """[concatenated inputs] @ weight + bias: inputs (rows, ·) each, weight (in, out), bias (out,) or None."""
+    """[concatenated inputs] @ weight + bias: inputs (rows, ·) each, weight (in, out), bias (out,) or None.
+
+    A merged weight is a copy, so `weight` makes it when it is packed; `columns` is its number of columns.
+    """
 
     inputs: Sequence[Node]
-    weight: Tensor
+    columns: int
+    weight: Callable[[], Tensor]
     bias: Tensor | None
+
+    @classmethod
+    def of(cls, x: Node, weight: Tensor, bias: Tensor | None) -> "_Product":
+        return cls([x], weight.shape[1], lambda: weight, bias)
 
 
 def pack(recording: GraphModule, most: float = math.inf) -> GraphModule:
@@ -83,15 +92,14 @@ def pack(recording: GraphModule, most: float = math.inf) -> GraphModule:
         raise RuntimeError("this torch is built without oneDNN")
     module = GraphModule(recording, copy.deepcopy(recording.graph))
     products = _find(module)
-    if (size := sum(product.weight.nbytes for product in products.values())) > most:
+    if (size := sum(product.weight().nbytes for product in products.values())) > most:
         raise RuntimeError(
             f"packed copies would take {size / 2**30:.1f} GiB, and at most {most / 2**30:.1f} are given to them"
         )
     _merge_sums(module.graph, products)
     _merge_shared(module.graph, products)
-    # Each product is released once it is inserted, because a merged weight is a copy too.
-    for number, node in enumerate(list(products)):
-        _place(module, node, products.pop(node), str(number))
+    for number, (node, product) in enumerate(products.items()):
+        _place(module, node, product, str(number))
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
@@ -118,9 +126,9 @@ def _find(module: GraphModule) -> dict[Node, _Product]:
         elif node.target in _TRANSPOSES and args[0] in constants:
             constants[node] = node.target(constants[args[0]], *args[1:])
         elif node.target is _aten.mm.default and args[1] in constants:
-            products[node] = _Product([args[0]], constants[args[1]], None)
+            products[node] = _Product.of(args[0], constants[args[1]], None)
         elif node.target is _aten.addmm.default and args[0] in constants and args[2] in constants and not node.kwargs:
-            products[node] = _Product([args[1]], constants[args[2]], constants[args[0]])
+            products[node] = _Product.of(args[1], constants[args[2]], constants[args[0]])
     return products
 
 
@@ -137,8 +145,12 @@ def _merge_sums(graph: Graph, products: dict[Node, _Product]) -> None:
             whole = graph.call_function(_aten.mm.default)
             node.replace_all_uses_with(graph.call_function(_aten.view.default, (whole, views[0].args[1])))
         inputs = [value for term in terms for value in term.inputs]
-        products[whole] = _Product(inputs, torch.cat([term.weight for term in terms]), None)
+        products[whole] = _Product(inputs, terms[0].columns, functools.partial(_joined, terms, 0), None)
         _erase(graph, node, *views, *(_args(view)[0] for view in views))
+
+
+def _joined(products: Sequence[_Product], dim: int) -> Tensor:
+    return torch.cat([product.weight() for product in products], dim)
 
 
 def _lone(view: object, products: dict[Node, _Product]) -> bool:
@@ -158,16 +170,16 @@ def _merge_shared(graph: Graph, products: dict[Node, _Product]) -> None:
     for nodes in groups.values():
         if len(nodes) == 1:
             continue
-        parts, begin = [products.pop(node) for node in nodes], 0
+        parts, begin, end = [products.pop(node) for node in nodes], 0, 0
         with graph.inserting_before(nodes[0]):
             whole = graph.call_function(_aten.mm.default)
             for node, part in zip(nodes, parts, strict=True):
-                end = begin + part.weight.shape[1]
+                end = begin + part.columns
                 node.replace_all_uses_with(graph.call_function(_aten.slice.Tensor, (whole, 1, begin, end)))
                 begin = end
-        weight = torch.cat([part.weight for part in parts], 1)
         biases = [part.bias for part in parts if part.bias is not None]
-        products[whole] = _Product(parts[0].inputs, weight, torch.cat(biases) if biases else None)
+        weight = functools.partial(_joined, parts, 1)
+        products[whole] = _Product(parts[0].inputs, end, weight, torch.cat(biases) if biases else None)
         _erase(graph, *nodes)
 
 
@@ -182,7 +194,7 @@ def _origin(x: Node) -> tuple:
 def _place(module: GraphModule, node: Node, product: _Product, name: str) -> None:
     """Replace `node` by the packed product."""
     graph, rows = module.graph, product.inputs[0].meta["val"].shape[0]
-    weight = product.weight.detach().t().contiguous()
+    weight = product.weight().detach().t().contiguous()
     module.register_buffer(f"weight{name}", torch.ops.mkldnn._reorder_linear_weight(weight, rows))
     with graph.inserting_before(node):
         x, bias = product.inputs[0], None

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from melbo_ray.host import progress
 from melbo_ray.model.kv_cache import Batch, Generation, Request
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.soundness import require_steerable
@@ -87,6 +88,7 @@ def written(
     batch = _batch(model, source, slots, max((len(g.request.tokens) + g.limit for g in waiting), default=0))
     ends = set(model.end_tokens)
     while waiting or batch.active:
+        progress.passes += 1
         with torch.no_grad():
             # Prefill at least a quarter of the slots at once: one prompt takes nearly as long as several.
             if waiting and (room := slots - len(batch.active)) >= max(1, slots // 4):

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from melbo_ray.errors import UserError
+from melbo_ray.host import progress
 from melbo_ray.model.architecture import masks, stream
 from melbo_ray.model.hooks import logits_at, reaching, skipping, steering
 from melbo_ray.model.language_model import LanguageModel
@@ -113,6 +114,7 @@ class Prompts:
         return torch.arange(count).split(max(1, most // (rows * width))) if count else []
 
     def _chunk(self, theta: Tensor, prompts: Tensor, prefix: Prefix | None = None) -> tuple[Tensor, ...]:
+        progress.passes += 1
         layout = self._rows
         of = [layout.of[prompt] for prompt in prompts.tolist()]
         rows = torch.tensor([row for group in of for row in group])

@@ -5,6 +5,8 @@ from melbo_ray.runs import queries
 comparison.compare(queries.connect("runs")).show()
 """
 
+from collections.abc import Collection
+
 import duckdb
 import numpy as np
 import pyarrow as pa
@@ -15,9 +17,12 @@ from melbo_ray.runs.queries import EXAMPLES, select
 
 _KINDS = ("base", "chain", "random", "shuffled", "contrast", "unsteered")
 
+KL, TEXTS = "KL from the base, nats", "greedy texts with the concept"
+"""The figures by which runs are compared."""
+
 # One row per vector and measure; over prompts the median is taken, so that every vector counts once.
 _MEDIANS = {
-    "KL from the base, nats": "SELECT *, kl_from_base AS value FROM kl WHERE prompt_id = 'training' AND scale = 'own'",
+    KL: "SELECT *, kl_from_base AS value FROM kl WHERE prompt_id = 'training' AND scale = 'own'",
     "KL at the radius": "SELECT *, kl_from_base AS value FROM kl WHERE prompt_id = 'training' AND scale = 'radius'",
     "concept score": "SELECT *, concept_score AS value FROM generalization WHERE prompt_id = 'training'",
     "KL on held-out prompts": """SELECT run_id, concept, kind, index, median(kl_from_base) AS value FROM generalization
@@ -33,7 +38,7 @@ _MEDIANS = {
     "KL of the base without means": "SELECT *, kl_from_base AS value FROM composition WHERE scale = 'ablated'",
 }
 _SHARES = {
-    "greedy texts with the concept": """SELECT *, detected::INT AS value FROM generations
+    TEXTS: """SELECT *, detected::INT AS value FROM generations
         WHERE prompt_id = 'training' AND scale = 'own' AND temperature = 0""",
     "present in texts read, p ≤ 0.05": f"""SELECT *, n AS index, (p_value <= 0.05)::INT AS value
         FROM ({EXAMPLES["presence_p_values"]}) WHERE texts = 'concept'""",
@@ -48,14 +53,16 @@ _SCHEMA = pa.schema(
 )
 
 
-def compare(db: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyRelation:
+def compare(db: duckdb.DuckDBPyConnection, figures: Collection[str] = ()) -> duckdb.DuckDBPyRelation:
     """A row for every measure (column `figure`), concept and kind: `value` (median or share) and its 95 % interval.
 
     `vectors` is the number of vectors; a single one has no interval. Measures of means (`composition`) count subsets,
-    which share vectors, so their intervals are too narrow.
+    which share vectors, so their intervals are too narrow. `figures` names the measures; by default all.
     """
     rows = []
     for figure, sql in (_MEDIANS | _SHARES).items():
+        if figures and figure not in figures:
+            continue
         found = select(
             db,
             f"""SELECT run_id, concept, kind, list(value ORDER BY index) AS values FROM ({sql})

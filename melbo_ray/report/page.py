@@ -21,7 +21,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from melbo_ray.errors import UserError, first_line
-from melbo_ray.report import comparison, plots
+from melbo_ray.report import comparison, plots, why
 from melbo_ray.report.sections import SECTIONS, figures
 from melbo_ray.runs import checks, queries
 from melbo_ray.runs.manifest import Manifest, Outcome
@@ -88,21 +88,21 @@ def _page(db: duckdb.DuckDBPyConnection, manifest: Manifest, url: str) -> str:
         *((assets / f"{name}.js").read_text("utf-8") for name in ("report", "explorer", "start")),
     ]
     together = plots.draw_comparison(db, concepts)
-    prompts = manifest.prompts
     return environment.get_template("report.html").render(
         url=url,
         facts=_facts(manifest),
         concepts=concepts,
         sections=SECTIONS,
         summaries={c: summary(db, c, manifest.concepts.get(c, Outcome())) for c in concepts},
+        whys={concept: why.told(db, concept) for concept in concepts},
         comparisons={concept: comparison.cells(db, concept) for concept in concepts},
         figures={
             "concepts": {c: {name: _json(fig) for name, fig in figures(db, c).items()} for c in concepts},
             "comparison": together and _json(together),
         },
         checks=checks.worst(manifest.checks),
-        prompts=prompts,
-        texts={c: _texts(db, c, prompts.get(c, {}), _ROOM // len(concepts)) for c in concepts},
+        prompts=manifest.prompts,
+        texts={c: _texts(db, c, manifest.prompts.get(c, {}), _ROOM // len(concepts)) for c in concepts},
         style=Markup((assets / "report.css").read_text("utf-8")),
         scripts=[Markup(script) for script in scripts],
         hashes=[base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts],

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import duckdb
 import plotly.graph_objects as go
 
-from melbo_ray.report import plots
+from melbo_ray.report import plots, why_plots
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,28 @@ SECTIONS = (
         on that prompt: 0 is like the base, 1 like no steering, colours end at 1.5. Sorted: the hardest prompt is at the
         top.""",
         along_n=True,
+    ),
+    Section(
+        "linear", "Why: what a linear map allows", "linear", "linear", why_plots.draw_linear,
+        """Loss relative to no steering: what the chain found, and the chain that a model linear in θ (Jacobian at 0)
+        would find at the same norms (dashed). 0 is the base's effect, 1 none. If the dots lie on the dashed line, the
+        spectrum of the map explains how many vectors there are; where they stay below it, curvature does. The solid
+        line is the best that the linear model has left beside the vectors found, which is much if they do not use it;
+        grey, beside random directions.""",
+        along_n=True,
+    ),
+    Section(
+        "convergence", "Why: convergence along the layers", "convergence", "convergence", why_plots.draw_convergence,
+        """What the vectors change in the stream, from the source layer to the last: the median cosine of a vector's
+        displacement with the base's (0 orthogonal, 1 the same direction), over the band of random directions of the
+        same norms. Dashed: the participation ratio of all displacements as a share of their number: 1 if they are
+        orthogonal, near 0 if they are one direction.""",
+    ),
+    Section(
+        "mediation", "Why: the effect without a common direction", "mediation", "mediation", why_plots.draw_mediation,
+        """The chain's vectors steer, and at one layer their displacement loses the leading directions of the base's:
+        the share of their effect on KL that is lost (1: all). Beside it the nulls: the leading directions of a random
+        vector's displacement, and random directions.""",
     ),
 )  # fmt: skip
 

@@ -22,6 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from melbo_ray.errors import UserError, first_line
+from melbo_ray.runs.httpfs import load_httpfs, quote
+from melbo_ray.runs.run_table import run_table
 from melbo_ray.runs.schema import SCHEMA_VERSION, SCHEMAS
 from melbo_ray.runs.storage import Storage
 
@@ -45,6 +47,12 @@ EXAMPLES = {
                {_moving_average("kl_from_base", "PARTITION BY run_id, concept")} AS moving_average
         FROM kl WHERE kind = 'chain' AND scale = 'own'
         ORDER BY run_id, concept, n
+    """,
+    # The median KL of every run beside its options, for a sweep (`runs` has the options of each run).
+    "runs_compared": """
+        SELECT run_id, concept, model, seed, source_layer, target_layer, radius, count(*) AS vectors,
+               median(kl_from_base) AS median_kl
+        FROM kl JOIN runs USING (run_id) WHERE kind = 'chain' AND scale = 'own' GROUP BY ALL ORDER BY ALL
     """,
     # How many vectors of each concept lie below 10 % and below 50 % of the unsteered KL.
     "vectors_under_threshold": """
@@ -97,8 +105,9 @@ EXAMPLES = {
 def connect(run_or_prefix: str) -> duckdb.DuckDBPyConnection:
     """Open a DuckDB connection with one view per table, over one run or all runs at a directory or fsspec URL.
 
-    A view has the columns of its schema (`runs.schema`) and `concept`; it is empty if the table has no parts. The views
-    cover the parts that exist now; connect again to see later ones. Object storage is read by DuckDB's httpfs if that
+    A view has the columns of its schema (`runs.schema`) and `concept`; it is empty if the table has no parts. The view
+    `runs` has the options of each run (`run_table.SCHEMA`). The views cover what exists now; connect again to see later
+    parts. Object storage is read by DuckDB's httpfs if that
     is installed (once, by `INSTALL httpfs`), otherwise through fsspec.
 
     Raises:
@@ -106,15 +115,18 @@ def connect(run_or_prefix: str) -> duckdb.DuckDBPyConnection:
     """
     storage = Storage(run_or_prefix, patient=False)
     fs, root = fsspec.url_to_fs(storage.url)
-    parts = {table: [f"{root}/{name}" for name in names] for table, names in _parts(storage).items()}
+    names, runs = _listed(storage)
+    parts = {table: [f"{root}/{name}" for name in found] for table, found in _parts(names, runs).items()}
     with reading(storage.url):
         with ThreadPoolExecutor(16) as pool:
+            manifests = pool.map(storage.get, [f"{run}/run.json".lstrip("/") for run in sorted(runs)])
             for table, paths in parts.items():
                 list(pool.map(partial(_check, fs, table), paths))
         db = duckdb.connect()
         local = "file" in fs.protocol
-        if not local and not _load_httpfs(db, fs):
+        if not local and not load_httpfs(db, fs):
             db.register_filesystem(fs)
+        _create_table(db, "runs", run_table(data for data in manifests if data is not None))
         for table, paths in parts.items():
             _create_view(db, table, [path if local else fs.unstrip_protocol(path) for path in paths])
     return db
@@ -173,12 +185,17 @@ def reading(url: str) -> Generator[None]:
         raise UserError(f"cannot read {url}: {first_line(error)}") from None
 
 
-def _parts(storage: Storage) -> dict[str, list[str]]:
-    """The parts of each table in all runs at or below the root of `storage`, as relative names."""
+def _listed(storage: Storage) -> tuple[list[str], set[str]]:
+    """The names of all objects at or below the root of `storage`, and the folders of all runs; both begin with /."""
     names = [f"/{name}" for name in storage.names()]
     runs = {name.removesuffix("/run.json") for name in names if name.endswith("/run.json")}
     if not runs:
         raise UserError(f"no run at {storage.url}: expected run.json there or in a directory below it")
+    return names, runs
+
+
+def _parts(names: list[str], runs: set[str]) -> dict[str, list[str]]:
+    """The parts of each table in all runs, as relative names."""
     parts: dict[str, list[str]] = {table: [] for table in SCHEMAS}
     for name in names:
         match = _PART.match(name)
@@ -207,42 +224,16 @@ def _check(fs: Any, table: str, path: str) -> None:
 def _create_view(db: duckdb.DuckDBPyConnection, table: str, paths: list[str]) -> None:
     schema = SCHEMAS[table].append(pa.field("concept", pa.string()))
     if not paths:
-        db.register("nothing", schema.empty_table())
-        db.execute(f"CREATE TABLE {table} AS FROM nothing")
-        db.unregister("nothing")
+        _create_table(db, table, schema.empty_table())
         return
     columns = ", ".join(f'"{name}"' for name in schema.names)
     # DuckDB treats paths as glob patterns, so brackets in a run's name are escaped.
-    files = ", ".join(_quote(re.sub(r"([\[*?])", r"[\1]", path)) for path in paths)
+    files = ", ".join(quote(re.sub(r"([\[*?])", r"[\1]", path)) for path in paths)
     options = "hive_partitioning = true, hive_types = {'concept': VARCHAR}"
     db.execute(f"CREATE VIEW {table} AS SELECT {columns} FROM read_parquet([{files}], {options})")
 
 
-def _load_httpfs(db: duckdb.DuckDBPyConnection, fs: Any) -> bool:
-    """Load DuckDB's S3 reader with the endpoint and credentials of s3fs; False if it is not installed."""
-    if "s3" not in fs.protocol:
-        return False
-    try:
-        db.execute("LOAD httpfs")
-    except duckdb.Error:
-        return False
-    fs.connect()
-    endpoint, keys = fs.s3.meta.endpoint_url, fsspec.asyn.sync(fs.loop, fs.session.get_credentials)
-    options = {
-        "ENDPOINT": re.sub(r"^https?://", "", endpoint),
-        "REGION": fs.s3.meta.region_name,
-        "URL_STYLE": "vhost" if endpoint.endswith("amazonaws.com") else "path",
-        "KEY_ID": keys and keys.access_key,
-        "SECRET": keys and keys.secret_key,
-        "SESSION_TOKEN": keys and keys.token,
-    }
-    given = "".join(f", {name} {_quote(value)}" for name, value in options.items() if value)
-    try:
-        db.execute(f"CREATE SECRET (TYPE s3, USE_SSL {endpoint.startswith('https')}{given})")
-    except duckdb.Error:  # its message may quote the statement, and with it the secret
-        raise UserError("DuckDB refused the S3 credentials: uninstall its httpfs to read through s3fs") from None
-    return True
-
-
-def _quote(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+def _create_table(db: duckdb.DuckDBPyConnection, name: str, rows: pa.Table) -> None:
+    db.register("rows", rows)
+    db.execute(f"CREATE TABLE {name} AS FROM rows")
+    db.unregister("rows")

@@ -17,8 +17,9 @@ import io
 import json
 import os
 import zipfile
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,8 +29,12 @@ from melbo_ray.errors import UserError
 from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.schema import SCHEMA_VERSION, SCHEMAS
 from melbo_ray.runs.storage import Storage, StorageError
-from melbo_ray.runs.vectors import RunVectors, Site
-from melbo_ray.runs.work_unit import WHOLE, Coverage, Unit, cover, covers, spans_of, uncover
+from melbo_ray.runs.vectors import RunVectors, named_concept, run_vectors
+from melbo_ray.runs.work_unit import Coverage, Unit, cover, covers, spans_of, uncover
+
+_PARTS_AT_ONCE = 8
+# A part is merged anew once this share of it is fresh, so that all its versions together are a few times its size.
+_WORTHWHILE = 0.25
 
 _Written = tuple[Unit, dict[str, pa.Table]]
 """A unit and its rows by table."""
@@ -42,6 +47,7 @@ class Run:
         """A run by its storage, or by the directory or fsspec URL of its folder."""
         self.storage = storage if isinstance(storage, Storage) else Storage(os.fspath(storage), patient=False)
         self._known: bytes | None = None
+        self._published: Counter[str] = Counter()
 
     @classmethod
     def open(cls, url: str, patient: bool = True) -> "Run":
@@ -98,29 +104,32 @@ class Run:
     def load(self, unit: Unit) -> dict[str, pa.Table] | None:
         """The tables of a fresh unit; None if the unit has been published and deleted meanwhile."""
         data = self.storage.get(unit.name)
-        if data is None:
-            return None
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            return {
-                name.removesuffix(".parquet"): pq.read_table(io.BytesIO(archive.read(name)))
-                for name in archive.namelist()
-            }
+        return None if data is None else _tables(data)
 
-    def read(self, table: str, concept: str) -> pa.Table:
+    def read(self, table: str, concept: str, of: Collection[str] | None = None) -> pa.Table:
         """All rows of a table of one concept, published or fresh, sorted by index.
 
         Fresh units are read before the parts, so that a unit published meanwhile is found in its part.
+
+        Args:
+            table: name of the table.
+            concept: name of the concept.
+            of: the evaluations (or `base`, `chain`) whose rows are read; None for all.
         """
-        fresh = [(unit, self.load(unit)) for unit in self.fresh() if unit.concept == concept]
+        fresh = [unit for unit in self.fresh() if unit.concept == concept and (of is None or unit.evaluation in of)]
         parts: dict[str, list[_Written]] = defaultdict(list)
-        for unit, tables in fresh:
-            if tables and table in tables:
+        for unit, data in zip(fresh, self.storage.get_many([unit.name for unit in fresh]), strict=True):
+            if data is not None and table in (tables := _tables(data, {table, "failures"})):
                 parts[unit.part(table)].append((unit, tables))
-        published = [n for n in self.storage.names(f"{table}/concept={concept}") if n.endswith(".parquet")]
-        merged = [self._merged(table, name, parts.get(name, [])) for name in sorted({*published, *parts})]
-        return pa.concat_tables(
-            [_schema(table).empty_table(), *(rows.cast(_schema(table)) for rows in merged)]
-        ).sort_by("index")
+        begin = "part-" if of is None else tuple(f"part-{name}-" for name in of)
+        found = self.storage.names(f"{table}/concept={concept}")
+        published = [n for n in found if n.endswith(".parquet") and n.rpartition("/")[2].startswith(begin)]
+        names = sorted({*published, *parts})
+        merged = [
+            _merged(table, old, parts.get(name, []))
+            for name, old in zip(names, self.storage.get_many(names), strict=True)
+        ]
+        return _in_order(pa.concat_tables([_schema(table).empty_table(), *merged]))
 
     def vectors(self, concept: str = "") -> RunVectors:
         """The base and the chain of a concept; without a name, of the run's only one.
@@ -131,23 +140,13 @@ class Run:
         manifest = self.manifest()
         if manifest is None:
             raise UserError(f"no run at {self.storage.url}: expected run.json there")
-        known = list(manifest.definitions or manifest.concepts)
-        if not concept and len(known) > 1:
-            raise UserError(f"{self.storage.url} has several concepts: give one of {', '.join(known)}")
-        name = concept or known[0]
-        if name not in known:
-            raise UserError(f"{self.storage.url} has no concept {concept!r}: expected one of {', '.join(known)}")
-        rows = self.read("vectors", name)
-        rows = rows.filter(pc.field("kind").isin(["base", "chain"]))
-        if rows["index"].to_pylist() != list(range(len(rows))) or not len(rows):
-            raise UserError(f"{self.storage.url} has no base vector of {name} yet: resume the run")
-        layer, model = manifest.config.get("source_layer"), manifest.config.get("model")
-        if layer is None or model is None:
-            raise UserError(f"{self.storage.url}/run.json names no source layer or model: it is no whole manifest")
-        return RunVectors(rows, Site(int(layer), str(model), manifest.fingerprint))
+        name = named_concept(manifest, concept, self.storage.url)
+        return run_vectors(manifest, name, self.read("vectors", name), self.storage.url)
 
-    def publish(self, manifest: Manifest, guard: Callable[[], None]) -> None:
+    def publish(self, manifest: Manifest, guard: Callable[[], None], everything: bool = True) -> None:
         """Merge the fresh units into the tables' parts, record them in `manifest.done`, and delete them.
+
+        Unless `everything` is asked for, units wait until those of their part are worth writing the part again.
 
         `guard` is called before each write and raises if the lease is lost. Storage rejects a write that is delayed
         until another driver has replaced the part. If the process is killed at any point, the next call completes the
@@ -156,50 +155,80 @@ class Run:
         groups: dict[tuple, list[Unit]] = defaultdict(list)
         for unit in self.fresh():
             groups[unit.concept, unit.evaluation, unit.part("")].append(unit)
-        for units in groups.values():
-            parts: dict[str, list[_Written]] = defaultdict(list)
-            for unit in units:
-                tables = self.load(unit) or {}
-                for table in tables:
-                    parts[table].append((unit, tables))
-            for table, additions in parts.items():
-                name = additions[0][0].part(table)
-                version = self.storage.version(name)
-                merged = self._merged(table, name, additions)
-                if len(merged) or version is not None:  # an existing part is replaced even by an empty one
-                    guard()
-                    self.storage.swap(name, _parquet(merged), version)
-        if groups:
-            units = [unit for group in groups.values() for unit in group]
+        due = [g for g in groups.values() if everything or len(g) >= _WORTHWHILE * self._published[g[0].part("")]]
+        with ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="parts") as threads:
+            list(threads.map(lambda units: self._publish(units, guard), due))
+        if due:
+            units = [unit for group in due for unit in group]
             for unit in units:
                 cover(manifest.done, unit)
             guard()
             self.write_manifest(manifest)
             self.storage.delete(unit.name for unit in units)
+            self._published.update(unit.part("") for unit in units)
 
-    def _merged(self, table: str, name: str, additions: list[_Written]) -> pa.Table:
-        """The published part `name` with the units' rows added, except those of indices that it covers already.
+    def _publish(self, units: Sequence[Unit], guard: Callable[[], None]) -> None:
+        """Merge units of one part, for all their tables."""
+        parts: dict[str, list[_Written]] = defaultdict(list)
+        for unit, data in zip(units, self.storage.get_many([unit.name for unit in units]), strict=True):
+            tables = {} if data is None else _tables(data)
+            for table in tables:
+                parts[table].append((unit, tables))
+        for table, additions in parts.items():
+            name = additions[0][0].part(table)
+            version = self.storage.version(name)
+            merged = _merged(table, None if version is None else self.storage.get(name), additions)
+            if len(merged) or version is not None:  # an existing part is replaced even by an empty one
+                guard()
+                self.storage.swap(name, _parquet(merged), version)
 
-        A failed index is not covered, so that another unit may still bring its rows or another failure.
-        """
-        old = self.storage.get(name)
-        rows = [] if old is None else [pq.read_table(io.BytesIO(old))]
-        covered: Coverage = json.loads((rows[0].schema.metadata or {}).get(b"units", b"{}")) if rows else {}
-        for unit, tables in sorted(additions, key=lambda pair: pair[0]):
-            if covers(covered, unit):
-                continue
-            had = [] if unit.kind == WHOLE else spans_of(covered, unit)
-            kept = [] if unit.kind == WHOLE else [part.filter(~_tried(unit, had)) for part in rows]
-            rows = [*kept, _outside(had, tables[table])]
-            cover(covered, unit)
-            failures = tables.get("failures", _schema("failures").empty_table())
-            for index in _outside(had, failures)["index"].to_pylist():
-                uncover(covered, dataclasses.replace(unit, first=index, last=index))
-        schema = _schema(table)
-        merged = pa.concat_tables([part.cast(schema) for part in rows]).sort_by(
-            [("index", "ascending"), ("kind", "ascending")]
-        )
-        return merged.replace_schema_metadata({**(schema.metadata or {}), "units": json.dumps(covered)})
+
+def _merged(table: str, old: bytes | None, additions: list[_Written]) -> pa.Table:
+    """The rows of a published part with the units' rows added, except those of indices that it covers already.
+
+    A failed index is not covered, so that another unit may still bring its rows or another failure. A longer chain
+    replaces rows that depend on its length.
+    """
+    rows = [] if old is None else [_read(old)]
+    covered: Coverage = json.loads((rows[0].schema.metadata or {}).get(b"units", b"{}")) if rows else {}
+    held = {index for part in rows for index in part["index"].to_pylist()}
+    for unit, tables in sorted(additions, key=lambda pair: (pair[0].chain, pair[0])):
+        if covers(covered, unit) or unit.chain < (longest := _longest(covered, unit)):
+            continue
+        if unit.chain > longest:
+            rows, covered, held = [], {}, set()
+        had = _within(spans_of(covered, unit), unit)
+        if any(index in held for index in range(unit.first, unit.last + 1)):
+            # Only then: filtering every part for every unit would grow with the square of their number.
+            rows = [part.filter(~_tried(unit, had)) for part in rows]
+        rows.append(_outside(had, tables[table]))
+        held.update(rows[-1]["index"].to_pylist())
+        cover(covered, unit)
+        failures = tables.get("failures", _schema("failures").empty_table())
+        for index in _outside(had, failures)["index"].to_pylist():
+            uncover(covered, dataclasses.replace(unit, first=index, last=index))
+    schema = _schema(table)
+    merged = _in_order(pa.concat_tables([schema.empty_table(), *(part.cast(schema) for part in rows)]))
+    return merged.replace_schema_metadata({**(schema.metadata or {}), "units": json.dumps(covered)})
+
+
+def _in_order(rows: pa.Table) -> pa.Table:
+    """The rows sorted by index and kind; those that are sorted are not copied."""
+    index = rows["index"].to_numpy()
+    if (index[1:] > index[:-1]).all():
+        return rows
+    return rows.sort_by([("index", "ascending"), ("kind", "ascending")])
+
+
+def _within(spans: list[list[int]], unit: Unit) -> list[list[int]]:
+    """Those of the spans that contain an index of the unit."""
+    return [span for span in spans if span[0] <= unit.last and unit.first <= span[1]]
+
+
+def _longest(covered: Coverage, unit: Unit) -> int:
+    """Length of the chain that the covered units of the unit's part depend on."""
+    kinds = covered.get(unit.concept, {}).get(unit.evaluation, {})
+    return max((dataclasses.replace(unit, kind=kind).chain for kind in kinds), default=0)
 
 
 def _outside(spans: list[list[int]], rows: pa.Table) -> pa.Table:
@@ -211,7 +240,9 @@ def _outside(spans: list[list[int]], rows: pa.Table) -> pa.Table:
 def _tried(unit: Unit, had: list[list[int]]) -> pc.Expression:
     """Expression for rows of earlier attempts at the unit: those of its indices, except the covered ones (`had`)."""
     index = pc.field("index")
-    found = (pc.field("kind") == unit.kind) & (index >= unit.first) & (index <= unit.last)
+    found = (index >= unit.first) & (index <= unit.last)
+    if not unit.chain:  # otherwise all rows of the part are of the unit's share, whatever their kind
+        found &= pc.field("kind") == unit.kind
     for first, last in had:
         found &= (index < first) | (index > last)
     return found
@@ -219,6 +250,17 @@ def _tried(unit: Unit, had: list[list[int]]) -> pc.Expression:
 
 def _schema(table: str) -> pa.Schema:
     return SCHEMAS[table].with_metadata({"schema_version": str(SCHEMA_VERSION), "table": table})
+
+
+def _tables(data: bytes, wanted: Collection[str] | None = None) -> dict[str, pa.Table]:
+    """The tables of a unit's object, or the wanted ones of them."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        names = {name.removesuffix(".parquet"): name for name in archive.namelist()}
+        return {table: _read(archive.read(name)) for table, name in names.items() if wanted is None or table in wanted}
+
+
+def _read(data: bytes) -> pa.Table:
+    return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
 
 
 def _parquet(rows: pa.Table) -> bytes:

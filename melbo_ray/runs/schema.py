@@ -89,6 +89,30 @@ SCHEMAS: dict[str, pa.Schema] = {
         norm=_float, cos_base=_float, cos_contrast=_float, max_abs_cos_unembedding=_float, nearest_token=_text,
         bessel_bound=_float,
     ),
+    "linear": _schema(
+        norm=_float, relative_loss=_float, linear_loss=_float, linear_loss_at_radius=_float, least_loss=_float,
+        found_linear_loss=_float, first_order=_float, cos=_float, mirrored_share=_float, half_share=_float,
+        solution_loss=_float, kl_from_base=_float,
+    ),
+    "convergence": _schema(
+        layer=_int, position=_text, cos_base=_float, displacement=_float, vector=pa.list_(_float),
+    ),
+    "mediation": _schema(
+        layer=_int, subspace=_text, rank=_int, norm=_float, kl_from_base=_float, kl_from_unsteered=_float,
+        agreement=_float, concept_score=_float,
+    ),
+    "frozen": _schema(
+        attention=_text, norm=_float, kl_from_base=_float, kl_from_unsteered=_float, moved=_float, cos=_float,
+        left_out=_text,
+    ),
+    "efficiency": _schema(
+        norm=_float, loss_own=_float, loss_at_1r=_float, loss_at_2r=_float, loss_at_4r=_float, loss_noise_05=_float,
+        loss_noise_10=_float, kl_neutral=_float, natural_share=_float,
+    ),
+    "independence": _schema(ablated=_text, change=_float, profile=_float),
+    "privileged": _schema(
+        partner=_text, p=_float, norm_pure=_float, norm_partner=_float, norm_mixed=_float, left_out=_text,
+    ),
     "summary": _schema(figure=_text, value=_double),
     "failures": _schema(evaluation=_text, error=_text, attempts=_int),
 }  # fmt: skip

@@ -2,30 +2,28 @@
 
 On object stores an object is written by one PUT; on a local file system by a temporary file, fsync and rename. Retries
 on S3 are botocore's (standard mode: bounded exponential backoff with jitter); other file systems use their own.
+Creation is conditional everywhere, replacement on S3, GCS and Azure (docs/cluster.md has the table).
 """
 
 import contextlib
 import errno
-import os
-import uuid
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import urlsplit
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from melbo_ray.errors import UserError, first_line
+from melbo_ray.runs import local_files, object_stores
+from melbo_ray.runs.bulk_delete import delete_at_once
+from melbo_ray.runs.local_files import TEMPORARY
 
-_PATIENT, _BRISK = 10, 3
-_READ_SECONDS = 20
 _FINAL = {
     errno.ENOSPC: "the disk is full: free some space and run the same command again, it resumes",
     errno.EDQUOT: "the disk quota is used up: free some space and run the same command again, it resumes",
     errno.EROFS: "the file system is read-only",
     errno.ENOTDIR: "a part of the path is a file, not a directory",
 }
-_TEMPORARY = ".partial-"
 
 
 class StorageError(UserError):
@@ -45,23 +43,19 @@ class Storage:
     """
 
     def __init__(self, url: str, patient: bool = True) -> None:
-        if _has_secret(url):
+        if object_stores.has_secret(url):
             raise UserError(
-                f"the storage URL {mask(url)!r} holds a credential: put it into the environment "
+                f"the storage URL {object_stores.mask(url)!r} holds a credential: put it into the environment "
                 "(for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) or use an instance role"
             )
-        options = _s3_options(_PATIENT if patient else _BRISK) if url.startswith(("s3://", "s3a://")) else {}
         try:
-            self._fs, root = fsspec.core.url_to_fs(url, **options)
+            self._fs, root = object_stores.connect(url, patient)
         except (ValueError, ImportError) as error:
-            remedy = ": pip install 'melbo-ray[cluster]'" if options and isinstance(error, ImportError) else ""
-            raise UserError(f"storage {url!r}: {error}{remedy}") from None
-        self._s3 = bool(options)
-        if self._s3:
-            self._fs.retries = 1  # botocore retries already; both together would multiply
+            raise UserError(f"storage {url!r}: {error}{object_stores.remedy(url, error)}") from None
         self._local = isinstance(self._fs, LocalFileSystem)
         self._root = root.rstrip("/")
         self.url = self._root if self._local else url.rstrip("/")
+        self._threads = ThreadPoolExecutor(object_stores.CONNECTIONS, thread_name_prefix="storage")
 
     @property
     def shared(self) -> bool:
@@ -72,9 +66,7 @@ class Storage:
         """Write or replace an object atomically."""
         with self._explained(name):
             if self._local:
-                with self._temporary(name, data) as temporary:
-                    os.replace(temporary, self._path(name))
-                    _sync_folder(Path(self._path(name)).parent)
+                local_files.replace(Path(self._path(name)), data)
             else:
                 self._fs.pipe_file(self._path(name), data)
 
@@ -96,12 +88,11 @@ class Storage:
             return found == data
 
     def version(self, name: str) -> str | None:
-        """The version of an object for `swap`: its ETag on S3, "" on other storage, None if there is no object."""
+        """The version of an object for `swap`; "" where replacement is unconditional, None if there is no object."""
         with self._explained(name):
             self._fs.invalidate_cache()
             try:
-                found = self._fs.info(self._path(name))
-                return found["ETag"] if self._s3 else ""
+                return object_stores.version(self._fs, self._fs.info(self._path(name)))
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
@@ -119,7 +110,7 @@ class Storage:
                 if version is None:
                     self._create(name, data)
                 else:
-                    self._fs.pipe_file(self._path(name), data, IfMatch=version)
+                    object_stores.replace(self._fs, self._path(name), data, version)
         except StorageError:
             if self.get(name) != data:  # else an earlier attempt succeeded, and its response was lost
                 raise
@@ -131,6 +122,10 @@ class Storage:
                 return self._fs.cat_file(self._path(name))
             except (FileNotFoundError, NotADirectoryError):
                 return None
+
+    def get_many(self, names: Sequence[str]) -> Iterator[bytes | None]:
+        """The bytes of several objects in turn, read over several connections; None for those that do not exist."""
+        return self._threads.map(self.get, names)
 
     def names(self, folder: str = "") -> list[str]:
         """The names of all objects below `folder`, sorted, from an uncached listing."""
@@ -144,18 +139,21 @@ class Storage:
         root = self._fs._strip_protocol(self._root)
         # Some stores keep an emptied folder as an object with the folder's name.
         inside = (path for path in found if path.startswith(f"{self._fs._strip_protocol(base)}/"))
-        return sorted(path[len(root) + 1 :] for path in inside if not path.rpartition("/")[2].startswith(_TEMPORARY))
+        return sorted(path[len(root) + 1 :] for path in inside if not path.rpartition("/")[2].startswith(TEMPORARY))
 
     def delete(self, names: Iterable[str]) -> None:
-        """Delete objects; missing ones are ignored."""
-        for name in names:
-            with self._explained(name), contextlib.suppress(FileNotFoundError):
-                self._fs.rm_file(self._path(name))
+        """Delete objects, on S3 a thousand per request; missing ones are ignored."""
+
+        def delete(path: str) -> None:
+            with self._explained(path), contextlib.suppress(FileNotFoundError):
+                self._fs.rm_file(path)
+
+        list(self._threads.map(delete, delete_at_once(self._fs, [self._path(name) for name in names])))
 
     def sweep(self) -> None:
         """Delete temporary files of killed writers (local file systems only)."""
         if self._local:
-            for path in Path(self._root).rglob(f"{_TEMPORARY}*"):
+            for path in Path(self._root).rglob(f"{TEMPORARY}*"):
                 path.unlink(missing_ok=True)
 
     def prune(self) -> None:
@@ -171,27 +169,10 @@ class Storage:
         return f"{self._root}/{name}"
 
     def _create(self, name: str, data: bytes) -> None:
-        if not self._local:
+        if self._local:
+            local_files.create(Path(self._path(name)), data)
+        else:
             self._fs.pipe_file(self._path(name), data, mode="create")
-            return
-        with self._temporary(name, data) as temporary:
-            # A link fails if the name exists, and is atomic; O_EXCL would create an empty file first.
-            os.link(temporary, self._path(name))
-            _sync_folder(Path(self._path(name)).parent)
-
-    @contextlib.contextmanager
-    def _temporary(self, name: str, data: bytes) -> Generator[Path]:
-        folder = Path(self._path(name)).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
-        try:
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            yield temporary
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _explained(self, name: str) -> Generator[None]:
@@ -201,42 +182,17 @@ class Storage:
             raise StorageError(f"storage {self.url}: {_explain(error)} (at {name or 'its root'})") from error
 
 
-def mask(url: str) -> str:
-    """The URL without user information and query, which may contain credentials."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    return f"{parts.scheme}://{host}{parts.path}" if parts.scheme else url
-
-
-def _has_secret(url: str) -> bool:
-    parts = urlsplit(url)
-    return bool(parts.scheme) and ("@" in parts.netloc or bool(parts.query))
-
-
 def _explain(error: Exception) -> str:
     code = getattr(error, "errno", None)
     kind, text = type(error).__name__, first_line(error)
     if code in _FINAL:
         return _FINAL[code]
-    if isinstance(error, PermissionError):
+    if isinstance(error, PermissionError) or "Authentication" in kind or text.startswith("Forbidden"):
         return f"access denied: {text}"
-    if isinstance(error, FileNotFoundError):
-        return f"no such bucket or directory: {text}"
     if "Credential" in kind or "ProfileNotFound" in kind:
         return f"no credentials: {text}"
-    if "Connect" in kind or "Timeout" in kind or "HTTPClientError" in kind:
+    if isinstance(error, FileNotFoundError) or "NotFound" in kind:
+        return f"no such bucket or directory: {text}"
+    if "Connect" in kind or "Timeout" in kind or "HTTPClientError" in kind or "ServiceRe" in kind:
         return f"cannot be reached: {text}"
     return f"{kind}: {text}"
-
-
-def _s3_options(attempts: int) -> dict:
-    retries = {"mode": "standard", "total_max_attempts": attempts}
-    return {"config_kwargs": {"retries": retries, "connect_timeout": 5, "read_timeout": _READ_SECONDS}}
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,5 +1,6 @@
 """Units of work, which are written atomically under fixed names, and the coverage of a run by units."""
 
+import bisect
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,7 +9,11 @@ from typing import Final
 
 _PART_SIZE = 512
 WHOLE: Final = "whole"
-"""The scope of an evaluation of a chain as a whole instead of single vectors, and the kind of its unit."""
+"""The scope of an evaluation of a chain as a whole instead of single vectors.
+
+Also the kind of the one unit that earlier releases ran for it (`study/upgrade.py`).
+"""
+_OF = "-of-"
 
 Coverage = dict[str, dict[str, dict[str, list[list[int]]]]]
 """The indices done by concept, evaluation and kind, as spans that include both ends."""
@@ -29,9 +34,10 @@ class Unit:
     Attributes:
         concept: name of the concept.
         evaluation: name of the evaluation, or `base` or `chain` for the search for a vector.
-        kind: kind of the vectors, or `whole` for an evaluation of the whole chain, which replaces earlier ones.
-        first: index of the first vector.
-        last: index of the last vector.
+        kind: kind of the vectors, or the share of an evaluation of a whole chain (`catalog.Share`), with the chain's
+            length (`of_chain`) if the rows depend on it: they replace those of a shorter chain.
+        first: index of the first vector, or the first item of the share.
+        last: index of the last vector, or the last item.
     """
 
     concept: str
@@ -46,6 +52,11 @@ class Unit:
         return cls(concept, Task.BASE.value, "base", 0, 0)
 
     @classmethod
+    def stage(cls, concept: str, number: int) -> "Unit":
+        """A stage of the search for the base, counted by a driver; the last one writes `Unit.base`."""
+        return cls(concept, Task.BASE.value, "stage", number, number)
+
+    @classmethod
     def vector(cls, concept: str, index: int) -> "Unit":
         """The search for one vector of a concept's chain."""
         return cls(concept, Task.CHAIN.value, "chain", index, index)
@@ -54,6 +65,21 @@ class Unit:
     def task(self) -> Task:
         """The task of the unit."""
         return {"base": Task.BASE, "chain": Task.CHAIN}.get(self.evaluation, Task.EVALUATION)
+
+    @property
+    def share(self) -> str:
+        """The kind without the chain's length."""
+        return self.kind.partition(_OF)[0]
+
+    @property
+    def sort(self) -> str:
+        """Units of one sort take about the same time."""
+        return f"{self.evaluation}.{self.share}{f'.{self.first}' if self.task is Task.BASE else ''}"
+
+    @property
+    def chain(self) -> int:
+        """Length of the chain that the rows depend on; 0 if they depend on none."""
+        return int(self.kind.partition(_OF)[2] or 0)
 
     @property
     def name(self) -> str:
@@ -70,8 +96,13 @@ class Unit:
 
     def part(self, table: str) -> str:
         """Name of the part of `table` that receives the unit's rows."""
-        number = 0 if self.kind == WHOLE else part_number(self.first)
-        return f"{table}/concept={self.concept}/part-{self.evaluation}-{number:05d}.parquet"
+        own, number = (f".{self.share}", 0) if self.chain else ("", part_number(self.first))
+        return f"{table}/concept={self.concept}/part-{self.evaluation}{own}-{number:05d}.parquet"
+
+
+def of_chain(share: str, length: int) -> str:
+    """The kind of units of a share whose rows depend on the chain's length."""
+    return f"{share}{_OF}{length}"
 
 
 def part_number(index: int) -> int:
@@ -80,9 +111,9 @@ def part_number(index: int) -> int:
 
 
 def cover(coverage: Coverage, unit: Unit) -> None:
-    """Mark the unit's indices as done, with merged spans; a `whole` unit replaces the earlier spans."""
+    """Mark the unit's indices as done, with merged spans."""
     kinds = coverage.setdefault(unit.concept, {}).setdefault(unit.evaluation, {})
-    spans = sorted([*([] if unit.kind == WHOLE else kinds.get(unit.kind, [])), [unit.first, unit.last]])
+    spans = sorted([*kinds.get(unit.kind, []), [unit.first, unit.last]])
     merged: list[list[int]] = []
     for first, last in spans:
         if merged and first <= merged[-1][1] + 1:
@@ -93,11 +124,10 @@ def cover(coverage: Coverage, unit: Unit) -> None:
 
 
 def uncover(coverage: Coverage, unit: Unit) -> None:
-    """Mark the unit's indices as not done; for a `whole` unit, all indices."""
-    around = [] if unit.kind == WHOLE else spans_of(coverage, unit)
+    """Mark the unit's indices as not done."""
     rest = [
         span
-        for first, last in around
+        for first, last in spans_of(coverage, unit)
         for span in ([first, min(last, unit.first - 1)], [max(first, unit.last + 1), last])
         if span[0] <= span[1]
     ]
@@ -106,7 +136,9 @@ def uncover(coverage: Coverage, unit: Unit) -> None:
 
 def covers(coverage: Coverage, unit: Unit) -> bool:
     """Whether all indices of the unit are done."""
-    return any(first <= unit.first and unit.last <= last for first, last in spans_of(coverage, unit))
+    spans = spans_of(coverage, unit)
+    place = bisect.bisect_right(spans, unit.first, key=lambda span: span[0]) - 1
+    return place >= 0 and unit.last <= spans[place][1]
 
 
 def spans_of(coverage: Coverage, unit: Unit) -> list[list[int]]:

@@ -1,11 +1,12 @@
-"""The base vector θ₀: MELBO candidates, the contrast of concept and neutral prompts, or a file of vectors.
+"""The base vector θ₀: MELBO candidates, mean differences of prompts, singular vectors, or vectors from a file.
 
 Source: Mack and Turner (2024), "Mechanistically eliciting latent behaviors in language models": steering vectors of
 fixed norm that maximise the change of the target layer's activations.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import inf
 
 import torch
@@ -15,13 +16,14 @@ from torch import Tensor
 from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import BaseOptions
 from melbo_ray.errors import UserError
-from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.residual_slice import Slice
-from melbo_ray.model.steering import Prompts
 from melbo_ray.search.candidates import Candidate, judge, rank
+from melbo_ray.search.contrast import contrast, pairs
+from melbo_ray.search.power import power
 from melbo_ray.search.radius import Calibration, calibrate
 from melbo_ray.search.sink import target_shares
-from melbo_ray.search.vector_io import read_vectors
+from melbo_ray.search.stages import Once, Stages, compute, finish
+from melbo_ray.search.vector_io import named_vectors, names_vectors
 from melbo_ray.seeds import derive_seed
 
 _STEP = 0.05
@@ -29,6 +31,8 @@ _MOMENTUM = 0.7
 # Few candidates show a given concept (none to four of 20 on Qwen2.5-Coder-0.5B), hence several rounds. Candidates are
 # judged every `_LOOK` steps of the ascent.
 _ROUNDS, _LOOK = 3, 10
+# Steps of a stage; a divisor of `_LOOK`.
+_STAGE = 5
 ASCENT_TOKENS = 1024
 """Tokens per forward and backward pass of the ascent."""
 
@@ -63,31 +67,53 @@ def base_vector(slice: Slice, concept: Concept, options: BaseOptions) -> Base:
         UserError: an index out of range, a file that cannot be read or has another width, a vector of norm 0 or not
             finite, or no usable radius.
     """
-    model = slice.model
-    given = None if options.base in ("melbo", "contrast") else read_vectors(options.base, model.d_model)
-    calibration = None
-    if options.radius == "auto" and given is None:
-        calibration = calibrate(slice, derive_seed(options.seed, concept.name, 0, "radius"))
+    return finish(base_search(slice, concept, options))
+
+
+def base_search(slice: Slice, concept: Concept, options: BaseOptions, once: Once = compute) -> Stages[Base]:
+    """`base_vector` in stages; with the same `once` another call continues where this one was interrupted."""
+    given, first = None if options.base == "melbo" else _given(slice, concept, options), 0
+    calibration, wanted = None, options.base_index
+    if options.radius == "auto" and not names_vectors(options.base):
+        seed = derive_seed(options.seed, concept.name, 0, "radius")
+        calibration = Calibration(**once("radius", lambda: asdict(calibrate(slice, seed))))
+        yield f"R is {calibration.radius:.3g}"
     radius = calibration.radius if calibration else options.radius
-    if options.base == "melbo":
-        found, unsteered_shows = _until_one_shows(slice, concept, options, float(radius))
+    if given is None:
+        found, unsteered_shows = yield from _until_one_shows(slice, concept, options, float(radius), once)
     else:
-        thetas = contrast(model, concept, slice.source, options.system_prompt)[None] if given is None else given
-        norms = thetas.norm(dim=-1, keepdim=True)
+        norms = given.norm(dim=-1, keepdim=True)
         if not (torch.isfinite(norms) & (norms > 0)).all():
             raise UserError(f"the base {options.base!r} has a vector of norm 0 or not finite: leave it out")
-        thetas = thetas if radius == "auto" else thetas / norms * radius
-        found, unsteered_shows = _judged(slice, concept, options, thetas)
-    if options.base_index is not None and options.base_index >= len(found):
-        raise UserError(f"base index {options.base_index} is out of range: there are {len(found)} candidates, from 0")
-    ranked = rank(found, options.base_index, unsteered_shows)
+        thetas = given if radius == "auto" else given / norms * radius
+        if wanted is not None and wanted < len(thetas) and names_vectors(options.base):
+            # A foreign chain may have a thousand vectors, and judging each by its texts takes hours.
+            thetas, first = thetas[wanted : wanted + 1], wanted
+        found, unsteered_shows = yield from _judged(slice, concept, options, thetas, first, once)
+    if wanted is not None and wanted >= first + len(found):
+        raise UserError(f"base index {wanted} is out of range: there are {len(found)} candidates, from 0")
+    ranked = rank(found, wanted, unsteered_shows)
     theta = next(candidate.theta for candidate in ranked if candidate.taken)
     return Base(theta, ranked, calibration, target_shares(slice, theta))
 
 
+def _given(slice: Slice, concept: Concept, options: BaseOptions) -> Float[Tensor, "n d_model"]:
+    """The vectors of a base that is not sought by ascent, at any norm."""
+    model = slice.model
+    if options.base == "contrast":
+        return contrast(model, concept, slice.source, options.system_prompt)[None]
+    if options.base == "power":
+        leading, _ = power(slice, -(-options.candidates // 2), options.melbo_from, options.seed)
+        # A singular vector has no sign.
+        return torch.stack([leading, -leading], 1).flatten(0, 1)
+    if not names_vectors(options.base):
+        return pairs(model, options.base, slice.source, options.system_prompt)[None]
+    return named_vectors(options.base, model.d_model, slice.source)
+
+
 def _until_one_shows(
-    slice: Slice, concept: Concept, options: BaseOptions, radius: float
-) -> tuple[list[Candidate], bool]:
+    slice: Slice, concept: Concept, options: BaseOptions, radius: float, once: Once
+) -> Stages[tuple[list[Candidate], bool]]:
     """MELBO's candidates, judged during their ascent until a strong one shows the concept firmly.
 
     A long ascent breaks some models before their candidates show the concept, and a short one has no effect on others.
@@ -95,12 +121,15 @@ def _until_one_shows(
     At most `_ROUNDS` sets of candidates are optimised. Also returns whether the unsteered model shows the concept.
     """
     found, unsteered_shows, taken = [], False, torch.empty(0, slice.model.d_model)
-    for _ in range(_ROUNDS):
+    for number in range(_ROUNDS):
         if found and len(taken) + options.candidates > slice.model.d_model:
             break
         thetas, farthest = taken, -inf
-        for steps, thetas in maximise(slice, options, concept.name, radius, taken):
-            judged, unsteered_shows = _judged(slice, concept, options, thetas, len(found))
+        for steps, thetas in maximise(slice, options, concept.name, radius, taken, once):
+            yield f"set {number + 1} of candidates: {steps} of at most {options.melbo_steps} steps"
+            if steps % _LOOK and steps != options.melbo_steps:
+                continue
+            judged, unsteered_shows = yield from _judged(slice, concept, options, thetas, len(found), once)
             found += [replace(candidate, steps=steps) for candidate in judged]
             far = max((candidate.unsteered_kl for candidate in judged if candidate.firm), default=-inf)
             if any(candidate.firm and candidate.strong for candidate in judged) or far <= farthest > -inf:
@@ -113,13 +142,13 @@ def _until_one_shows(
 
 
 def _judged(
-    slice: Slice, concept: Concept, options: BaseOptions, thetas: Float[Tensor, "n d_model"], first: int = 0
-) -> tuple[list[Candidate], bool]:
+    slice: Slice, concept: Concept, options: BaseOptions, thetas: Float[Tensor, "n d_model"], first: int, once: Once
+) -> Stages[tuple[list[Candidate], bool]]:
     device = slice.model.device
     with torch.no_grad():
         unsteered = slice.h_target(torch.zeros(1, slice.model.d_model, device=device)).float()
         changes = objective(slice, thetas.to(device), options, unsteered).tolist()
-    return judge(slice, concept, options, thetas, changes, first)
+    return (yield from judge(slice, concept, options, thetas, changes, first, once))
 
 
 def objective(
@@ -135,9 +164,14 @@ def objective(
 
 
 def maximise(
-    slice: Slice, options: BaseOptions, concept: str, radius: float, taken: Float[Tensor, "n d_model"]
+    slice: Slice,
+    options: BaseOptions,
+    concept: str,
+    radius: float,
+    taken: Float[Tensor, "n d_model"],
+    once: Once = compute,
 ) -> Iterator[tuple[int, Float[Tensor, "candidates d_model"]]]:
-    """Maximise MELBO's objective; yields the number of steps and the candidates every ten steps and at the end.
+    """Maximise MELBO's objective; yields the number of steps and the candidates every five steps and at the end.
 
     The candidates are orthogonal vectors of norm R, each optimised in the complement of the earlier ones and of `taken`
     (orthogonal, of norm R; may be empty). All start at seeded random vectors. A step follows the tangent part of the
@@ -146,25 +180,37 @@ def maximise(
     Raises:
         UserError: more candidates than d_model, or no token position left for the objective.
     """
-    d_model, device = slice.model.d_model, slice.model.device
+    d_model = slice.model.d_model
     if options.candidates > d_model:
         raise UserError(f"{options.candidates} candidates cannot be orthogonal in d_model = {d_model}")
     if options.melbo_from >= slice.h_source.shape[1]:
         raise UserError(f"`melbo_from` {options.melbo_from}: the prompt has only {slice.h_source.shape[1]} tokens")
     generator = torch.Generator().manual_seed(derive_seed(options.seed, concept, len(taken), "melbo"))
     start = torch.cat([taken, torch.randn(options.candidates, d_model, generator=generator)])
-    theta, taken = retract(start, radius)[len(taken) :].to(device), taken.to(device)
+    theta = retract(start, radius)[len(taken) :]
+    velocity, before = torch.zeros_like(theta), 0
+    for step in [*range(_STAGE, options.melbo_steps, _STAGE), options.melbo_steps]:
+        climb = partial(_climb, slice, options, radius, taken, theta, velocity, step - before)
+        theta, velocity = once(f"{len(taken):04d}-ascent-{step:04d}", climb)
+        yield step, theta
+        before = step
+
+
+def _climb(
+    slice: Slice, options: BaseOptions, radius: float, taken: Tensor, theta: Tensor, velocity: Tensor, steps: int
+) -> tuple[Tensor, Tensor]:
+    """The candidates and their velocity after further steps of ascent, on the CPU."""
+    device = slice.model.device
+    taken, theta, velocity = taken.to(device), theta.to(device), velocity.to(device)
     with torch.no_grad():
-        unsteered = slice.h_target(torch.zeros(1, d_model, device=device)).float()
-    velocity = torch.zeros_like(theta)
-    for step in range(1, options.melbo_steps + 1):
+        unsteered = slice.h_target(torch.zeros(1, slice.model.d_model, device=device)).float()
+    for _ in range(steps):
         gradient = tangent(_ascent(slice, theta, options, unsteered), theta)
         gradient = gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(1e-30)
         velocity = _MOMENTUM * velocity + gradient
         moved = torch.cat([taken, theta + _STEP * radius * velocity])
         theta = retract(moved, radius)[len(taken) :]
-        if step % _LOOK == 0 or step == options.melbo_steps:
-            yield step, theta.cpu()
+    return theta.cpu().clone(), velocity.cpu()
 
 
 def _ascent(slice: Slice, theta: Tensor, options: BaseOptions, unsteered: Tensor) -> Tensor:
@@ -187,31 +233,3 @@ def retract(theta: Float[Tensor, "batch d_model"], radius: float) -> Float[Tenso
     """Each row's part orthogonal to the earlier rows, scaled to norm `radius` (Gram-Schmidt by QR, in float64)."""
     q, r = torch.linalg.qr(theta.double().T)
     return (q.T * torch.sign(r.diagonal())[:, None] * radius).to(theta.dtype)
-
-
-def contrast(
-    model: LanguageModel, concept: Concept, source: int, system_prompt: str = "default"
-) -> Float[Tensor, " d_model"]:
-    """The mean activation after layer `source` over the `contrast` prompts minus that over the `neutral` prompts.
-
-    A prompt's activation is the mean over its positions except the first, which often is an attention sink.
-
-    Raises:
-        UserError: the concept has no contrast prompts, or a prompt has fewer than two tokens.
-    """
-
-    def mean(prompts: Sequence[str]) -> Tensor:
-        tokens = [model.tokenize(prompt, system_prompt) for prompt in prompts]
-        if (short := min(zip(tokens, prompts, strict=True), key=lambda pair: len(pair[0])))[0].numel() < 2:
-            raise UserError(
-                f"the contrast of {concept.name!r} leaves out the first token, and the prompt {short[1]!r} has no other"
-            )
-        stream = Prompts(model, tokens, source).h_source.float().cpu()
-        rows = zip(stream, tokens, strict=True)
-        return torch.stack([row[1 : len(ids)].mean(0) for row, ids in rows]).mean(0)
-
-    if not concept.contrast:
-        raise UserError(
-            f"the concept {concept.name!r} has no contrast prompts: add `contrast` to it, or use `base` melbo"
-        )
-    return mean(concept.contrast) - mean(concept.neutral)

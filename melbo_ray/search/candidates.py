@@ -7,7 +7,7 @@ chain from a base of 3.5 nats stay at 2 % of that, and those from a base of 1 na
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from math import inf, isfinite
 from typing import Any
 
@@ -20,6 +20,7 @@ from melbo_ray.config import AnswerOptions
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.model.steering import Prompts, continuation_score, kl
+from melbo_ray.search.stages import Once, Stages, compute
 from melbo_ray.search.written import NOTHING, Written, write
 
 # A marginal effect, or one between two regions of noise, is lost along the chain; it must persist at weaker doses.
@@ -119,7 +120,8 @@ def judge(
     thetas: Float[Tensor, "n d_model"],
     objectives: Sequence[float],
     first: int = 0,
-) -> tuple[list[Candidate], bool]:
+    once: Once = compute,
+) -> Stages[tuple[list[Candidate], bool]]:
     """Judge candidates by their texts; also returns whether the unsteered model shows the concept.
 
     Args:
@@ -129,6 +131,7 @@ def judge(
         thetas: the candidates.
         objectives: MELBO's objective of each.
         first: index of the first candidate.
+        once: keeps the result of every stage.
 
     Returns:
         The unranked candidates in the order of `thetas`, and whether the unsteered model shows the concept.
@@ -136,16 +139,28 @@ def judge(
     model, training = slice.model, slice.prompts[0]
     others = dict.fromkeys([*concept.held_out.values()][:_HELD_OUT])
     held_out = [model.tokenize(text, options.system_prompt) for text in others if text != concept.prompt]
-    scores = continuation_score(model, training, concept.continuations, slice.source, thetas).tolist()
+    these = f"candidates {first} to {first + len(thetas) - 1}"
+
+    def figures() -> tuple[list[float], list[float]]:
+        scores = continuation_score(model, training, concept.continuations, slice.source, thetas).tolist()
+        return scores, _unsteered_kls(model, training, slice.source, thetas)
+
+    def texts(name: str, requests: Sequence[tuple[Tensor, Tensor]]) -> list[Written]:
+        rows = once(f"{first:04d}-{name}", lambda: [astuple(text) for text in write(slice, concept, options, requests)])
+        return [Written(*row) for row in rows]
+
+    scores, kls = once(f"{first:04d}-figures", figures)
+    yield f"{these} scored"
     usable = [i for i, score in enumerate(scores) if isfinite(score)]
     zero = torch.zeros(model.d_model)
-    unsteered, *texts = write(slice, concept, options, [(training, theta) for theta in (zero, *thetas[usable])])
-    written = dict(zip(usable, texts, strict=True))
+    unsteered, *strong = texts("texts", [(training, theta) for theta in (zero, *thetas[usable])])
+    yield f"{these} have written"
+    written = dict(zip(usable, strong, strict=True))
     # A weaker dose matters only of those that show the concept.
     showing = [i for i, text in written.items() if text.shows]
-    weak = iter(write(slice, concept, options, [(training, dose * thetas[i]) for i in showing for dose in _WEAKER]))
+    weak = iter(texts("weaker", [(training, dose * thetas[i]) for i in showing for dose in _WEAKER]) if showing else ())
+    yield f"{these} have written under weaker doses too"
     weaker = {i: tuple(itertools.islice(weak, len(_WEAKER))) for i in showing}
-    kls = _unsteered_kls(model, training, slice.source, thetas)
     found = [
         Candidate(
             first + i, theta, objectives[i], float(theta.norm()), scores[i], kls[i],
@@ -156,8 +171,9 @@ def judge(
     best = sorted((c for c in found if c.written.shows), key=lambda c: c.merit, reverse=True)[:_FINALISTS]
     if best and held_out:
         rows = [zero, *(candidate.theta for candidate in best)]
-        texts = write(slice, concept, options, [(prompt, theta) for theta in rows for prompt in held_out])
-        plain, *others = (tuple(texts[i : i + len(held_out)]) for i in range(0, len(texts), len(held_out)))
+        every = texts("held-out", [(prompt, theta) for theta in rows for prompt in held_out])
+        yield f"{these} have written on held-out prompts too"
+        plain, *others = (tuple(every[i : i + len(held_out)]) for i in range(0, len(every), len(held_out)))
         for candidate, own in zip(best, others, strict=True):
             gained = sum(text.shows and not before.shows for text, before in zip(own, plain, strict=True))
             found[candidate.index - first] = replace(candidate, held_out=own, gained=gained)

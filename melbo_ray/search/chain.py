@@ -19,6 +19,7 @@ from melbo_ray.model.residual_slice import Slice
 from melbo_ray.search.lockstep import steps
 from melbo_ray.search.solvers import BlockSolver, Solution, adam, block, lbfgs
 from melbo_ray.search.subspace import Subspace
+from melbo_ray.search.vector_io import named_vectors
 from melbo_ray.search.vectors import SteeringVector
 from melbo_ray.seeds import derive_seed
 
@@ -37,7 +38,8 @@ def chain(
 
     Args:
         slice: the slice, on the concept's prompt.
-        base: θ₀, (d_model,), whose z is the target; further rows are directions to which the chain is orthogonal too.
+        base: θ₀, (d_model,), whose z is the target; further rows, like those of `orthogonal_to`, are directions to
+            which the chain is orthogonal too.
         options: number of vectors, solver and stopping rules.
         concept: name of the concept, from which seeds derive.
         earlier: vectors of the chain found before, from index 1; only later ones are yielded.
@@ -103,20 +105,21 @@ class Chain:
         earlier: Sequence[SteeringVector] = (),
     ) -> None:
         d_model = slice.model.d_model
-        if options.num_vectors > d_model - 1:
+        avoided = directions_avoided(options, slice.source, d_model, base.view(-1, d_model))
+        if options.num_vectors > (most := d_model - 1 - len(avoided)):
+            also = f" and to {len(avoided)} directions of {options.orthogonal_to!r}" if len(avoided) else ""
             raise UserError(
-                f"{options.num_vectors} vectors are more than can be orthogonal to the base: "
-                f"expected at most d_model - 1 = {d_model - 1}"
+                f"{options.num_vectors} vectors are more than can be orthogonal to the base{also}: "
+                f"expected at most d_model - {d_model - most} = {most}"
             )
         self.slice, self.row, self.options, self.concept = slice, row, options, concept
-        self.base, *others = base.view(-1, d_model)
+        self.base, *others = [*base.view(-1, d_model), *avoided]
         size = min(d_model, options.num_vectors + options.block + len(others))
         self.subspace = Subspace(d_model, size, slice.model.device)
         # An interrupted block is optimised again, because its vectors depend on each other.
         whole = len(earlier) // options.block * options.block
         self.stored = list(earlier)
-        for direction in (self.base, *others, *(vector.theta for vector in self.stored[:whole])):
-            self.subspace.add(direction)
+        self.subspace.extend(torch.stack([self.base, *others, *(vector.theta for vector in self.stored[:whole])]))
         self.last = self.stored[whole - 1] if whole else None
         self.radius = float(self.base.norm())
         length = int(slice.lengths[row])
@@ -137,7 +140,7 @@ class Chain:
         device = self.slice.model.device
         row = torch.tensor([self.row], device=device)
         h = self.slice.h_target(theta[None].to(device), row)
-        return torch.cat([self.slice.mean(h, row, first) for first in self._from]).cpu()
+        return torch.cat([self.slice.mean(h, row, first) for first in self._from])
 
     def _losses(self, theta: Tensor) -> list[float]:
         """‖z(θ) − z(θ₀)‖ for each z of `_z`."""
@@ -168,7 +171,7 @@ class Chain:
         size = min(self.options.block, d_model - self.subspace.size)
         self.seeds = [derive_seed(self.options.seed, self.concept, self.index + i, "start") for i in range(size)]
         starts = [torch.randn(d_model, generator=torch.Generator().manual_seed(seed)) for seed in self.seeds]
-        start = self._remove(torch.cat(starts)).view(size, -1)
+        start = self._remove(torch.cat(starts).to(self.slice.model.device)).view(size, -1)
         return start / start.norm(dim=-1, keepdim=True) * self.radius
 
     def solver(self, options: ChainOptions | None = None) -> BlockSolver:
@@ -209,7 +212,7 @@ class Chain:
             return self.stored[index - 1]
         if self.options.max_norm is not None:
             theta = theta * min(1.0, self.options.max_norm / float(theta.norm()))
-        theta = self.subspace.remove_exact(theta).float()
+        theta = self.subspace.remove_exact(theta).float().cpu()
         losses, norm = self._losses(theta), float(theta.norm())
         relative = [loss / unsteered for loss, unsteered in zip(losses, self.unsteered_losses, strict=True)]
         return SteeringVector(
@@ -226,3 +229,27 @@ class Chain:
             seconds=seconds,
             seed=self.seeds[index - self.index],
         )
+
+
+def directions_avoided(
+    options: ChainOptions, layer: int, d_model: int, besides: Float[Tensor, "n d_model"] | None = None
+) -> list[Float[Tensor, " d_model"]]:
+    """The directions of `orthogonal_to` that are independent of `besides` and of each other.
+
+    Raises:
+        UserError: it names no vectors of this width and layer (`named_vectors`), or one that is zero or not finite.
+    """
+    if options.orthogonal_to is None:
+        return []
+    rows = named_vectors(options.orthogonal_to, d_model, layer, "orthogonal_to")
+    norms = rows.double().norm(dim=-1)
+    if not (torch.isfinite(norms) & (norms > 0)).all():
+        raise UserError(f"{options.orthogonal_to!r} has a direction of norm 0 or not finite: leave it out")
+    kept, span = [], Subspace(d_model, d_model)
+    for direction in [] if besides is None else besides:
+        span.add(direction)
+    for direction, norm in zip(rows, norms, strict=True):
+        if span.size < d_model and (span.remove_exact(direction) / norm).norm() >= 1e-3:
+            span.add(direction)
+            kept.append(direction)
+    return kept

@@ -3,6 +3,7 @@
 A vector is `theta` in code and the column `vector` in the table, a list of float32, copied from and to Arrow's buffers.
 """
 
+import itertools
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -69,10 +70,13 @@ def row(run_id: str, kind: str, vector: BaseVector | SteeringVector) -> dict[str
 
 def stored_vectors(run: Run, concept: str) -> StoredVectors:
     """The stored base and chain of a concept, published or not."""
-    rows = run.read("vectors", concept)
-    values = rows["vector"].combine_chunks().flatten().to_numpy().reshape(max(len(rows), 1), -1)
+    rows = run.read("vectors", concept, of=("base", "chain"))
+    # Chunk by chunk: all of them as one array would be a copy of the whole chain.
+    chunks = (chunk.flatten().to_numpy().reshape(len(chunk), -1) for chunk in rows["vector"].chunks if len(chunk))
     base, chain = None, []
-    for facts, theta in zip(rows.drop_columns(["run_id", "vector"]).to_pylist(), values, strict=False):
+    for facts, theta in zip(
+        rows.drop_columns(["run_id", "vector"]).to_pylist(), itertools.chain.from_iterable(chunks), strict=True
+    ):
         kind = facts.pop("kind")
         if kind == "base":
             base = BaseVector(_tensor(theta))

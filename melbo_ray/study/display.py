@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from melbo_ray.evals.catalog import SAMPLED
+from melbo_ray.evals.catalog import EVALUATIONS, SAMPLED
 from melbo_ray.runs.manifest import Manifest, Outcome
 from melbo_ray.runs.work_unit import WHOLE, Coverage, Unit, count, covers, progress
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:  # a look at a run's storage needs neither
     from melbo_ray.cluster.backlog import Backlog
     from melbo_ray.search.vectors import SteeringVector
 
-_LINE_EVERY, _BAR_EVERY = 5.0, 0.5
+_LINE_EVERY, _BAR_EVERY, _RARE = 5.0, 0.5, 50
 _FEWEST_STEPS, _STEPS = 4, 16
 
 
 class Display:
-    """Context manager that shows the progress of every concept and the time left.
+    """Context manager that shows the progress of every concept, or of several studies' concepts, and the time left.
 
     Args:
         console: a terminal shows bars; any other console gets a line every few seconds if something changed.
@@ -61,12 +61,12 @@ class Display:
 
     def update(self, backlogs: Mapping[str, "Backlog"], last: Mapping[str, "SteeringVector"], evaluators: int) -> None:
         """Show the current progress, at limited intervals."""
-        if self._clock() < self._next:
+        begun = self._clock()
+        if begun < self._next:
             return
-        self._next = self._clock() + (_LINE_EVERY if self._bars is None else _BAR_EVERY)
         for name, backlog in backlogs.items():
-            text = self._describe(backlog, last.get(name), evaluators)
-            goal = backlog.found if backlog.stop_reason else self._num_vectors
+            text = self._describe(name, backlog, last.get(name), evaluators)
+            goal = self._goal(backlog)
             if self._bars is not None:
                 if name not in self._tasks:
                     self._tasks[name] = self._bars.add_task(name, total=goal, text=text)
@@ -74,24 +74,38 @@ class Display:
             elif self._lines.get(name) != text:
                 self._lines[name] = text
                 self.say(f"{name}: {text}")
+        # Counting takes longer with longer chains; it may take a fiftieth of the driver's time.
+        every = _LINE_EVERY if self._bars is None else _BAR_EVERY
+        self._next = begun + max(every, _RARE * (self._clock() - begun))
 
-    def _describe(self, backlog: "Backlog", vector: "SteeringVector | None", evaluators: int) -> str:
+    def forget(self, run_id: str) -> None:
+        """Take the bars of a study away that is finished, where several are shown by run id and concept."""
+        for name in [name for name in self._tasks if name.startswith(f"{run_id} ")]:
+            if self._bars is not None:
+                self._bars.remove_task(self._tasks.pop(name))
+
+    def _goal(self, backlog: "Backlog") -> int:
+        """The length that the chain will have."""
+        return backlog.found if backlog.stop_reason else backlog.most or self._num_vectors
+
+    def _describe(self, name: str, backlog: "Backlog", vector: "SteeringVector | None", evaluators: int) -> str:
         if backlog.base is None:
-            return "finding the base vector" + ("" if evaluators else " as soon as an evaluator is there")
-        parts = [f"vector {backlog.found} of {self._num_vectors}"]
+            stage = f": {backlog.stages[-1]}" if backlog.stages else ""
+            return f"finding the base vector{stage}" + ("" if evaluators else ", as soon as an evaluator is there")
+        parts = [f"vector {backlog.found} of {backlog.most or self._num_vectors}"]
         if vector is not None:
             parts.append(f"loss {vector.loss:.3g} ({vector.relative_loss:.1%} of unsteered), norm {vector.norm:.3g}")
-        goal = backlog.found if backlog.stop_reason else self._num_vectors
+        goal = self._goal(backlog)
         done, wanted = backlog.evaluations(goal)
         parts.append(f"{done} of {wanted} evaluations by {evaluators}")
-        parts.append(self._time_left(backlog, goal))
+        parts.append(self._time_left(name, backlog, goal))
         return ", ".join(parts)
 
-    def _time_left(self, backlog: "Backlog", goal: int) -> str:
+    def _time_left(self, name: str, backlog: "Backlog", goal: int) -> str:
         """The time left at the recent rates of the chain and of its evaluations, whichever is longer."""
         now, slowest = self._clock(), 0.0
         for what, (done, wanted) in (("chain", (backlog.found, goal)), ("evaluations", backlog.units(goal))):
-            steps = self._steps.setdefault((backlog.concept, what), deque(maxlen=_STEPS))
+            steps = self._steps.setdefault((name, what), deque(maxlen=_STEPS))
             if not steps or steps[-1][1] != done:
                 steps.append((now, done))
             if done >= wanted:
@@ -129,15 +143,26 @@ def status(manifest: Manifest, fresh: Iterable[Unit], driver: Mapping[str, Any] 
 def _concept_status(done: Coverage, concept: str, manifest: Manifest) -> dict[str, str]:
     config, outcome = manifest.config, manifest.concepts.get(concept, Outcome())
     found = count(done, concept, "chain", "chain")
-    evaluated = {
-        name: str(count(done, concept, name, "chain") or count(done, concept, name, WHOLE)) for name in config["evals"]
-    }
-    if sample := config.get("sample"):
-        for name in (name for name in evaluated if name in SAMPLED and count(done, concept, name, "chain")):
-            evaluated[name] += f" of a sample of {sample}"
+    evaluated = {}
+    for name in config["evals"]:
+        if name in EVALUATIONS and EVALUATIONS[name].shares:
+            evaluated[f"parts of {name}"] = _parts(done, concept, name, found)
+            continue
+        number = count(done, concept, name, "chain")
+        sample = config.get("sample") if name in SAMPLED and number else None
+        evaluated[f"vectors with {name}"] = f"{number} of a sample of {sample}" if sample else str(number)
     return {
         "base vector": "found" if covers(done, Unit.base(concept)) else "not yet found",
         "vectors": f"{found} of {config['num_vectors']}",
         "chain stopped": outcome.stop_reason or "not yet",
-        **{f"vectors with {name}": value for name, value in evaluated.items()},
+        **evaluated,
     }
+
+
+def _parts(done: Coverage, concept: str, name: str, found: int) -> str:
+    """The items of an evaluation of the whole chain that are done, of those of the chain as it is."""
+    shares = EVALUATIONS[name].shares if found else ()
+    have = sum(count(done, concept, name, share.kind(found)) for share in shares)
+    if not have and covers(done, Unit(concept, name, WHOLE, 1, max(found, 1))):
+        return "all, by an earlier release"
+    return f"{have} of {sum(len(share.items(found)) for share in shares)}"

@@ -22,6 +22,9 @@ from melbo_ray.model.residual_slice import check_layers
 from melbo_ray.runs.manifest import Manifest, Rendered, RenderedPrompt
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.work_unit import Unit, covers, progress
+from melbo_ray.search.chain import directions_avoided
+from melbo_ray.search.contrast import read_pairs
+from melbo_ray.search.vector_io import COMPUTED, named_vectors, names_vectors
 
 # Options that may change when a run resumes: storage, resources and evaluations.
 _FREE = {
@@ -74,15 +77,22 @@ def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
     if config.eval_gpus is not None and config.eval_gpus > 1 and (config.device == "cpu" or config.eval_gpus % 1):
         raise UserError(f"--eval-gpus is {config.eval_gpus:g}: above 1 whole GPUs are expected, and no --device cpu")
     _check_storage(config.storage)
-    _check_base(config, names)
     if not os.environ.get("RAY_ADDRESS"):
         pick_device(config.device)
     shape = sketch(config)
     check_layers(config.source_layer, config.target_layer, len(shape.layers))
+    _check_base(config, names, shape.d_model)
     if config.num_vectors >= shape.d_model:
         raise UserError(
             f"--num-vectors is {config.num_vectors}: the model has d_model {shape.d_model}, so at most "
             f"{shape.d_model - 1} vectors are orthogonal to the base and each other"
+        )
+    if config.orthogonal_to is not None and config.num_vectors >= (
+        most := shape.d_model - len(directions_avoided(config, config.source_layer, shape.d_model))
+    ):
+        raise UserError(
+            f"--num-vectors is {config.num_vectors}: beside the base and the directions of --orthogonal-to at most "
+            f"{most - 1} are left of the model's d_model {shape.d_model}"
         )
     for concept in concepts:
         tokens = shape.tokenize(concept.prompt, config.system_prompt)
@@ -186,18 +196,29 @@ def defined(concepts: Sequence[Concept]) -> dict[str, dict[str, Any]]:
     return {concept.name: concept.model_dump(mode="json") for concept in concepts}
 
 
-def _check_base(config: Config, concepts: Sequence[str]) -> None:
-    """Raise if the file of base vectors is missing, unless the run has stored all its bases already."""
-    if config.base in ("melbo", "contrast") or Path(config.base).is_file():
+def _check_base(config: Config, concepts: Sequence[str], d_model: int) -> None:
+    """Raise if the base's vectors or pairs cannot be read, unless the run has stored all its bases already."""
+    if config.base in COMPUTED:
         return
-    if config.run_id is not None:
-        run = Run.open(f"{config.storage.rstrip('/')}/{config.run_id}", patient=False)
-        manifest = run.manifest()
-        if manifest is not None:
-            done = progress(manifest.done, run.fresh())
-            if all(covers(done, Unit.base(concept)) for concept in concepts):
-                return
-    raise UserError(f"--base is {config.base!r}: expected melbo, contrast, or a file of vectors, and there is none")
+    try:
+        if names_vectors(config.base):
+            named_vectors(config.base, d_model, config.source_layer)
+        else:
+            read_pairs(config.base)
+    except UserError:
+        if not _has_bases(config, concepts):
+            raise
+
+
+def _has_bases(config: Config, concepts: Sequence[str]) -> bool:
+    if config.run_id is None:
+        return False
+    run = Run.open(f"{config.storage.rstrip('/')}/{config.run_id}", patient=False)
+    manifest = run.manifest()
+    if manifest is None:
+        return False
+    done = progress(manifest.done, run.fresh())
+    return all(covers(done, Unit.base(concept)) for concept in concepts)
 
 
 def _check_storage(url: str) -> None:

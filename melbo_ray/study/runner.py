@@ -2,21 +2,20 @@
 
 import contextlib
 import copy
-import dataclasses
 import datetime
 import importlib.metadata
 import platform
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 
 from melbo_ray.cluster.backlog import UNFINISHED, Backlog
 from melbo_ray.cluster.driver import Driver
-from melbo_ray.cluster.resources import lay_out
+from melbo_ray.cluster.resources import Layout
 from melbo_ray.cluster.session import connected
 from melbo_ray.errors import UserError
 from melbo_ray.runs import checks
@@ -29,12 +28,18 @@ from melbo_ray.runs.work_unit import progress
 from melbo_ray.search.subspace import max_abs_cos
 from melbo_ray.search.vectors import stored_vectors
 from melbo_ray.study.display import Display
+from melbo_ray.study.placement import Growth, place
 from melbo_ray.study.preflight import Checked, compare, defined, prompts, recorded
 from melbo_ray.study.summary import base_figures, base_reason
+from melbo_ray.study.upgrade import upgrade
 
-_PUBLISH_EVERY = 20.0
+_PUBLISH_EVERY, _LOOK_EVERY = 20.0, 1.0
+# In other publications units wait until enough of their part are fresh.
+_EVERYTHING_EVERY = 15
 _FINGERPRINTS = ("fingerprint", "lower_fingerprint")
 _PACKAGES = ("melbo_ray", "torch", "transformers", "ray", "pyarrow", "numpy", "s3fs")
+
+D = TypeVar("D", bound=Driver)
 
 
 def run(checked: Checked, console: Console, chains: bool = True) -> tuple[Run, Manifest]:
@@ -61,57 +66,68 @@ def _run(checked: Checked, console: Console, chains: bool) -> tuple[Run, Manifes
     first_look = Run.open(url, patient=False)
     if manifest := first_look.manifest():
         compare(manifest, checked)
-    with _lease(first_look) as lease:
+    with leased(first_look) as lease:
         console.print(f"run {config.run_id} in {first_look.storage.url}", highlight=False, soft_wrap=True)
         stored = Run.open(url)
-        with connected() as resources:
+        with connected() as fixed:
             allowed = manifest.packed if manifest else ALL_PACKED
-            chains_due = len(checked.concepts) if chains else 0
-            layout = lay_out(config, chains_due, checked.demands, *resources, allowed=allowed)
-            if layout.packed != allowed:
-                console.print(_unpacked_line(layout.packed), highlight=False, soft_wrap=True)
-            study = _StudyRun(stored, checked, _start_manifest(stored, checked, layout.packed), lease, console)
+            layout = place(checked, len(checked.concepts) if chains else 0, fixed, allowed, console)
+            study = StudyRun(stored, checked, start_manifest(stored, checked, layout.packed), lease, console, fixed)
             with Display(console, config.num_vectors) as study.display:
                 study.drive(layout, chains)
         return stored, study.manifest
 
 
-class _StudyRun:
+class StudyRun:
     """One driver's execution of a run: drive, publish every few seconds, and finish it or leave it resumable."""
 
-    def __init__(self, run: Run, checked: Checked, manifest: Manifest, lease: Lease, console: Console) -> None:
+    def __init__(
+        self, run: Run, checked: Checked, manifest: Manifest, lease: Lease, console: Console, fixed: bool
+    ) -> None:
         self.run, self.checked, self.manifest, self.lease = run, checked, manifest, lease
-        self.display = Display(console, checked.config.num_vectors)
+        self.display: Any = Display(console, checked.config.num_vectors)
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._publishing: Future | None = None
+        self._publications = 0
         # Concepts whose base was printed, and printed lines of the self-check.
         self._announced: set[str] = set()
-        self._next_publication = time.monotonic() + _PUBLISH_EVERY
+        self._next_publication, self._next_look = time.monotonic() + _PUBLISH_EVERY, 0.0
+        self._growth, self._started = Growth(checked.config, fixed), time.time()
 
-    def drive(self, layout: Any, chains: bool) -> None:
-        started, before = time.time(), self.manifest.seconds
-        config = self.checked.config
-        backlogs = {concept.name: self._backlog(concept.name, chains) for concept in self.checked.concepts}
-        driver = Driver(self.run, str(config.run_id), config, self.checked.concepts, backlogs, layout, self._tick)
-        driver.fingerprints = {name: known for name in _FINGERPRINTS if (known := getattr(self.manifest, name))}
-        driver.checks = copy.deepcopy(self.manifest.checks)
-        finished = False
+    def drive(self, layout: Layout, chains: bool) -> None:
+        """Drive the run to its end, or until it is stopped."""
+        driver, finished = self.driver(Driver, layout, chains), False
         try:
             driver.drive()
+            self._announce(checks.reasons(driver.checks))
             finished = True
         finally:
-            self._publisher.shutdown(wait=True)
-            with contextlib.nullcontext() if finished else contextlib.suppress(UserError):
-                self._update_manifest(driver)
-                self.manifest.status = "finished" if finished else "interrupted"
-                self.manifest.seconds = before + time.time() - started
-                self._finish()
+            self.conclude(driver, finished)
+
+    def driver(self, make: Callable[..., D], layout: Layout, chains: bool) -> D:
+        """The run's driver, made by `make`, whose arguments are the first seven of `Driver`."""
+        config = self.checked.config
+        backlogs = {concept.name: self._backlog(concept.name, chains) for concept in self.checked.concepts}
+        driver = make(self.run, str(config.run_id), config, self.checked.concepts, backlogs, layout, self._tick)
+        driver.fingerprints = {name: known for name in _FINGERPRINTS if (known := getattr(self.manifest, name))}
+        driver.checks = copy.deepcopy(self.manifest.checks)
+        return driver
+
+    def conclude(self, driver: Driver, finished: bool) -> None:
+        """Publish what is left and write the manifest, after the driver's loop has ended."""
+        self._publisher.shutdown(wait=True)
+        with contextlib.nullcontext() if finished else contextlib.suppress(UserError):
+            self._update_manifest(driver)
+            self.manifest.status = "finished" if finished else "interrupted"
+            self.manifest.seconds += time.time() - self._started
+            self._finish()
 
     def _backlog(self, concept: str, chains: bool) -> Backlog:
         config = self.checked.config
         done = progress(self.manifest.done, self.run.fresh())
-        backlog = Backlog(concept, config.evals, config.eval_batch, done, config.sample, config.num_vectors)
-        backlog.retry(self.run.read("failures", concept).to_pylist())
+        backlog = Backlog(
+            concept, config.evals, config.eval_batch, done, config.sample, config.num_vectors, config.block
+        )
         backlog.add_stored(stored_vectors(self.run, concept))
         stopped = self.manifest.concepts.get(concept, Outcome()).stop_reason
         if backlog.found >= config.num_vectors:
@@ -120,6 +136,8 @@ class _StudyRun:
             backlog.stop_reason = stopped
         elif not chains:
             backlog.stop_reason = UNFINISHED
+        upgrade(self.run, self.manifest, backlog)
+        backlog.retry(self.run.read("failures", concept).to_pylist())
         return backlog
 
     def _tick(self, driver: Driver) -> None:
@@ -130,10 +148,10 @@ class _StudyRun:
                     self.display.say(f"{name}: the base is {reason}")
                 if figures := base_figures(self.run, name):
                     self.display.say(_base_line(name, figures))
-        for reason in checks.reasons(driver.checks):
-            if reason not in self._announced:
-                self._announced.add(reason)
-                self.display.say(f"self-check: {reason}")
+        if time.monotonic() > self._next_look:  # at every worker's checks: not in every turn of the driver's loop
+            self._next_look = time.monotonic() + _LOOK_EVERY
+            self._announce(checks.reasons(driver.checks))
+        driver.layout = self._growth.follow(driver.layout)
         self.display.update(driver.backlogs, driver.last, driver.pool.ready)
         if (line := driver.wait_notice()) is not None:
             self.display.say(line)
@@ -144,6 +162,12 @@ class _StudyRun:
             self._next_publication = time.monotonic() + _PUBLISH_EVERY
             self._update_manifest(driver)
             self._publishing = self._publisher.submit(self._publish)
+
+    def _announce(self, reasons: list[str]) -> None:
+        for reason in reasons:
+            if reason not in self._announced:
+                self._announced.add(reason)
+                self.display.say(f"self-check: {reason}")
 
     def _update_manifest(self, driver: Driver) -> None:
         """Copy the driver's state into the manifest; not safe while a publication is running."""
@@ -160,7 +184,9 @@ class _StudyRun:
 
     def _publish(self) -> None:
         self.lease.check()
-        self.run.publish(self.manifest, self.lease.check)
+        self._publications += 1
+        everything = self._publications % _EVERYTHING_EVERY == 0
+        self.run.publish(self.manifest, self.lease.check, everything)
         self.run.write_manifest(self.manifest)
 
     def _finish(self) -> None:
@@ -171,6 +197,7 @@ class _StudyRun:
             thetas = [vector.theta for vector in (stored.base, *stored.chain) if vector is not None]
             outcome.max_abs_cos = max_abs_cos(torch.stack(thetas)) if thetas else None
             outcome.failures = len(self.run.read("failures", name))
+        self.run.storage.delete(self.run.storage.names("stages"))
         self.run.storage.sweep()
         self.lease.check()
         self.run.write_manifest(self.manifest)
@@ -183,42 +210,50 @@ def _base_line(concept: str, figures: Mapping[str, float]) -> str:
     return f"{line}, an attention sink's activation: z from 0 (--z-from 0) would mostly match that"
 
 
-def _unpacked_line(packed: Packed) -> str:
-    """The line printed if some weights are not packed, which is slower and changes the last bits of results."""
-    without = " and ".join(name for name, yes in dataclasses.asdict(packed).items() if not yes)
-    return f"memory is short for packed copies of the weights: none for {without}, which costs time only"
-
-
 @contextlib.contextmanager
-def _lease(run: Run) -> Generator[Lease]:
+def leased(run: Run) -> Generator[Lease]:
+    """Hold the lease of a run; one that was refused before it began leaves nothing behind."""
     lease = Lease(run.storage)
     try:
         yield lease
     finally:
         lease.release()
         with contextlib.suppress(StorageError):
-            if run.storage.get("run.json") is None:  # the run was refused before it began, so leave nothing behind
+            if run.storage.get("run.json") is None:
                 run.storage.delete(run.storage.names("lease"))
                 run.storage.prune()
 
 
-def _start_manifest(run: Run, checked: Checked, packed: Packed) -> Manifest:
+def start_manifest(run: Run, checked: Checked, packed: Packed) -> Manifest:
     """Write and return the manifest of a run that starts or resumes."""
+    manifest = _described(run.manifest() or _created(checked), checked)
+    manifest.status, manifest.packed = "running", packed
+    run.write_manifest(manifest)
+    return manifest
+
+
+def new_manifest(checked: Checked) -> Manifest:
+    """The manifest of a new run, not written yet."""
+    return _described(_created(checked), checked)
+
+
+def _created(checked: Checked) -> Manifest:
     config = checked.config
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    manifest = run.manifest() or Manifest(
+    return Manifest(
         run_id=str(config.run_id),
-        created=now,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         model=config.model,
         revision=config.revision,
         seed=config.seed,
         prompts_rendered=checked.rendered,
     )
-    manifest.config, manifest.definitions = recorded(config), defined(checked.concepts)
+
+
+def _described(manifest: Manifest, checked: Checked) -> Manifest:
+    """The manifest with this configuration, its concepts and the software."""
+    manifest.config, manifest.definitions = recorded(checked.config), defined(checked.concepts)
     manifest.prompts = prompts(checked.concepts)
     installed = {d.name.replace("-", "_"): d.version for d in importlib.metadata.distributions()}
     versions = {name: installed[name] for name in _PACKAGES if name in installed}
     manifest.versions = versions | {"python": platform.python_version()}
-    manifest.status, manifest.packed = "running", packed
-    run.write_manifest(manifest)
     return manifest

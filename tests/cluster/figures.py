@@ -58,7 +58,7 @@ def drive(evaluators: int, units: int, seconds: float) -> float:
 
         cluster = {"CPU": 64.0, "memory": 64 << 30}
         Driver(
-            run, "run", config, [], {"code": backlog}, lay_out(config, 1, NO_DEMANDS, cluster, False), tick, Sleeper
+            run, "run", config, [], {"code": backlog}, lay_out(config, 1, NO_DEMANDS, cluster, {}), tick, Sleeper
         ).drive()
         return time.perf_counter() - begun[0]
 

@@ -47,12 +47,14 @@ class Script:
     Attributes:
         seconds: that an evaluation takes.
         together: workers of which none is ready before all are.
+        stages: of the search for the base, each of which kills its first worker.
         events: what happens.
         unit: the name of the unit to which events of a unit happen.
     """
 
     seconds: float = 0.0
     together: int = 0
+    stages: int = 0
     events: tuple[Event, ...] = ()
     unit: str | None = None
 
@@ -96,15 +98,29 @@ class Sleeper:
         role = "evaluator" if self.whole else "chain"
         return {"fingerprints": fingerprints, "host": "here", "device": self.device, "role": role, "checks": {}}
 
-    def find_base(self, concept: str) -> None:
+    def progress(self) -> int:
+        """None: whatever takes long hangs."""
+        return 0
+
+    def find_base(self, concept: str) -> str | None:
+        done = len(list(self.url.glob("stage-*")))
+        if done < self.script.stages:
+            if not (tried := self.url / f"tried-{done}").exists():
+                tried.touch()
+                os._exit(1)
+            (self.url / f"stage-{done}").touch()
+            return f"stage {done}"
         self.run.commit(BASE, {"vectors": schema.table("vectors", [ROW | {"kind": "base", "index": 0}])})
         # The death of the chain actor is heard first: another has taken its place.
         while Event.CHAIN_DIES_EARLY in self.script.events and self._ready() < 3:
             time.sleep(0.1)
         if self._happens(Event.BASE_FINDER_DIES):
             os._exit(1)
+        return None
 
-    def evaluate(self, unit: Unit, theta: np.ndarray, base: np.ndarray, failed: Mapping[int, int]) -> SimpleNamespace:
+    def evaluate(
+        self, unit: Unit, theta: np.ndarray | None, base: np.ndarray, failed: Mapping[int, int]
+    ) -> SimpleNamespace:
         events = self.script.events if unit.name == self.script.unit else ()
         if Event.UNIT_KILLS in events:
             os._exit(1)
@@ -148,3 +164,24 @@ class Sleeper:
             empty | {"run_id": self.run_id, "kind": unit.kind, "index": i} for i in range(unit.first, unit.last + 1)
         ]
         return schema.table(unit.evaluation, rows)
+
+
+class SharedSleeper(Sleeper):
+    """What a `SharedWorker` is to the fleet; every run notes which processes have evaluated for it."""
+
+    def ready(self) -> dict[str, object]:
+        self.known = {self.run_id}
+        return super().ready() | {"run_id": self.run_id}
+
+    def of_run(self, job: SimpleNamespace, method: str, *args: object) -> tuple[dict[str, object] | None, object]:
+        self.run, self.run_id = Run.open(job.url), job.run_id
+        self.script = Script.read(self.run)
+        (Path(job.url) / f"by-{os.getpid()}").touch()
+        registered = None
+        if job.run_id not in self.known:
+            self.known.add(job.run_id)
+            registered = {
+                "fingerprints": {}, "host": "here", "device": self.device, "role": "evaluator",
+                "checks": {"slice": {"error": 0.0, "tolerance": 1.0, "compared": 1, "verdict": "agrees"}},
+            }  # fmt: skip
+        return registered, getattr(self, method)(*args)

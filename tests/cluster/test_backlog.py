@@ -1,10 +1,13 @@
 """What is due of a concept."""
 
+import itertools
+
 import numpy as np
 import pytest
 
+import melbo_ray.cluster.backlog
 from melbo_ray.cluster.backlog import Backlog
-from melbo_ray.runs.work_unit import WHOLE, Unit, cover
+from melbo_ray.runs.work_unit import Unit, cover
 
 
 @pytest.fixture
@@ -14,9 +17,8 @@ def backlog():
     found.add_vector("base", 0, np.ones(2))
     for index in range(1, 21):
         found.add_vector("chain", index, np.ones(2))
-    for unit in found.due():
+    for unit in itertools.chain.from_iterable(iter(found.due, [])):
         cover(found.done, unit)
-    assert found.due() == []
     return found
 
 
@@ -33,17 +35,17 @@ def test_what_has_failed_is_due_again_and_nothing_else(backlog):
     ]
 
 
-@pytest.mark.parametrize("index", [0, 7])
-def test_an_evaluation_of_the_whole_chain_that_failed_is_due_as_a_whole(backlog, index):
-    backlog.retry([failure("geometry", "chain", index)])
-    assert backlog.due() == [Unit("code", "geometry", WHOLE, 1, 20)]
+@pytest.mark.parametrize(("share", "index", "kind"), [("chain", 7, "chain"), ("summary", 0, "summary-of-20")])
+def test_of_an_evaluation_of_the_whole_chain_the_item_that_failed_is_due(backlog, share, index, kind):
+    backlog.retry([failure("geometry", share, index)])
+    assert backlog.due() == [Unit("code", "geometry", kind, index, index)]
 
 
 def test_how_often_a_unit_has_failed_before_is_known(backlog):
-    backlog.retry([failure("kl", "chain", 3), failure("kl", "unsteered", 0), failure("geometry", "chain", 0)])
+    backlog.retry([failure("kl", "chain", 3), failure("kl", "unsteered", 0), failure("geometry", "summary", 0)])
     assert backlog.failed(Unit("code", "kl", "chain", 1, 8)) == {3: 2}
     assert backlog.failed(Unit("code", "kl", "unsteered", 0, 0)) == {0: 2}
-    assert backlog.failed(Unit("code", "geometry", WHOLE, 1, 20)) == {0: 2}
+    assert backlog.failed(Unit("code", "geometry", "summary-of-20", 0, 0)) == {0: 2}
     assert backlog.failed(Unit("code", "kl", "chain", 9, 16)) == {}
 
 
@@ -116,17 +118,17 @@ def test_a_chain_that_may_go_on_has_its_sample_not_filled_up():
 
 def test_progress_counts_what_is_asked_for():
     backlog = sampled(5, 20, 20, "num_vectors", ["kl", "dose", "geometry"])
-    assert backlog.evaluations(20) == (0, 2 + 20 + 2 + 5 + 20)
-    assert backlog.units(20) == (0, 2 + 20 / 8 + 2 + 5 / 8 + 1)
+    assert backlog.evaluations(20) == (0, 2 + 20 + 2 + 5 + 20 + 1)
+    assert backlog.units(20) == (0, 2 + 20 / 8 + 2 + 5 / 8 + 1 + 1)
     assert backlog.evaluated() == 0
     for unit in backlog.due():
         if unit.evaluation == "kl":
             cover(backlog.done, unit)
     assert backlog.evaluated() == 15
-    for unit in backlog.due():
+    for unit in itertools.chain.from_iterable(iter(backlog.due, [])):
         cover(backlog.done, unit)
     assert backlog.evaluated() == 20
-    assert backlog.evaluations(20) == (49, 49)
+    assert backlog.evaluations(20) == (50, 50)
     done, wanted = backlog.units(20)
     assert done == wanted
 
@@ -139,3 +141,24 @@ def test_a_larger_sample_asks_for_what_is_missing_only():
     assert asked(backlog, "dose") == [3, 7, 11, 15, 19]
     backlog.sample = None
     assert len(asked(backlog, "dose")) == 15
+
+
+@pytest.mark.parametrize(("sample", "batch"), [(None, 8), (13, 8), (13, 1), (200, 3)])
+def test_what_each_vector_makes_due_is_together_what_is_due_of_the_chain(sample, batch):
+    growing = sampled(sample, 100, 0)
+    growing.batch = batch
+    found = list(growing.due())
+    for index in range(1, 62):
+        growing.add_vector("chain", index, np.ones(2))
+        found += growing.newly_due()
+        assert sorted(found) == sorted(growing.due())
+
+
+def test_a_vector_makes_due_what_it_completes_however_long_the_chain_is(monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(melbo_ray.cluster.backlog, "covers", lambda _done, unit: looked_at.append(unit) or False)
+    for found in (16, 1600):
+        looked_at.clear()
+        backlog = sampled(20, 2000, found)
+        assert [(unit.first, unit.last) for unit in backlog.newly_due()][:2] == [(found - 7, found)] * 2
+        assert len(looked_at) <= 8 * 3

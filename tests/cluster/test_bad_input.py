@@ -20,7 +20,7 @@ BAD = {
     "two concepts of one name": ({"concepts": "code,code"}, "each once"),
     "unknown evaluation": ({"evals": "kl,presense"}, "did you mean presence?"),
     "misspelt option": ({"radiu": 3}, "did you mean --radius?"),
-    "no base file": ({"base": "nowhere.npy"}, "expected melbo, contrast, or a file of vectors"),
+    "no base file": ({"base": "nowhere.npy"}, "there is no such file"),
     "bad run id": ({"run_id": "../elsewhere"}, "--run-id is '../elsewhere'"),
     "fewer than least evaluators": ({"min_evaluators": 3, "max_evaluators": 2}, "--max-evaluators 2 is below"),
     "a chain on two GPUs": ({"chain_gpus": 2}, "--chain-gpus is 2: a chain runs on one GPU"),

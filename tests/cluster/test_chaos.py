@@ -9,6 +9,7 @@ from melbo_ray.cluster.backlog import Backlog
 from melbo_ray.cluster.worker import Worker
 from melbo_ray.config import Config
 from melbo_ray.runs.run_store import Run
+from melbo_ray.runs.work_unit import cover
 from melbo_ray.search.vectors import stored_vectors
 from melbo_ray.study.preflight import check
 from tests.cluster.chaos import Chaos, cluster
@@ -21,7 +22,7 @@ STUDY = {
     "tolerance": 0,
     "eval_batch": 3,
     "sample": 9,
-    "evals": "kl,greedy,generations,generalization,dose,geometry,control",
+    "evals": "all",
 }
 
 
@@ -32,7 +33,8 @@ def by_one_worker(tiny, storage, study):
     """The rows of a study by one worker in this process, one unit after the other: no driver, no Ray."""
     checked = check(Config(**tiny.options(str(storage), "run", **study)))
     worker = Worker(f"{storage}/run", "run", checked.config, checked.concepts, threads=1)
-    worker.find_base("code")
+    while worker.find_base("code") is not None:
+        pass
     list(worker.chains(["code"]))
     config = checked.config
     backlog = Backlog(
@@ -40,8 +42,10 @@ def by_one_worker(tiny, storage, study):
     )
     backlog.add_stored(stored_vectors(Run.open(f"{storage}/run"), "code"))
     assert backlog.base is not None
-    for unit in backlog.due():
-        worker.evaluate(unit, backlog.vectors(unit), backlog.base, backlog.failed(unit))
+    while units := backlog.due():
+        for unit in units:
+            worker.evaluate(unit, backlog.vectors(unit), backlog.base, backlog.failed(unit))
+            cover(backlog.done, unit)
     return rows(f"{storage}/run")
 
 

@@ -15,7 +15,7 @@ from melbo_ray.cluster.resources import lay_out
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError
 from melbo_ray.runs.run_store import Run
-from melbo_ray.runs.work_unit import WHOLE, Unit
+from melbo_ray.runs.work_unit import Unit
 from tests.cluster.simulated import D_MODEL, Event, Script, Sleeper
 
 NO_DEMANDS = Demands(Demand(0, 0, 0, 0, 0), Demand(0, 0, 0, 0, 0))
@@ -59,7 +59,7 @@ def drive(ray_here, tmp_path):
                 backlog.add_vector("base", 0, np.ones(D_MODEL, np.float32))
             for index in range(1, vectors + 1):
                 backlog.add_vector("chain", index, np.full(D_MODEL, index, np.float32))
-        layout = lay_out(config, len(concepts), NO_DEMANDS, {"CPU": 8.0, "memory": 64 << 30}, roles=False)
+        layout = lay_out(config, len(concepts), NO_DEMANDS, {"CPU": 8.0, "memory": 64 << 30}, {})
         layout = dataclasses.replace(
             layout,
             chain={"num_cpus": chain_cpus, "num_gpus": gpus},
@@ -124,15 +124,15 @@ def test_a_unit_that_kills_every_worker_is_filed_as_failed_and_the_rest_goes_on(
     assert driven.failures == 1
 
 
-def test_an_evaluation_of_the_whole_chain_that_kills_every_worker_is_one_failure(drive, monkeypatch):
+def test_a_share_of_a_chains_evaluation_that_kills_every_worker_is_one_failure(drive, monkeypatch):
     monkeypatch.setattr(pool, "ATTEMPTS", 2)
     monkeypatch.setattr(driver, "ATTEMPTS", 2)
-    deadly = Unit("code", "geometry", WHOLE, 1, 8)
+    deadly = Unit("code", "geometry", "summary-of-8", 0, 0)
     script = Script(0.05, events=(Event.UNIT_KILLS,), unit=deadly.name)
     run, _, driven = drive(8, script, max_evaluators=2, evals=("kl", "geometry"))
     assert evaluated(run) == everything(8)
     (failure,) = run.read("failures", "code").to_pylist()
-    assert (failure["kind"], failure["index"], failure["evaluation"]) == ("chain", 0, "geometry")
+    assert (failure["kind"], failure["index"], failure["evaluation"]) == ("summary", 0, "geometry")
     assert driven.failures == 1
 
 
@@ -152,6 +152,13 @@ def test_a_base_that_is_known_before_its_finder_answers_is_no_evaluation(drive, 
     run, _, driven = drive(2, Script(events=events), stop_reason=None, base=False)
     assert evaluated(run) == everything(2)
     assert driven.failures == 0
+
+
+def test_a_base_is_found_though_the_search_kills_more_workers_than_a_stage_may(drive, monkeypatch):
+    monkeypatch.setattr(pool, "ATTEMPTS", 2)
+    run, _, driven = drive(2, Script(stages=3), base=False)
+    assert driven.backlogs["code"].stages == ["stage 0", "stage 1", "stage 2"]
+    assert evaluated(run) == everything(2)
 
 
 def test_a_chain_actor_that_is_lost_is_replaced_by_one_with_the_same_share(drive):

@@ -59,11 +59,13 @@ def test_packed_copies_are_those_of_the_slice_forward_and_backward(family):
 
 
 @every_family
-def test_packed_copies_of_an_evaluator_are_those_of_every_layer_and_the_head(family):
+def test_packed_copies_of_an_evaluator_are_those_of_every_layer_and_the_head_and_of_a_slice_for_shuffled(family):
     # A model of its own: what generate keeps of one is for all its uses.
     model = dataclasses.replace(tiny(family))
     generate(model, [Request(torch.arange(40, 60), directions(1)[0])] * 2, 1, max_new_tokens=6)
-    assert demanded(model).evaluator.packed == pytest.approx(4 * packed_values(model.kept["batch"].decode), rel=0.01)
+    texts = demanded(model, evals=["kl", "generations"])
+    assert texts.evaluator.packed == pytest.approx(4 * packed_values(model.kept["batch"].decode), rel=0.01)
+    assert demanded(model).evaluator.packed == texts.evaluator.packed + texts.chain.packed
 
 
 @every_family
@@ -104,11 +106,16 @@ def test_a_worker_is_asked_for_its_packed_copies_only_where_it_makes_them():
 
 
 @pytest.mark.parametrize(
-    ("more", "worker"),
-    [({"num_vectors": 31}, "chain"), ({"candidates": 200}, "evaluator"), ({"max_new_tokens": 400}, "evaluator")],
+    ("more", "worker", "shape"),
+    [
+        ({"num_vectors": 31}, "chain", {}),
+        ({"candidates": 200}, "evaluator", {"intermediate_size": 4096}),
+        ({"max_new_tokens": 400}, "evaluator", {}),
+    ],
 )
-def test_what_is_asked_grows_with_what_is_done(more, worker):
-    before, after = (getattr(demanded(tiny(), **options), worker) for options in ({"num_vectors": 3}, more))
+def test_what_is_asked_grows_with_what_is_done(more, worker, shape):
+    model = tiny(**shape)
+    before, after = (getattr(demanded(model, **options), worker) for options in ({"num_vectors": 3}, more))
     assert after.work > before.work
     assert after.weights == before.weights
 

@@ -19,11 +19,11 @@ ALL = Packed()
 ONE_GPU = {"CPU": 8.0, "GPU": 1.0, "memory": 64.0 * GIB}
 
 
-def layout(cluster, concepts=1, weights=GIB // 2, roles=False, fixed=False, allowed=ALL, **options):
+def layout(cluster, concepts=1, weights=GIB // 2, roles=None, fixed=False, allowed=ALL, **options):
     demands = Demands(
         Demand(weights, 0, weights, weights // 2, weights // 2), Demand(weights, 0, weights, weights, weights)
     )
-    return lay_out(Config(**options), concepts, demands, cluster, roles, fixed, allowed)
+    return lay_out(Config(**options), concepts, demands, cluster, roles or {}, fixed, allowed)
 
 
 def test_a_laptop_has_one_chain_and_one_evaluator_and_two_when_the_chain_is_done():
@@ -61,7 +61,7 @@ def test_more_evaluators_than_there_is_room_for_are_asked_of_an_autoscaler():
 
 
 def test_roles_pin_the_actors():
-    found = layout(BIG, roles=True)
+    found = layout(BIG, roles={"chain": BIG, "eval": BIG})
     assert found.chain["label_selector"] == {"role": "chain"}
     assert found.evaluator["label_selector"] == {"role": "eval"}
     assert "label_selector" not in layout(BIG).chain

@@ -35,6 +35,10 @@ def test_all_is_every_evaluation_and_the_default():
     assert resolve([]) == []
 
 
+def test_what_an_evaluation_needs_is_run_before_it():
+    assert resolve(["dose", "geometry"]) == ["dose", "kl", "geometry"]
+
+
 @pytest.mark.parametrize(
     ("name", "hint"),
     [("presense", "did you mean presence?"), ("x", "expected all, or some of kl, greedy, generations")],
@@ -63,6 +67,6 @@ def test_what_is_counted_of_the_control_is_what_it_does(study, chain, monkeypatc
     for name in PER_VECTOR:
         module = importlib.import_module(f"melbo_ray.evals.{name}")
         monkeypatch.setattr(module, "run", counting(name, module.run))
-    runner.FUNCTIONS["control"](study, chain)
+    runner.evaluate("control", study, chain)
     assert EVALUATIONS["control"].passes is not None
     assert counted == EVALUATIONS["control"].passes(len(chain))

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from melbo_ray.evals.context import Chain
 from melbo_ray.evals.control import random_directions
 from melbo_ray.evals.runner import evaluate
 from melbo_ray.model.sampling import Request, generate
@@ -12,7 +13,7 @@ from tests.evals.reference import rows_of
 
 def test_means_of_subsets_are_those_of_plain_forward_passes(study, chain):
     table = evaluate("composition", study, chain)["composition"]
-    drawn = random_directions(study, chain)
+    drawn = random_directions(study, Chain(study.base, chain), chain.index)
     for row in rows_of(table, scale="own") + rows_of(table, scale="typical"):
         theta = drawn.theta if row["kind"] == "random" else chain.theta
         mean = theta[[index - 1 for index in row["members"]]].mean(0)
@@ -48,7 +49,7 @@ def test_subsets_are_the_first_k_and_random_ones_of_the_same_sizes(study, chain)
 
 
 def test_ablating_projects_the_mean_out_of_the_stream_under_the_base(study, chain):
-    drawn = random_directions(study, chain)
+    drawn = random_directions(study, Chain(study.base, chain), chain.index)
     for row in rows_of(evaluate("composition", study, chain)["composition"], scale="ablated"):
         theta = drawn.theta if row["kind"] == "random" else chain.theta
         mean = theta[[index - 1 for index in row["members"]]].mean(0)

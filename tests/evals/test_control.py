@@ -1,14 +1,15 @@
 import pytest
 import torch
 
-from melbo_ray.evals.context import evenly
+from melbo_ray.evals.catalog import evenly
+from melbo_ray.evals.context import Chain
 from melbo_ray.evals.control import more_directions, random_directions
 from melbo_ray.evals.runner import evaluate
 from melbo_ray.search.subspace import max_abs_cos
 
 
 def test_a_random_direction_has_the_norm_and_the_complement_of_its_vector(study, chain):
-    drawn = random_directions(study, chain)
+    drawn = random_directions(study, Chain(study.base, chain), chain.index)
     assert drawn.norms == pytest.approx(chain.norms, rel=1e-5)
     for place in range(len(chain)):
         avoided = torch.cat([study.base[None], chain.theta[:place]])
@@ -19,8 +20,11 @@ def test_a_random_direction_has_the_norm_and_the_complement_of_its_vector(study,
 
 
 def test_a_random_direction_is_drawn_by_its_seed_alone(study, chain):
-    first, again = random_directions(study, chain), random_directions(study, chain.take([0, 1]))
-    assert torch.equal(first.theta[:2], again.theta)
+    whole = Chain(study.base, chain)
+    first, again = random_directions(study, whole, chain.index), random_directions(study, whole, [3, 4])
+    shorter = random_directions(study, Chain(study.base, chain.take([0, 1, 2, 3])), [3, 4])
+    for part in (again, shorter):
+        torch.testing.assert_close(first.theta[2:4], part.theta, rtol=0, atol=1e-6)
     assert max_abs_cos(first.theta) < 0.9
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from melbo_ray.evals import runner
-from melbo_ray.evals.catalog import EVALUATIONS, PER_VECTOR, Evaluation
+from melbo_ray.evals.catalog import EVALUATIONS, PER_VECTOR, Evaluation, Share
 from melbo_ray.evals.context import Study, Vectors
 from melbo_ray.evals.runner import evaluate
 from melbo_ray.runs import schema
@@ -43,11 +43,13 @@ def test_a_vector_that_is_not_finite_is_a_failure_and_the_rest_goes_on(study, ch
     broken = dataclasses.replace(chain, theta=chain.theta.clone())
     broken.theta[2, 0] = torch.nan
     written = evaluate(name, study, broken)
-    (failure,) = written.pop("failures").to_pylist()
-    assert failure == {
-        "run_id": "run", "kind": "chain", "index": 3, "evaluation": name, "error": "the vector is not finite",
-        "attempts": 1,
-    }  # fmt: skip
+    failures = written.pop("failures").to_pylist()
+    of_vectors = [share.name for share in EVALUATIONS[name].shares if share.of_vectors]
+    error = "the vector is not finite"
+    assert failures == [
+        {"run_id": "run", "kind": kind, "index": 3, "evaluation": name, "error": error, "attempts": 1}
+        for kind in (of_vectors if EVALUATIONS[name].shares else ["chain"])
+    ]
     good = evaluate(name, study, chain.take([0, 1, 3, 4]))
     assert all(rows.equals(good[table]) for table, rows in written.items())
 
@@ -65,6 +67,7 @@ def test_a_vector_is_evaluated_alike_alone_and_in_a_batch(study, chain, name):
     for table in EVALUATIONS[name].tables:
         rows = [row for row in together[table].to_pylist() if row["index"] == 3]
         for one, other in zip(rows, alone[table].to_pylist(), strict=True):
+            assert one.pop("vector", None) == pytest.approx(other.pop("vector", None), abs=1e-4)
             assert one == pytest.approx(other, abs=1e-4) if "top_probs" not in one else one["norm"] == other["norm"]
 
 
@@ -76,7 +79,8 @@ def test_failures_are_counted_over_every_try(study, chain):
 
 def replace_kl(monkeypatch, run, scope="vector", tables=("presence",)):
     """Have another function under the name `kl`, and the catalogue know it."""
-    monkeypatch.setitem(runner.EVALUATIONS, "kl", Evaluation("kl", tables, scope))
+    shares = (Share("share", lambda chain: range(1, chain + 1)),) if scope == "whole" else ()
+    monkeypatch.setitem(runner.EVALUATIONS, "kl", Evaluation("kl", tables, scope, shares=shares))
     monkeypatch.setitem(runner.FUNCTIONS, "kl", run)
 
 
@@ -84,6 +88,11 @@ def fails_on_two(study, vectors):
     if 2 in vectors.index:
         raise RuntimeError("no memory\nfor this one")
     return {"presence": []}
+
+
+def share_of_it(run):
+    """The same as a share of an evaluation of the whole chain."""
+    return lambda study, chain, share, items: run(study, chain.vectors.at(items))
 
 
 def test_an_error_on_one_vector_is_recorded_for_it_alone(study, chain, monkeypatch):
@@ -99,10 +108,11 @@ def test_an_error_on_one_vector_is_recorded_for_it_alone(study, chain, monkeypat
     assert calls == [[1, 2, 3, 4, 5], [1], [2], [3], [4], [5]]
 
 
-def test_an_error_of_a_chains_evaluation_is_filed_under_index_0(study, chain, monkeypatch):
-    replace_kl(monkeypatch, fails_on_two, "whole")
-    (failure,) = evaluate("kl", study, chain)["failures"].to_pylist()
-    assert (failure["kind"], failure["index"], failure["error"]) == ("chain", 0, "RuntimeError: no memory")
+def test_an_error_on_one_item_of_a_share_is_recorded_for_it_alone(study, chain, monkeypatch):
+    replace_kl(monkeypatch, share_of_it(fails_on_two), "whole")
+    (failure,) = evaluate("kl", study, chain, {2: 3})["failures"].to_pylist()
+    assert (failure["kind"], failure["index"], failure["attempts"]) == ("share", 2, 4)
+    assert failure["error"] == "RuntimeError: no memory"
 
 
 def test_a_figure_that_is_not_finite_is_a_failure_not_a_row(study, chain, monkeypatch):
@@ -143,11 +153,12 @@ def raising(error, most):
         (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "vector", 1),
         (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "whole", 1),
         (torch.OutOfMemoryError("CUDA out of memory"), "vector", 0),
-        (torch.OutOfMemoryError("CUDA out of memory"), "whole", 1),
+        (torch.OutOfMemoryError("CUDA out of memory"), "whole", 0),
     ],
 )
 def test_a_gpu_that_is_broken_or_full_is_no_failure_of_the_vectors(study, chain, monkeypatch, error, scope, most):
-    replace_kl(monkeypatch, raising(error, most), scope)
+    run = raising(error, most)
+    replace_kl(monkeypatch, share_of_it(run) if scope == "whole" else run, scope)
     with pytest.raises(type(error)):
         evaluate("kl", study, chain)
 

@@ -169,8 +169,8 @@ def test_token_ids_stand_on_one_line_and_no_text_changes(tmp_path):
     assert b'"tokens": [ 1, 22, 333 ]\n' in (run.storage.get("run.json") or b"")
 
 
-def test_a_driver_that_was_superseded_does_not_replace_the_manifest(run, url):
-    newer = Run.open(url)
+def test_a_driver_that_was_superseded_does_not_replace_the_manifest(run):
+    newer = Run.open(run.storage.url)
     for state in ("running", "interrupted"):
         run.write_manifest(manifest(state))
     newer.manifest()

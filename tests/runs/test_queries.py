@@ -212,3 +212,24 @@ def test_refused_by_object_storage_is_one_line_without_the_key(server, place):
             queries.connect(place)
         assert "hunter2" not in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_the_view_runs_has_the_options_of_every_run_to_join_with(prefix, db):
+    found = db.sql("SELECT run_id, model, seed, source_layer, radius, config->>'target_layer' FROM runs ORDER BY ALL")
+    assert found.fetchall() == [("long", "tiny", 0, 8, "10.0", "16"), ("short", "tiny", 0, 8, "10.0", "16")]
+    compared = db.sql(queries.EXAMPLES["runs_compared"]).fetchall()
+    assert [(row[0], row[1], row[7]) for row in compared] == [
+        ("long", "alien", 900),
+        ("long", "code", 900),
+        ("short", "code", 4),
+    ]
+    median = np.median([kl_of(n, 4) for n in range(1, 5)])
+    assert compared[2][-1] == pytest.approx(median, rel=1e-6)
+
+
+def test_a_manifest_that_is_no_json_has_no_row_but_its_parts_are_read(tmp_path):
+    write_study(tmp_path, "good", num_vectors=2)
+    (write_study(tmp_path, "bad", num_vectors=2) / "run.json").write_text("{")
+    found = queries.connect(str(tmp_path))
+    assert found.sql("SELECT run_id FROM runs").fetchall() == [("good",)]
+    assert len(found.sql("SELECT DISTINCT run_id FROM kl").fetchall()) == 2

@@ -10,13 +10,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
+import melbo_ray.runs.run_store
 from melbo_ray.cluster.backlog import Backlog
 from melbo_ray.runs.lease import LeaseLostError
 from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.schema import table
 from melbo_ray.runs.storage import StorageError
-from melbo_ray.runs.work_unit import WHOLE, Unit, count, covers
+from melbo_ray.runs.work_unit import Unit, count, covers, of_chain
 
 
 def unit(first, last, evaluation="dose", kind="chain", concept="code"):
@@ -78,22 +79,33 @@ def test_a_unit_written_again_after_it_was_published_is_not_doubled(run):
     assert indices(run) == list(range(1, 9))
 
 
-def test_an_evaluation_of_the_whole_chain_replaces_that_of_a_shorter_one(run):
+def of(length, first=1, last=4):
+    """A unit whose rows depend on the length of the chain."""
+    return unit(first, last, "dose", of_chain("share", length))
+
+
+@pytest.mark.parametrize("one_by_one", [True, False])
+@pytest.mark.parametrize("lengths", [(9, 100), (100, 9)])
+def test_what_depends_on_the_chains_length_is_replaced_by_that_of_a_longer_chain(run, lengths, one_by_one):
     state = manifest()
-    run.commit(unit(1, 8, kind=WHOLE), rows(1, 3))
-    run.publish(state, lambda: None)
-    run.commit(unit(1, 16, kind=WHOLE), rows(1, 2))
-    assert indices(run) == [1, 2]
-    run.publish(state, lambda: None)
-    assert indices(run) == [1, 2]
-    assert not covers(state.done, unit(1, 17, kind=WHOLE))
+    run.commit(unit(1, 8), rows(1, 8))
+    for length in lengths:
+        run.commit(of(length), rows(1, 4, kind="random", value=float(length)))
+        if one_by_one:
+            run.publish(state, lambda: None)
+    for _ in range(2):
+        assert indices(run) == sorted([*range(1, 9), *range(1, 5)])
+        assert set(run.read("dose", "code")["kl_from_base"].to_pylist()) == {0.0, 100.0}
+        run.publish(state, lambda: None)
+    assert covers(state.done, of(100))
+    assert not covers(state.done, of(101))
 
 
 @pytest.mark.parametrize(("before", "after"), [((), (2,)), ((2,), ())])
-def test_an_evaluation_of_the_whole_chain_that_has_no_rows_now_takes_its_old_ones_away(run, before, after):
+def test_a_share_of_a_longer_chain_that_has_no_rows_takes_those_of_the_shorter_away(run, before, after):
     state = manifest()
-    for last, failures in ((8, before), (16, after)):
-        run.commit(unit(1, last, kind=WHOLE), rows(1, 0 if failures else 3, failures=failures))
+    for length, failures in ((8, before), (16, after)):
+        run.commit(of(length), rows(1, 0 if failures else 3, failures=failures))
         run.publish(state, lambda: None)
     assert (indices(run), indices(run, "failures")) == ([] if after else [1, 2, 3], list(after))
 
@@ -252,13 +264,13 @@ def test_a_failure_that_arrives_after_the_success_changes_nothing(run):
 
 
 @pytest.mark.parametrize("published", [True, False])
-def test_an_evaluation_of_the_whole_chain_that_failed_can_be_done_again(run, published):
+def test_a_share_that_failed_can_be_done_again(run, published):
     state = manifest()
-    run.commit(unit(1, 8, kind=WHOLE), rows(1, 0, failures=[0]))
+    run.commit(of(8, 0, 0), rows(1, 0, failures=[0]))
     if published:
         run.publish(state, lambda: None)
     assert (indices(run), indices(run, "failures")) == ([], [0])
-    run.commit(unit(1, 8, kind=WHOLE), rows(1, 8))
+    run.commit(of(8, 0, 0), rows(1, 8))
     for _ in range(2):
         assert (indices(run), indices(run, "failures")) == (list(range(1, 9)), [])
         run.publish(state, lambda: None)
@@ -267,3 +279,38 @@ def test_an_evaluation_of_the_whole_chain_that_failed_can_be_done_again(run, pub
 def without(written, failures):
     """The rows of vectors that did not fail."""
     return written | {"dose": written["dose"].filter(~pc.is_in(pc.field("index"), pa.array(failures, pa.int32())))}  # ty: ignore[missing-attribute]
+
+
+def test_a_part_that_grows_is_written_anew_a_few_times_only(monkeypatch):
+    run = Run.open(f"memory://{uuid.uuid4().hex}/one")
+    written, swap = [], run.storage.swap
+    monkeypatch.setattr(run.storage, "swap", lambda name, *rest: written.append(name) or swap(name, *rest))
+    state = manifest()
+    for index in range(1, 65):
+        run.commit(unit(index, index), rows(index, index))
+        run.publish(state, lambda: None, everything=False)
+        assert indices(run) == list(range(1, index + 1))
+    dose = [name for name in written if name.startswith("dose")]
+    assert len(dose) < 20
+    run.publish(state, lambda: None)
+    assert (run.fresh(), indices(run)) == ([], list(range(1, 65)))
+    assert state.done == {"code": {"dose": {"chain": [[1, 64]]}}}
+
+
+def test_publishing_filters_no_rows_for_units_that_do_not_overlap(monkeypatch):
+    looked = []
+    monkeypatch.setattr(melbo_ray.runs.run_store, "_tried", lambda *_: looked.append(1) or pc.field("index") < 0)
+    additions = [(unit(first, first + 1), rows(first, first + 1)) for first in range(1, 200, 2)]
+    merged = melbo_ray.runs.run_store._merged("dose", None, additions)
+    assert merged["index"].to_pylist() == list(range(1, 201))
+    assert not looked
+
+
+def test_of_a_table_the_rows_of_some_evaluations_are_read_alone(run):
+    for evaluation in ("control", "chain"):
+        run.commit(unit(1, 2, evaluation), rows(1, 2, value=float(evaluation == "chain")))
+        if evaluation == "control":
+            run.publish(manifest(), lambda: None)
+    assert run.read("dose", "code")["kl_from_base"].to_pylist() == [1.0, 0.0, 1.0, 0.0]
+    assert run.read("dose", "code", of=["chain"])["kl_from_base"].to_pylist() == [1.0, 1.0]
+    assert run.read("dose", "code", of=["control"])["kl_from_base"].to_pylist() == [0.0, 0.0]

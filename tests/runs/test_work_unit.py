@@ -1,6 +1,6 @@
 """Units of work: their names, and which of them are done."""
 
-from melbo_ray.runs.work_unit import Task, Unit, cover, covers
+from melbo_ray.runs.work_unit import Task, Unit, cover, covers, of_chain
 
 
 def test_a_unit_is_named_by_its_work():
@@ -24,3 +24,10 @@ def test_coverage_is_kept_as_few_spans():
     assert done == {"code": {"dose": {"chain": [[1, 16], [25, 32]]}}}
     assert covers(done, Unit("code", "dose", "chain", 3, 12))
     assert not covers(done, Unit("code", "dose", "chain", 16, 17))
+
+
+def test_a_unit_of_a_share_tells_the_length_of_the_chain_that_its_rows_depend_on():
+    one = Unit("code", "control", of_chain("spread", 24), 4, 4)
+    assert (one.share, one.chain, Unit.of(one.name)) == ("spread", 24, one)
+    assert one.part("dose") == "dose/concept=code/part-control.spread-00000.parquet"
+    assert Unit("code", "kl", "chain", 9, 16).chain == 0

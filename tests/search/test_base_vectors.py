@@ -8,10 +8,10 @@ from safetensors.torch import save_file
 from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError
+from melbo_ray.formats.reading import read_vectors
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.search.base_vectors import base_vector, contrast, maximise, objective, retract, tangent
 from melbo_ray.search.candidates import Candidate
-from melbo_ray.search.vector_io import read_vectors
 from melbo_ray.search.written import Written
 from tests.families import D_MODEL, directions, plain_logits, tiny
 
@@ -92,9 +92,11 @@ def test_candidates_are_repeatable_and_depend_on_the_seed():
 
 def test_candidates_are_judged_every_ten_steps_of_one_ascent():
     looks = list(maximise(a_slice(), Config(melbo_steps=25, **OPTIONS), "letters", 4.0, torch.empty(0, D_MODEL)))
-    assert [steps for steps, _ in looks] == [10, 20, 25]
+    assert [steps for steps, _ in looks] == [5, 10, 15, 20, 25]
     shorter = climbed(a_slice(), Config(melbo_steps=20, **OPTIONS))
-    torch.testing.assert_close(looks[1][1], shorter)
+    torch.testing.assert_close(looks[3][1], shorter)
+    found = base_vector(a_slice(), CONCEPT, Config(melbo_steps=25, **OPTIONS))
+    assert [c.steps for c in found.candidates] == [steps for _ in range(3) for steps in (10, 20, 25) for _ in range(5)]
 
 
 def test_an_ascent_in_small_passes_is_the_same(monkeypatch):
@@ -155,7 +157,8 @@ def test_candidates_are_sought_again_beside_the_earlier_ones_until_one_writes_th
 def test_a_weak_base_is_kept_when_the_next_look_has_no_stronger_one(monkeypatch):
     kls = iter([1.0, 1.5, 1.2, 9.0])
 
-    def judged(slice, concept, config, thetas, first):
+    def judged(slice, concept, config, thetas, first, once):
+        yield from ()
         text = Written("a text", True, -1.0, 1.0)
         return [Candidate(first, thetas[0], 1.0, 4.0, 0.0, next(kls), text, (text,))], False
 
@@ -215,7 +218,7 @@ def test_a_file_of_vectors_cannot_run_code(tmp_path, capsys):
     ("make", "said"),
     [
         (lambda folder: str(folder / "none.npy"), "cannot read vectors"),
-        (lambda folder: "nonsense", "expected melbo, contrast, or a"),
+        (lambda folder: "nonsense", "expected melbo, contrast, "),
         (lambda folder: saved(folder, np.ones(D_MODEL + 1)), f"d_model is {D_MODEL}"),
         (lambda folder: saved(folder, np.ones((2, 2, D_MODEL))), "shape"),
         (lambda folder: saved(folder, np.zeros(D_MODEL)), "norm 0"),

@@ -14,6 +14,7 @@ from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.search.base_vectors import maximise
 from melbo_ray.search.candidates import Candidate, judge, rank
+from melbo_ray.search.stages import finish
 from melbo_ray.search.written import Written, coherence, distinct
 from tests.families import D_MODEL, directions, plain_logits, tiny
 
@@ -142,7 +143,7 @@ def test_candidates_are_judged_by_greedy_texts_on_the_training_and_the_held_out_
     marks = {texts[2], texts[5]}  # the concept is what these two write
     monkeypatch.setattr("melbo_ray.search.written.score_text", lambda _concept, text: {"detected": text in marks})
     found = rank(
-        judge(Slice(tiny(), [tiny().tokenize(CONCEPT.prompt)], 1, 3), CONCEPT, CONFIG, thetas, [0.0] * 7)[0],
+        finish(judge(Slice(tiny(), [tiny().tokenize(CONCEPT.prompt)], 1, 3), CONCEPT, CONFIG, thetas, [0.0] * 7))[0],
         None,
         False,
     )
@@ -170,7 +171,7 @@ def test_a_vector_that_is_not_finite_for_the_model_loses_and_stops_nobody():
     thetas = directions(3, norm=4.0)
     thetas[1] = math.inf
     found = rank(
-        judge(Slice(tiny(), [tiny().tokenize(CONCEPT.prompt)], 1, 3), CONCEPT, CONFIG, thetas, [0.0] * 3)[0],
+        finish(judge(Slice(tiny(), [tiny().tokenize(CONCEPT.prompt)], 1, 3), CONCEPT, CONFIG, thetas, [0.0] * 3))[0],
         None,
         False,
     )
@@ -217,5 +218,5 @@ def test_on_a_second_model_code_takes_what_writes_code_and_jailbreak_what_compli
 
 
 def judge_all(slice, concept, config, thetas):
-    found, unsteered_shows = judge(slice, concept, config, thetas, [0.0] * len(thetas))
+    found, unsteered_shows = finish(judge(slice, concept, config, thetas, [0.0] * len(thetas)))
     return found, None, unsteered_shows

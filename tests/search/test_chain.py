@@ -262,3 +262,41 @@ def test_the_shares_of_the_target_are_those_of_the_plain_stream():
 def test_z_cannot_start_behind_the_prompt():
     with pytest.raises(UserError, match=r"position 20, and the prompt has 20"):
         next(chain(a_slice(), directions(1)[0], Config(num_vectors=1, z_from=len(PROMPT), **EASY)))
+
+
+def test_a_chain_avoids_the_directions_of_a_file_and_is_as_if_they_were_rows_of_the_base(tmp_path):
+    base, file = directions(1)[0], tmp_path / "avoid.npy"
+    avoided = directions(3, seed=5)
+    # The base itself and a direction given twice change nothing.
+    np.save(file, torch.cat([avoided, base[None], 2 * avoided[:1]]).numpy())
+    options = Config(num_vectors=3, orthogonal_to=str(file), **EASY)
+    found = list(chain(a_slice(), base, options))
+    for vector in found:
+        assert np.abs(avoided.double().numpy() @ vector.theta.double().numpy()).max() < 1e-5
+    rows = list(chain(a_slice(), torch.cat([base[None], avoided]), options.model_copy(update={"orthogonal_to": None})))
+    assert all(torch.equal(a.theta, b.theta) for a, b in zip(found, rows, strict=True))
+    free = next(chain(a_slice(), base, options.model_copy(update={"orthogonal_to": None})))
+    assert np.abs(avoided.numpy() @ free.theta.numpy()).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (
+            torch.eye(D_MODEL)[:20],
+            "12 vectors are more .* and to 20 directions of .*: expected at most d_model - 21 = 11",
+        ),
+        (torch.zeros(1, D_MODEL), "norm 0 or not finite"),
+        (torch.ones(1, 3), "have 3 entries"),
+        (None, "cannot read vectors"),
+    ],
+)
+def test_directions_that_will_not_do_are_refused_in_a_line(tmp_path, rows, said):
+    file = tmp_path / "avoid.npy"
+    if rows is not None:
+        np.save(file, rows.numpy())
+    with pytest.raises(UserError, match=said) as refusal:
+        next(chain(a_slice(), directions(1)[0], Config(num_vectors=12, orthogonal_to=str(file), **EASY)))
+    assert "\n" not in str(refusal.value)
+    with pytest.raises(UserError, match=r"`orthogonal_to` is 'x\.bin': expected a \.safetensors"):
+        next(chain(a_slice(), directions(1)[0], Config(num_vectors=1, orthogonal_to="x.bin", **EASY)))

@@ -1,10 +1,17 @@
+from collections import deque
+
 import numpy as np
 import pytest
 import scipy.optimize
 import torch
 
-from melbo_ray.search.solvers import adam, block, lbfgs
+from melbo_ray.search.solvers import _compact, _two_loops, adam, block, lbfgs
 from melbo_ray.search.subspace import Subspace
+
+
+def answer(solver, loss, gradient):
+    """Send loss and gradient, then the figures that the solver asks for; the next θ."""
+    return solver.send(solver.send((torch.as_tensor(loss), gradient)).tolist())
 
 
 def solve(solver, function):
@@ -15,7 +22,7 @@ def solve(solver, function):
         loss = function(theta)
         (gradient,) = torch.autograd.grad(loss, theta)
         try:
-            theta = solver.send((float(loss.detach()), gradient))
+            theta = answer(solver, loss.detach(), gradient)
         except StopIteration as finished:
             return finished.value
 
@@ -72,7 +79,7 @@ def test_neither_the_scale_of_the_loss_nor_that_of_the_vector_matters():
 def test_the_first_trial_is_one_first_step_along_the_gradient():
     solver = lbfgs(torch.zeros(2), budget=9, tolerance=0, first_step=3.0, remove=free)
     next(solver)
-    torch.testing.assert_close(solver.send((7.0, torch.tensor([0.6, -0.8]))), torch.tensor([-1.8, 2.4]))
+    torch.testing.assert_close(answer(solver, 7.0, torch.tensor([0.6, -0.8])), torch.tensor([-1.8, 2.4]))
 
 
 def test_lbfgs_spends_no_more_than_its_budget_and_says_why_it_stopped():
@@ -123,7 +130,7 @@ def test_a_block_finds_the_orthogonal_vectors_nearest_to_what_each_of_its_rows_w
     theta = next(solver)
     while True:
         try:
-            theta = solver.send(((theta - wanted).norm(dim=-1), torch.nn.functional.normalize(theta - wanted, dim=-1)))
+            theta = answer(solver, (theta - wanted).norm(dim=-1), torch.nn.functional.normalize(theta - wanted, dim=-1))
         except StopIteration as finished:
             found = finished.value.theta.double().numpy()
             break
@@ -137,3 +144,14 @@ def test_a_block_finds_the_orthogonal_vectors_nearest_to_what_each_of_its_rows_w
 
     theirs = min(scipy.optimize.minimize(distance, start).fun for start in (wanted.flatten(), np.eye(3, 8).flatten()))
     assert float(np.square(found - wanted.numpy()).sum()) == pytest.approx(theirs, rel=1e-3)
+
+
+def test_few_operations_give_what_two_loops_over_the_pairs_give():
+    generator = torch.Generator().manual_seed(0)
+    hessian = torch.randn(30, 30, dtype=torch.float64, generator=generator)
+    hessian = hessian @ hessian.T + torch.eye(30)
+    pairs, gradient = deque(), torch.randn(30, dtype=torch.float64, generator=generator)
+    for count in range(1, 20):
+        s = torch.randn(30, dtype=torch.float64, generator=generator) * 10.0 ** (count % 3)
+        pairs.append((s, hessian @ s, float(s @ hessian @ s)))
+        torch.testing.assert_close(_compact(pairs, gradient), _two_loops(pairs, gradient), rtol=1e-9, atol=1e-9)

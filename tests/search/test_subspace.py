@@ -69,3 +69,69 @@ def test_disentangled_vectors_have_the_directions_of_the_polar_factor_and_their_
     u, _, v = np.linalg.svd(vectors.double().numpy() / norms, full_matrices=False)
     np.testing.assert_allclose(disentangle(vectors).numpy(), norms * (u @ v), atol=1e-9)
     assert torch.autograd.gradcheck(disentangle, vectors.double().requires_grad_()) if rows < 5 else True
+
+
+def chain_of(n, d_model, seed=0):
+    """Vectors of a chain, orthogonal to float32, at several norms; of the first two, as of a base's rows, not so."""
+    draws = torch.randn(n, d_model, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    rows = torch.linalg.qr(draws.T)[0].T * torch.linspace(0.1, 50, n)[:, None]
+    rows[1] += 0.4 * rows[0]
+    return rows.float()
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("added", [0, 1, 63, 64, 100])
+def test_many_vectors_at_once_give_the_basis_that_they_give_one_by_one_to_the_bit(n, added):
+    vectors = chain_of(200, 256)[:n]
+    one_by_one, at_once = Subspace(256, 220), Subspace(256, 220)
+    for vector in vectors:
+        one_by_one.add(vector)
+    for vector in vectors[:added]:
+        at_once.add(vector)
+    at_once.extend(vectors[added:])
+    assert at_once.size == one_by_one.size == n
+    assert torch.equal(at_once._exact, one_by_one._exact)
+    assert torch.equal(at_once.basis, one_by_one.basis)
+    for subspace in (one_by_one, at_once):  # and what is added later
+        for vector in chain_of(220, 256, seed=3)[200 - n :][:20]:
+            subspace.add(vector)
+    assert torch.equal(at_once._exact, one_by_one._exact)
+
+
+def test_a_basis_made_in_blocks_spans_what_the_vectors_do():
+    vectors = chain_of(150, 160).double()
+    subspace = Subspace(160, 150)
+    subspace.extend(vectors.float())
+    q, _ = np.linalg.qr(vectors.float().double().numpy().T)
+    basis = subspace._exact.numpy()
+    np.testing.assert_allclose(basis @ basis.T, np.eye(150), atol=1e-14)
+    np.testing.assert_allclose(basis.T @ basis, q @ q.T, atol=1e-12)
+    # Each has the direction and the sign that Gram-Schmidt gives.
+    assert (np.einsum("ij,ij->i", basis, vectors.numpy()) > 0).all()
+
+
+def test_a_basis_of_many_vectors_takes_no_product_for_each(monkeypatch):
+    subspace, added = Subspace(512, 512), []
+    monkeypatch.setattr(subspace, "add", added.append)
+    subspace.extend(chain_of(64 * 7, 512))
+    assert not added
+
+
+@pytest.mark.parametrize("bad", [7, 70])
+def test_of_many_vectors_one_within_the_span_is_refused(bad):
+    vectors = chain_of(80, 128)
+    vectors[bad] = vectors[2] - vectors[5]
+    with pytest.raises(ValueError, match="span"):
+        Subspace(128, 128).extend(vectors)
+    vectors[bad] = 0
+    with pytest.raises(ValueError, match="direction"):
+        Subspace(128, 128).extend(vectors)
+
+
+def test_max_abs_cos_of_many_sees_every_pair():
+    vectors = torch.eye(1100)
+    assert max_abs_cos(vectors) == 0
+    for first, second in ((0, 1099), (600, 601), (511, 512)):
+        vectors[second, first] = 0.5
+        assert max_abs_cos(vectors) == pytest.approx(0.5 / 1.25**0.5)
+        vectors[second, first] = 0

@@ -1,9 +1,11 @@
 """A vector's row in the table `vectors`: there and back, to the bit."""
 
 import io
+import tracemalloc
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -73,3 +75,21 @@ def test_what_is_stored_comes_back_to_the_bit_without_the_vectors_of_evaluations
         rounded = {name: np.float32(value) for name, value in CERTIFICATE.items() if isinstance(value, float)}
         expected = CERTIFICATE | rounded | {"max_abs_cos": CERTIFICATE["max_abs_cos"]}
         assert {name: getattr(stored, name) for name in CERTIFICATE} == expected
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_reading_a_chain_takes_a_few_times_its_bytes_and_no_python_number_for_each(tmp_path, published):
+    run, d_model, count = Run.open(str(tmp_path / "one")), 16384, 64
+    for index in range(1, count + 1):
+        wide = SteeringVector(index=index, theta=torch.randn(d_model), **CERTIFICATE)
+        run.commit(Unit.vector("code", index), {"vectors": table("vectors", [row("one", "chain", wide)])})
+    if published:
+        run.publish(Manifest(), lambda: None)
+    stored_vectors(run, "code")
+    allocated = pa.total_allocated_bytes()
+    tracemalloc.start()
+    assert len(stored_vectors(run, "code").chain) == count
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * 4 * d_model * count  # a list of them takes at least eight times
+    assert pa.total_allocated_bytes() - allocated < 1000

@@ -57,11 +57,12 @@ def seconds(text):
 
 
 def test_the_time_left_is_told_once_it_is_worth_something_and_then_about_right():
-    """Where units take as long each, be they of one vector (the controls), of eight, or of the whole chain."""
+    """Where units take as long each, be they of one vector (the controls), of eight, or shares of the whole chain."""
     backlog = concept(VECTORS)
     end(backlog)
-    units = len(backlog.due())
+    units = 3 * (2 + 3) + (3 + 8 + 1 + 1) + (1 + 1)
     lines = told(backlog, [(10, evaluate)] * units)
+    assert backlog.due() == []
     assert lines[:3] == ["time left not known yet"] * 3
     truth = [10 * (units - done) for done in range(3, units + 1)]
     assert [seconds(line) for line in lines[3:]] == pytest.approx(truth, abs=30)
@@ -71,7 +72,7 @@ def test_the_slower_of_chain_and_evaluations_rules():
     (*_, line) = told(concept(4), [(30, find)] * 4 + [(5, evaluate)] * 4)
     assert seconds(line) == pytest.approx(16 / 4 * 140, rel=0.1)
     (*_, line) = told(concept(20), [(5, find)] * 4 + [(30, evaluate)] * 4)
-    units = 3 * 2 + 3 * 3 + 2
+    units = 3 * (2 + 3) + (3 + 8 + 1 + 1) + (1 + 1)
     assert seconds(line) == pytest.approx((units - 4) / 4 * 140, rel=0.1)
 
 

@@ -60,9 +60,9 @@ def test_the_file_of_a_base_may_be_gone_once_the_base_is_stored(options, tmp_pat
         if stored:
             assert resume().config.base == options["base"]
         else:
-            with pytest.raises(UserError, match="a file of vectors, and there is none"):
+            with pytest.raises(UserError, match="there is no such file"):
                 resume()
-    with pytest.raises(UserError, match="a file of vectors, and there is none"):
+    with pytest.raises(UserError, match="there is no such file"):
         check(Config(**options | {"concepts": ["code", "alien"]}))
 
 

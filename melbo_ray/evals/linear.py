@@ -1,0 +1,225 @@
+"""The linear null chain: how far a linear model of the slice would get, vector by vector, without optimising.
+
+If z were linear in θ, z(θ) = z(0) + Jθ, the n-th vector of norm r would have at best the loss
+min ‖Jx − a‖ over x orthogonal to θ₀ and the vectors before, ‖x‖ ≤ r, with a = z(θ₀) − z(0): a ridge problem (Golub and
+Kahan 1965; Björck 1996, "Numerical methods for least squares problems", section 7.5), solved here in a Krylov space.
+The linear chain takes these solutions one after the other. A linear map with equal singular values allows one vector,
+as everything orthogonal to it moves z orthogonally to a; the more uneven they are, the more. Where the chain found goes
+on after the linear one has ended, curvature lets it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from melbo_ray.evals.context import TRAINING, Chain, Row, Rows, Study, Vectors
+from melbo_ray.evals.control import more_directions
+from melbo_ray.evals.kl import next_token
+from melbo_ray.model.residual_slice import Slice
+from melbo_ray.model.steering import PASS_TOKENS
+
+# Dimension of the Krylov space: the loss at a norm is within 1e-3 of the dense solution's (tests).
+_KRYLOV = 64
+_HALVINGS = 60
+_NOTHING_LEFT = 0.999
+
+
+def run(study: Study, whole: Chain, share: str, items: Sequence[int]) -> Rows:
+    """Write `linear`: for the n-th vector what a linear model allows, beside what was found; J's spectrum to `summary`.
+
+    Kinds: `chain`, whose directions taken are the chain's own; `linear`, those of the linear chain itself, whose n-th
+    vector is the best at the n-th norm found, up to the one that has no effect left; the null `random`, n − 1 random
+    directions. All losses are relative to ‖a‖. `linear_loss` is the least at the norm of the n-th vector found,
+    `linear_loss_at_radius` at R, `least_loss` at any norm; `solution_loss` and `kl_from_base` are what the solution at
+    the norm found has in the real model. Rows are those of at most 64 vectors,
+    spread evenly.
+
+    Of the vector found (null for other kinds): `relative_loss`, and `found_linear_loss`, what it would be if z were
+    linear; `first_order`, Jθ·a / ‖a‖², the part of a that it has to first order; `cos`, its cosine with the linear
+    solution; `half_share` and `mirrored_share`, the displacement along a of θ/2 and of −θ as a share of that of θ (½
+    and −1 if z is linear, ¼ and 1 if quadratic).
+    """
+    chain = whole.vectors
+    if share == "spectrum":
+        figures = spectrum(study.once(jacobian_and_aim)[0]) | {"most_below_half": most(study, max(chain.norms), 0.5)}
+        return {"summary": [study.row("chain", 0, figure=f"jacobian_{k}", value=v) for k, v in figures.items()]}
+    taken = whole.once(f"linear/{share}", lambda: taken_before(study, chain, share))
+    places = [place for place, index in enumerate(chain.index) if index in items and place < len(taken)]
+    return {"linear": rows_beside(study, chain, places, share, taken)}
+
+
+def most(study: Study, norm: float, loss: float) -> float:
+    """An upper bound of the number of orthogonal vectors of at most this norm and loss that any linear chain has.
+
+    ‖Jθ − a‖ ≤ ℓ‖a‖ needs g·θ ≥ 1 − ℓ with g = Jᵀa / ‖a‖², and by Bessel's inequality Σ (g·θ)² / ‖θ‖² ≤ ‖g‖².
+    """
+    jacobian, aim = study.once(jacobian_and_aim)
+    gain = (jacobian.T @ aim).norm() / aim.square().sum()
+    return float((gain * norm / (1 - loss)).square())
+
+
+def slice_of(study: Study) -> Slice:
+    """The slice on the training prompt."""
+    return Slice(study.model, [study.tokens(TRAINING)], study.config.source_layer, study.config.target_layer)
+
+
+def jacobian_and_aim(study: Study) -> tuple[Float64[Tensor, "d_model d_model"], Float64[Tensor, " d_model"]]:
+    """J = ∂z/∂θ at θ = 0, row by row by backward passes, and a = z(θ₀) − z(0); float64 on the CPU."""
+    slice_, z_from, d_model = study.once(slice_of), study.config.z_from, len(study.base)
+    size = max(1, PASS_TOKENS // int(slice_.lengths[0]))
+    rows = []
+    for outputs in torch.arange(d_model, device=study.model.device).split(size):
+        theta = torch.zeros(len(outputs), d_model, device=study.model.device, requires_grad=True)
+        z = slice_.z(theta, z_from=z_from)
+        (gradient,) = torch.autograd.grad(z.gather(1, outputs[:, None]).sum(), theta)
+        rows.append(gradient.double().cpu())
+    unsteered, steered = z_of(study, torch.stack([torch.zeros_like(study.base), study.base]))
+    return torch.cat(rows), steered - unsteered
+
+
+def spectrum(jacobian: Float64[Tensor, "d_model d_model"]) -> dict[str, float]:
+    """Largest and median singular value, and effective rank exp(−Σ p log p), p = σ / Σσ (Roy and Vetterli 2007)."""
+    sigma = torch.linalg.svdvals(jacobian)
+    p = sigma / sigma.sum()
+    rank = torch.exp(-(p * p.clamp_min(1e-300).log()).sum())
+    return {"largest": float(sigma[0]), "median": float(sigma.median()), "effective_rank": float(rank)}
+
+
+def best_at_norms(
+    jacobian: Float64[Tensor, "d_model d_model"],
+    aim: Float64[Tensor, " d_model"],
+    taken: Float64[Tensor, "k d_model"],
+    norms: list[float],
+) -> list[tuple[Float64[Tensor, " d_model"], float]]:
+    """For each norm r, x and ‖Jx − a‖ / ‖a‖ of the best x with ‖x‖ ≤ r, orthogonal to the orthonormal rows of `taken`.
+
+    Golub-Kahan bidiagonalisation of J on the complement, started at a, with full reorthogonalisation.
+    """
+    left, right, alphas, betas = [aim / aim.norm()], [], [], []
+    for _ in range(min(_KRYLOV, len(aim) - len(taken))):
+        v = jacobian.T @ left[-1]
+        for _ in range(2):
+            v = v - taken.T @ (taken @ v)
+            if right:
+                basis = torch.stack(right)
+                v = v - basis.T @ (basis @ v)
+        alphas.append(float(v.norm()))
+        if alphas[-1] < 1e-10 * alphas[0]:
+            alphas.pop()
+            break
+        right.append(v / v.norm())
+        u, basis = jacobian @ right[-1], torch.stack(left)
+        for _ in range(2):
+            u = u - basis.T @ (basis @ u)
+        betas.append(float(u.norm()))
+        left.append(u / u.norm().clamp_min(1e-300))
+    if not right:
+        return [(torch.zeros_like(aim), 1.0) for _ in norms]
+    steps = len(alphas)
+    small = torch.zeros(steps + 1, steps, dtype=torch.float64)
+    small[range(steps), range(steps)] = torch.tensor(alphas, dtype=torch.float64)
+    small[range(1, steps + 1), range(steps)] = torch.tensor(betas, dtype=torch.float64)
+    goal = torch.zeros(steps + 1, dtype=torch.float64)
+    goal[0] = aim.norm()
+    return [
+        (torch.stack(right).T @ y, float((small @ y - goal).norm() / aim.norm())) for y in _bounded(small, goal, norms)
+    ]
+
+
+def _bounded(small: Tensor, goal: Tensor, norms: list[float]) -> list[Tensor]:
+    """The least-squares solution of small·y = goal with ‖y‖ ≤ r, for each r: ridge, its μ by bisection of log μ."""
+    u, s, vh = torch.linalg.svd(small, full_matrices=False)
+    c, found = s * (u.T @ goal), []
+    s2 = s.square().clamp_min(1e-20 * float(s[0]) ** 2)
+    for r in norms:
+        low, high = s2[0].log() - 60, s2[0].log() + 60
+        if (c / s2).norm() > r:
+            for _ in range(_HALVINGS):
+                middle = (low + high) / 2
+                low, high = (middle, high) if (c / (s2 + middle.exp())).norm() > r else (low, middle)
+            found.append(vh.T @ (c / (s2 + high.exp())))
+        else:
+            found.append(vh.T @ (c / s2))
+    return found
+
+
+def taken_before(study: Study, chain: Vectors, kind: str) -> Float64[Tensor, "n d_model"]:
+    """Orthonormal rows of which the first n are taken before the n-th vector of this kind; the first is θ₀'s."""
+    if kind == "linear":
+        return linear_chain(study, chain)
+    others = chain.theta if kind == "chain" else more_directions(study, chain.index).theta
+    return torch.linalg.qr(torch.cat([study.base[None], others]).double().T).Q.T.contiguous()
+
+
+def linear_chain(study: Study, chain: Vectors) -> Float64[Tensor, "n d_model"]:
+    """The directions that the linear chain takes, orthonormal, the base's first; it ends where its loss is 0.999."""
+    jacobian, aim = study.once(jacobian_and_aim)
+    own = normalize(study.base.double()[None], dim=-1)
+    for norm in chain.norms[: len(aim) - 2]:
+        ((x, loss),) = best_at_norms(jacobian, aim, own, [norm])
+        if loss > _NOTHING_LEFT:
+            break
+        own = torch.cat([own, normalize(x - own.T @ (own @ x), dim=0)[None]])
+    return own
+
+
+def rows_beside(
+    study: Study, chain: Vectors, places: list[int], kind: str, taken: Float64[Tensor, "n d_model"]
+) -> list[Row]:
+    """The rows of a kind beside the vectors at `places` of the chain."""
+    if not places:
+        return []
+    jacobian, aim = study.once(jacobian_and_aim)
+    norms = chain.norms
+    best = [best_at_norms(jacobian, aim, taken[: p + 1], [norms[p], study.radius, float("inf")]) for p in places]
+    solutions = torch.stack([at_norm[0] for (at_norm, _, _) in best]).float()
+    kls, losses = [row["kl_from_base"] for row in next_token(study, solutions)], real_losses(study, solutions)
+    of_places = chain.theta[places]
+    found, half, mirrored = real_losses(study, of_places), shares(study, of_places, 0.5), shares(study, of_places, -1)
+    rows = []
+    for i, place in enumerate(places):
+        theta, of_chain = chain.theta[place].double(), kind == "chain"
+        x = best[i][0][0]
+        cos = float(theta @ x / (theta.norm() * x.norm()).clamp_min(1e-30))
+        columns = {
+            "norm": norms[place],
+            "relative_loss": found[i] if of_chain else None,
+            "linear_loss": best[i][0][1],
+            "linear_loss_at_radius": best[i][1][1],
+            "least_loss": best[i][2][1],
+            "found_linear_loss": float((jacobian @ theta - aim).norm() / aim.norm()) if of_chain else None,
+            "first_order": float((jacobian @ theta) @ aim / aim.square().sum()) if of_chain else None,
+            "cos": cos if of_chain else None,
+            "mirrored_share": mirrored[i] if of_chain else None,
+            "half_share": half[i] if of_chain else None,
+            "solution_loss": losses[i],
+            "kl_from_base": kls[i],
+        }
+        rows.append(study.row(kind, chain.index[place], **columns))
+    return rows
+
+
+def real_losses(study: Study, thetas: Float[Tensor, "n d_model"]) -> list[float]:
+    """‖z(θ) − z(θ₀)‖ / ‖z(0) − z(θ₀)‖ of each vector."""
+    unsteered, base = z_of(study, torch.stack([torch.zeros_like(study.base), study.base]))
+    return ((z_of(study, thetas) - base).norm(dim=-1) / (base - unsteered).norm()).tolist()
+
+
+def shares(study: Study, thetas: Float[Tensor, "n d_model"], factor: float) -> list[float]:
+    """(z(factor θ) − z(0))·a / (z(θ) − z(0))·a of each vector, a = z(θ₀) − z(0)."""
+    unsteered, base = z_of(study, torch.stack([torch.zeros_like(study.base), study.base]))
+    scaled, whole = ((z_of(study, part) - unsteered) @ (base - unsteered) for part in (thetas * factor, thetas))
+    return (scaled / whole).tolist()
+
+
+@torch.no_grad()
+def z_of(study: Study, thetas: Float[Tensor, "n d_model"]) -> Float64[Tensor, "n d_model"]:
+    """z(θ) of each vector on the training prompt, float64 on the CPU."""
+    slice_ = study.once(slice_of)
+    parts = thetas.split(max(1, PASS_TOKENS // int(slice_.lengths[0])))
+    return torch.cat(
+        [slice_.z(part.to(study.model.device), z_from=study.config.z_from).double().cpu() for part in parts]
+    )

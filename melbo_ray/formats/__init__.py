@@ -1,0 +1,1 @@
+"""Files of steering vectors: those of this project and of other tools."""

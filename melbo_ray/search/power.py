@@ -1,0 +1,70 @@
+"""The leading right singular vectors of the slice's Jacobian: the directions of largest effect at small norm.
+
+J = ∂ h_target / ∂ θ at θ = 0, with h_target at all positions from one on. At small norms MELBO's objective with
+p = q = 2 is ‖J θ‖, so these vectors are its maxima there.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from melbo_ray.errors import UserError
+from melbo_ray.model.residual_slice import Slice
+from melbo_ray.seeds import derive_seed
+
+# Step of the differences, relative to the stream's median norm. Curvature changes J by the square of the step, rounding
+# in float32 by about 1e-6 over it.
+_STEP = 3e-3
+_MOST_ITERATIONS, _TOLERANCE = 40, 1e-3
+_PASS_TOKENS = 1024
+
+
+def power(
+    slice: Slice, count: int, first: int = 0, seed: int = 0
+) -> tuple[Float[Tensor, "count d_model"], Float[Tensor, " count"]]:
+    """The `count` leading right singular vectors of J, orthonormal, and its singular values, by block iteration.
+
+    The block has twice `count` vectors; it ends when the values change by less than a thousandth, or after 40
+    iterations. Positions before `first` do not count.
+
+    Raises:
+        UserError: more vectors than d_model, no position left, or a model that is not in float32.
+    """
+    d_model = slice.model.d_model
+    if count > d_model:
+        raise UserError(f"{count} singular vectors: the model has d_model {d_model}")
+    if first >= slice.h_source.shape[1]:
+        raise UserError(f"`melbo_from` {first}: the prompt has only {slice.h_source.shape[1]} tokens")
+    if slice.model.dtype != torch.float32:
+        raise UserError("the base power takes differences over small steps: give `dtype` float32")
+    generator = torch.Generator().manual_seed(derive_seed(seed, "", 0, "power"))
+    block, before = torch.randn(min(2 * count, d_model), d_model, generator=generator), torch.zeros(count)
+    for _ in range(_MOST_ITERATIONS):
+        block = torch.linalg.qr(block.double().T).Q.T.float()
+        image = _squared(slice, block, first)
+        # Rayleigh-Ritz: the best vectors within the block's span.
+        gram = (block @ image.T).double()
+        values, rotation = torch.linalg.eigh((gram + gram.T) / 2)
+        order = values.argsort(descending=True)
+        values, rotation = values[order].clamp_min(0).sqrt().float(), rotation[:, order].T.float()
+        found, block = rotation @ block, rotation @ image
+        if ((values[:count] - before).abs() <= _TOLERANCE * values[:count]).all():
+            break
+        before = values[:count]
+    return found[:count], values[:count]
+
+
+def _squared(slice: Slice, block: Float[Tensor, "n d_model"], first: int) -> Float[Tensor, "n d_model"]:
+    """JᵀJ v of each row v, on the CPU, as the central difference of the gradient of ½‖h_target(θ) − h_target(0)‖²."""
+    device, length = slice.model.device, slice.h_source.shape[1]
+    step = _STEP * float(slice.h_source.norm(dim=-1).median())
+    with torch.no_grad():
+        unsteered = slice.h_target(torch.zeros(1, block.shape[1], device=device))
+    parts = []
+    for rows in block.split(max(1, _PASS_TOKENS // (2 * length))):
+        theta = (torch.cat([rows, -rows]) * step).to(device).requires_grad_()
+        change = (slice.h_target(theta) - unsteered)[:, first:]
+        (gradient,) = torch.autograd.grad((change * change).sum() / 2, theta)
+        ahead, behind = gradient.cpu().chunk(2)
+        parts.append((ahead - behind) / (2 * step))
+    return torch.cat(parts)

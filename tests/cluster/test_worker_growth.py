@@ -1,0 +1,46 @@
+"""A worker keeps the studies of few concepts, and what it does is seen as progress."""
+
+import gc
+import weakref
+
+import torch
+
+from melbo_ray.cluster.worker import Worker
+from melbo_ray.concepts.loader import Concept
+from melbo_ray.config import Config
+from melbo_ray.host import progress
+from melbo_ray.model.residual_slice import Slice
+from melbo_ray.model.sampling import Request, generate
+from melbo_ray.model.steering import Prompts
+from melbo_ray.search.chain import chain
+from tests.families import directions, tiny
+
+PROMPT = torch.arange(40, 60)
+
+
+def test_of_many_concepts_a_worker_keeps_the_studies_of_the_latest_two(tmp_path):
+    concepts = [Concept(name=f"c{i}", prompt="How are you?", continuations=["def"], words=["def"]) for i in range(9)]
+    worker = Worker(str(tmp_path), "run", Config(), concepts, threads=1)
+    worker.model = tiny()
+    base = directions(1)[0].numpy()
+    made = [weakref.ref(worker._study(concept.name, base)) for concept in concepts]
+    gc.collect()
+    assert [study() is not None for study in made] == [False] * 7 + [True] * 2
+    assert worker._study("c7", base) is made[7]()
+    assert worker._study("c7", base + 1) is not made[7]()
+    assert list(worker._studies) == ["c8", "c7"]
+
+
+def test_every_pass_through_a_model_is_progress():
+    model, theta = tiny(), directions(1)[0]
+    prompts = Prompts(model, [PROMPT], 1)
+    options = Config(source_layer=1, target_layer=3, num_vectors=1, max_evaluations=5, max_relative_loss=1e6)
+    slice = Slice(model, [PROMPT], 1, 3)
+    for work, least in (
+        (lambda: list(prompts.logits(theta[None])), 1),
+        (lambda: generate(model, [Request(PROMPT, theta)], 1, max_new_tokens=6), 6),
+        (lambda: list(chain(slice, theta, options)), 5),
+    ):
+        before = progress.passes
+        work()
+        assert progress.passes - before >= least

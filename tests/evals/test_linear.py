@@ -1,0 +1,151 @@
+"""The linear null chain against dense float64 algebra, and its Jacobian against differences of plain transformers."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import brentq
+
+from melbo_ray.evals import linear
+from melbo_ray.evals.linear import best_at_norms, jacobian_and_aim, spectrum
+from melbo_ray.evals.runner import evaluate
+from tests.evals import reference
+from tests.evals.reference import rows_of
+from tests.families import D_MODEL, plain_hidden_states
+
+
+def z_of(study, theta):
+    """z(θ), from transformers and a hook in float64."""
+    study.model.network.double()
+    try:
+        outputs, _ = plain_hidden_states(
+            study.model, reference.prompt_tokens(study), study.config.source_layer, theta.double()
+        )
+    finally:
+        study.model.network.float()
+    return outputs[study.config.target_layer][0][study.config.z_from :].mean(0).numpy()
+
+
+def dense(jacobian, aim, taken, norm):
+    """Minimise ‖Jx − a‖ / ‖a‖ for ‖x‖ ≤ norm in the complement, by an SVD and a root of the secular equation."""
+    complement = np.linalg.svd(np.atleast_2d(taken))[2][len(taken) :].T
+    u, s, vh = np.linalg.svd(jacobian @ complement)
+    c = u.T @ aim
+    size = lambda mu: np.linalg.norm(s * c[: len(s)] / (s**2 + mu)) - norm  # noqa: E731
+    mu = brentq(size, 0, 1e9, xtol=1e-14, rtol=1e-14) if norm < np.inf and size(0) > 0 else 0.0
+    x = complement @ vh.T @ (s * c[: len(s)] / (s**2 + mu))
+    return x, np.linalg.norm(jacobian @ x - aim) / np.linalg.norm(aim)
+
+
+def test_the_jacobian_is_that_of_plain_transformers(study):
+    jacobian, aim = jacobian_and_aim(study)
+    step = 1e-2  # norms run in float32, whose rounding is divided by it
+    for axis in (0, 7, 31):
+        unit = torch.zeros(D_MODEL, dtype=torch.float64)
+        unit[axis] = step
+        column = (z_of(study, unit) - z_of(study, -unit)) / (2 * step)
+        assert jacobian[:, axis].numpy() == pytest.approx(column, abs=1e-3 * np.abs(column).max())
+    assert aim.numpy() == pytest.approx(z_of(study, study.base) - z_of(study, torch.zeros(D_MODEL)), abs=1e-4)
+
+
+@pytest.mark.parametrize("taken", [1, 3, 20, 31])
+@pytest.mark.parametrize("norm", [0.1, 2.0, float("inf")])
+def test_the_best_at_a_norm_is_that_of_dense_algebra(taken, norm):
+    draws = np.random.default_rng(3)
+    jacobian = draws.normal(size=(D_MODEL, D_MODEL)) * np.linspace(3, 0.1, D_MODEL)
+    aim, basis = draws.normal(size=D_MODEL), np.linalg.qr(draws.normal(size=(D_MODEL, taken)))[0].T
+    ((x, loss),) = best_at_norms(*map(torch.from_numpy, (jacobian, aim, basis)), [norm])
+    expected, least = dense(jacobian, aim, basis, norm)
+    assert loss == pytest.approx(least, abs=1e-6)
+    assert x.numpy() == pytest.approx(expected, abs=1e-4)
+    assert np.abs(basis @ x.numpy()).max() < 1e-8
+
+
+def test_on_a_wide_matrix_with_a_long_tail_the_krylov_space_is_large_enough():
+    draws = np.random.default_rng(4)
+    size = 400
+    left, right = (np.linalg.qr(draws.normal(size=(size, size)))[0] for _ in range(2))
+    jacobian = left * np.geomspace(3.5, 0.05, size) @ right
+    aim, basis = draws.normal(size=size) * 4 / np.sqrt(size), np.eye(size)[:100]
+    for norm in (1.0, 3.0, 9.0):
+        ((_, loss),) = best_at_norms(*map(torch.from_numpy, (jacobian, aim, basis)), [norm])
+        assert loss == pytest.approx(dense(jacobian, aim, basis, norm)[1], abs=1e-3)
+
+
+def test_predicted_stands_beside_found(study, chain):
+    written = evaluate("linear", study, chain)
+    jacobian, aim = (part.numpy() for part in jacobian_and_aim(study))
+    unsteered, base = z_of(study, torch.zeros(D_MODEL)), z_of(study, study.base)
+    for row in rows_of(written["linear"], kind="chain"):
+        n = row["index"]
+        theta = chain.theta[n - 1].double()
+        taken = np.concatenate([study.base.numpy()[None], chain.theta[: n - 1].numpy()]).astype(float)
+        x, loss = dense(jacobian, aim, taken, chain.norms[n - 1])
+        expected = {
+            "norm": chain.norms[n - 1],
+            "linear_loss": loss,
+            "linear_loss_at_radius": dense(jacobian, aim, taken, study.radius)[1],
+            "least_loss": dense(jacobian, aim, taken, np.inf)[1],
+            "found_linear_loss": np.linalg.norm(jacobian @ theta.numpy() - aim) / np.linalg.norm(aim),
+            "cos": theta.numpy() @ x / np.linalg.norm(theta) / np.linalg.norm(x),
+            "relative_loss": np.linalg.norm(z_of(study, theta) - base) / np.linalg.norm(unsteered - base),
+            "first_order": (jacobian @ theta.numpy()) @ aim / (aim @ aim),
+            "mirrored_share": (z_of(study, -theta) - unsteered) @ aim / ((z_of(study, theta) - unsteered) @ aim),
+            "half_share": (z_of(study, theta / 2) - unsteered) @ aim / ((z_of(study, theta) - unsteered) @ aim),
+            "solution_loss": np.linalg.norm(z_of(study, torch.from_numpy(x)) - base) / np.linalg.norm(unsteered - base),
+            "kl_from_base": reference.divergences(study, torch.from_numpy(x).float())["kl_from_base"],
+        }
+        assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-3, rel=1e-3)
+    nulls = [row for row in written["linear"].to_pylist() if row["kind"] in ("linear", "random")]
+    assert sorted((row["kind"], row["index"]) for row in nulls) == [
+        (kind, n) for kind in ("linear", "random") for n in chain.index
+    ]
+    sigma = np.linalg.svd(jacobian)[1]
+    p = sigma / sigma.sum()
+    figures = {row["figure"]: row["value"] for row in written["summary"].to_pylist()}
+    assert figures["jacobian_effective_rank"] == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-6)
+    assert figures["jacobian_largest"] == pytest.approx(sigma[0], rel=1e-6)
+
+
+def test_each_vector_of_the_linear_chain_is_the_best_beside_those_before(study, chain):
+    """The linear chain takes what serves it best, so later vectors of its own are no better than after random ones."""
+    rows = evaluate("linear", study, chain)["linear"]
+    for of in ("linear", "random"):
+        losses = {row["index"]: row["linear_loss"] for row in rows_of(rows, kind=of)}
+        assert losses[1] == pytest.approx(rows_of(rows, kind="chain", index=1)[0]["linear_loss"], abs=1e-5)
+    last = max(chain.index)
+    least = {kind: rows_of(rows, kind=kind, index=last)[0]["least_loss"] for kind in ("linear", "random")}
+    assert least["linear"] > least["random"]
+
+
+def test_a_full_rank_has_all_dimensions():
+    assert spectrum(torch.eye(9, dtype=torch.float64))["effective_rank"] == pytest.approx(9)
+    assert linear.spectrum(torch.diag(torch.tensor([5.0, 0, 0], dtype=torch.float64)))[
+        "effective_rank"
+    ] == pytest.approx(1)
+
+
+def test_of_a_rotation_the_linear_chain_has_one_vector(study, chain):
+    """All that is orthogonal to the solution moves z orthogonally to the aim."""
+    rotation = torch.linalg.qr(torch.randn(D_MODEL, D_MODEL, generator=torch.Generator().manual_seed(0)).double()).Q
+    aim = rotation @ torch.linalg.qr(torch.stack([study.base.double(), chain.theta[0].double()]).T).Q[:, 1]
+    study.once(jacobian_and_aim)
+    fresh = dataclasses.replace(study)
+    fresh._made[jacobian_and_aim] = rotation, aim
+    ((_, loss),) = best_at_norms(rotation, aim, torch.nn.functional.normalize(study.base.double()[None], dim=-1), [4.0])
+    assert loss < 1e-6
+    assert len(linear.linear_chain(fresh, chain)) == 2
+
+
+def test_no_linear_chain_has_more_vectors_than_the_bound_and_one_reaches_it(study):
+    """With g = Jᵀa / ‖a‖² along (1, 1, 1, 1) / 2, four axes share it equally, and each has a quarter of its square."""
+    jacobian, aim = torch.zeros(D_MODEL, D_MODEL, dtype=torch.float64), torch.eye(D_MODEL, dtype=torch.float64)[0]
+    jacobian[0, :4] = 0.5
+    fresh = dataclasses.replace(study)
+    fresh._made[jacobian_and_aim] = jacobian, aim
+    assert linear.most(fresh, 1.0, 0.5) == pytest.approx(4)
+    losses = [float((jacobian @ axis - aim).norm()) for axis in torch.eye(D_MODEL, dtype=torch.float64)]
+    assert sum(loss <= 0.5 for loss in losses) == 4
+    basis = np.linalg.qr(np.random.default_rng(5).normal(size=(D_MODEL, D_MODEL)))[0]
+    assert sum(np.linalg.norm(jacobian.numpy() @ row - aim.numpy()) <= 0.5 for row in basis) <= 4
