@@ -38,7 +38,7 @@ def test_every_command_is_a_module_and_has_help(capsys):
     ("args", "said"),
     [
         (["stauts"], "no command 'stauts': did you mean status?"),
-        (["xyzzy"], "no command 'xyzzy': expected run, bases"),
+        (["xyzzy"], "no command 'xyzzy': expected run, "),
         (["report"], "required: --run; melbo-ray report --help"),
         (["status", "/nowhere"], "no run at /nowhere"),
         (["status", "a", "b"], "unrecognized arguments: b"),

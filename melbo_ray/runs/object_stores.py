@@ -41,10 +41,11 @@ def connect(url: str, patient: bool) -> tuple[Any, str]:
     return fs, root
 
 
-def extra(url: str) -> str | None:
-    """The extra of this package that installs the file system of a URL; None if none does."""
-    extras = {"cluster": _S3, "gcs": _GCS, "azure": _AZURE}
-    return next((name for name, schemes in extras.items() if urlsplit(url).scheme in schemes), None)
+def remedy(url: str, error: Exception) -> str:
+    """What installs the package that a URL's protocol lacks; empty for other errors and protocols."""
+    extras = dict.fromkeys(_S3, "cluster") | dict.fromkeys(_AZURE, "azure") | dict.fromkeys(_GCS, "gcs")
+    extra = extras.get(urlsplit(url).scheme)
+    return f": pip install 'melbo-ray[{extra}]'" if extra and isinstance(error, ImportError) else ""
 
 
 def version(fs: Any, info: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ from melbo_ray.errors import UserError
 from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.schema import SCHEMA_VERSION, SCHEMAS
 from melbo_ray.runs.storage import Storage, StorageError
-from melbo_ray.runs.vectors import RunVectors, Site
+from melbo_ray.runs.vectors import RunVectors, named_concept, run_vectors
 from melbo_ray.runs.work_unit import Coverage, Unit, cover, covers, spans_of, uncover
 
 _PARTS_AT_ONCE = 8
@@ -140,20 +140,8 @@ class Run:
         manifest = self.manifest()
         if manifest is None:
             raise UserError(f"no run at {self.storage.url}: expected run.json there")
-        known = list(manifest.definitions or manifest.concepts)
-        if not concept and len(known) > 1:
-            raise UserError(f"{self.storage.url} has several concepts: give one of {', '.join(known)}")
-        name = concept or known[0]
-        if name not in known:
-            raise UserError(f"{self.storage.url} has no concept {concept!r}: expected one of {', '.join(known)}")
-        rows = self.read("vectors", name)
-        rows = rows.filter(pc.field("kind").isin(["base", "chain"]))
-        if rows["index"].to_pylist() != list(range(len(rows))) or not len(rows):
-            raise UserError(f"{self.storage.url} has no base vector of {name} yet: resume the run")
-        layer, model = manifest.config.get("source_layer"), manifest.config.get("model")
-        if layer is None or model is None:
-            raise UserError(f"{self.storage.url}/run.json names no source layer or model: it is no whole manifest")
-        return RunVectors(rows, Site(int(layer), str(model), manifest.fingerprint))
+        name = named_concept(manifest, concept, self.storage.url)
+        return run_vectors(manifest, name, self.read("vectors", name), self.storage.url)
 
     def publish(self, manifest: Manifest, guard: Callable[[], None], everything: bool = True) -> None:
         """Merge the fresh units into the tables' parts, record them in `manifest.done`, and delete them.

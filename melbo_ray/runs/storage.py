@@ -51,9 +51,7 @@ class Storage:
         try:
             self._fs, root = object_stores.connect(url, patient)
         except (ValueError, ImportError) as error:
-            extra = object_stores.extra(url) if isinstance(error, ImportError) else None
-            remedy = f": pip install 'melbo-ray[{extra}]'" if extra else ""
-            raise UserError(f"storage {url!r}: {error}{remedy}") from None
+            raise UserError(f"storage {url!r}: {error}{object_stores.remedy(url, error)}") from None
         self._local = isinstance(self._fs, LocalFileSystem)
         self._root = root.rstrip("/")
         self.url = self._root if self._local else url.rstrip("/")

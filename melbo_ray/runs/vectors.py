@@ -6,10 +6,12 @@ from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Float, Float32, Int
 from numpy.typing import DTypeLike
 
 from melbo_ray.errors import UserError
+from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.schema import Certificate
 
 
@@ -119,6 +121,35 @@ class RunVectors:
 
     def __repr__(self) -> str:
         return f"RunVectors({len(self)} vectors, layer={self.site.layer}, model={self.site.model!r})"
+
+
+def named_concept(manifest: Manifest, concept: str, url: str) -> str:
+    """The concept; if it is empty, the run's only one.
+
+    Raises:
+        UserError: no such concept, or no name where there are several.
+    """
+    known = list(manifest.definitions or manifest.concepts)
+    if not concept and len(known) != 1:
+        raise UserError(f"{url} has several concepts: give one of {', '.join(known)}")
+    if concept and concept not in known:
+        raise UserError(f"{url} has no concept {concept!r}: expected one of {', '.join(known)}")
+    return concept or known[0]
+
+
+def run_vectors(manifest: Manifest, concept: str, rows: pa.Table, url: str) -> RunVectors:
+    """Base and chain among the rows of the table `vectors` of a concept.
+
+    Raises:
+        UserError: no base yet, or a manifest without source layer or model.
+    """
+    rows = rows.filter(pc.field("kind").isin(["base", "chain"]))
+    if rows["index"].to_pylist() != list(range(len(rows))) or not len(rows):
+        raise UserError(f"{url} has no base vector of {concept} yet: resume the run")
+    layer, model = manifest.config.get("source_layer"), manifest.config.get("model")
+    if layer is None or model is None:
+        raise UserError(f"{url}/run.json names no source layer or model: it is no whole manifest")
+    return RunVectors(rows, Site(int(layer), str(model), manifest.fingerprint))
 
 
 class NoSuchVectorError(UserError, IndexError):

@@ -208,13 +208,14 @@ def test_an_unknown_protocol_is_one_line():
     assert "\n" not in str(caught.value)
 
 
-def test_without_s3fs_the_extra_is_named(monkeypatch):
+@pytest.mark.parametrize(("url", "extra"), [("s3://b/r", "cluster"), ("gs://b/r", "gcs"), ("abfs://b/r", "azure")])
+def test_a_store_whose_package_is_missing_names_the_extra(monkeypatch, url, extra):
     def missing(*_, **__):
-        raise ImportError("Install s3fs to access S3")
+        raise ImportError("Install it to access the store")
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
-    with pytest.raises(UserError, match=r"Install s3fs to access S3: pip install 'melbo-ray\[cluster\]'"):
-        Storage("s3://bucket/runs")
+    with pytest.raises(UserError, match=rf"Install it to access the store: pip install 'melbo-ray\[{extra}\]'"):
+        Storage(url)
 
 
 def test_a_full_disk_is_said_and_leaves_what_was_there(tmp_path):
