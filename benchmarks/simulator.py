@@ -204,7 +204,7 @@ def told(case: Case, outcome: Outcome) -> list[str]:
 CASES = (
     Case("study"),
     Case("long chain", vectors=10_000, concepts=1, vector_seconds=0.015),
-    Case("short units", vectors=250, seconds=1.0, vector_seconds=0.05),
+    Case("short units", vectors=300, seconds=1.0, vector_seconds=0.05, loading=2.0),
 )
 
 
