@@ -228,11 +228,7 @@ class Driver:
         self._enqueue(backlog.due())
 
     def _register_worker(self, worker: dict[str, Any]) -> None:
-        """Record a worker's device and self-check.
-
-        Raises:
-            UserError: its weights, or those of its layers up to the target, differ from the run's.
-        """
+        """Record a worker's device and self-check; its weights must be the run's, up to the target or all of them."""
         self.hardware[worker["host"]] = worker["device"]
         checks.merge(self.checks, worker["role"], worker["host"], worker["checks"])
         for name, value in worker["fingerprints"].items():
@@ -251,10 +247,7 @@ class Driver:
         backlog = self.backlogs[unit.concept]
         if unit.task is Task.BASE:
             raise UserError(f"a stage of finding the base of {unit.concept!r} ended its worker {ATTEMPTS} times")
-        failed, facts = backlog.failed(unit), {"run_id": self.run_id, "kind": unit.share, "evaluation": unit.evaluation}
-        attempts = {index: ATTEMPTS + failed.get(index, 0) for index in range(unit.first, unit.last + 1)}
-        facts |= {"error": "its worker died or hung"}
-        rows = [facts | {"index": index, "attempts": count} for index, count in attempts.items()]
+        rows = backlog.given_up(unit, self.run_id, ATTEMPTS)
         # Empty tables replace the rows that a share of a shorter chain left.
         empty = {name: schema.table(name, []) for name in EVALUATIONS[unit.evaluation].tables}
         self.run.commit(unit, empty | {"failures": schema.table("failures", rows)})

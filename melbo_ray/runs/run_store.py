@@ -11,10 +11,8 @@ atomically by a superset of itself, so readers never see missing or duplicate ro
 done in the manifest, and only then deletes them.
 """
 
-import dataclasses
 import datetime
 import io
-import json
 import os
 import zipfile
 from collections import Counter, defaultdict
@@ -22,22 +20,17 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from melbo_ray.errors import UserError
+from melbo_ray.runs import part_files
 from melbo_ray.runs.manifest import Manifest
-from melbo_ray.runs.schema import SCHEMA_VERSION, SCHEMAS
 from melbo_ray.runs.storage import Storage, StorageError
 from melbo_ray.runs.vectors import RunVectors, named_concept, run_vectors
-from melbo_ray.runs.work_unit import Coverage, Unit, cover, covers, spans_of, uncover
+from melbo_ray.runs.work_unit import Unit, cover
 
 _PARTS_AT_ONCE = 8
 # A part is merged anew once this share of it is fresh, so that all its versions together are a few times its size.
 _WORTHWHILE = 0.25
-
-_Written = tuple[Unit, dict[str, pa.Table]]
-"""A unit and its rows by table."""
 
 
 class Run:
@@ -91,7 +84,7 @@ class Run:
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as archive:
             for name, rows in sorted(tables.items()):
-                archive.writestr(zipfile.ZipInfo(f"{name}.parquet"), _parquet(rows))
+                archive.writestr(zipfile.ZipInfo(f"{name}.parquet"), part_files.parquet(rows))
         if not exclusive:
             self.storage.put(unit.name, buffer.getvalue())
         elif not self.storage.create(unit.name, buffer.getvalue()):
@@ -104,7 +97,7 @@ class Run:
     def load(self, unit: Unit) -> dict[str, pa.Table] | None:
         """The tables of a fresh unit; None if the unit has been published and deleted meanwhile."""
         data = self.storage.get(unit.name)
-        return None if data is None else _tables(data)
+        return None if data is None else part_files.tables_of(data)
 
     def read(self, table: str, concept: str, of: Collection[str] | None = None) -> pa.Table:
         """All rows of a table of one concept, published or fresh, sorted by index.
@@ -117,19 +110,19 @@ class Run:
             of: the evaluations (or `base`, `chain`) whose rows are read; None for all.
         """
         fresh = [unit for unit in self.fresh() if unit.concept == concept and (of is None or unit.evaluation in of)]
-        parts: dict[str, list[_Written]] = defaultdict(list)
+        parts: dict[str, list[part_files.Written]] = defaultdict(list)
         for unit, data in zip(fresh, self.storage.get_many([unit.name for unit in fresh]), strict=True):
-            if data is not None and table in (tables := _tables(data, {table, "failures"})):
+            if data is not None and table in (tables := part_files.tables_of(data, {table, "failures"})):
                 parts[unit.part(table)].append((unit, tables))
         begin = "part-" if of is None else tuple(f"part-{name}-" for name in of)
         found = self.storage.names(f"{table}/concept={concept}")
         published = [n for n in found if n.endswith(".parquet") and n.rpartition("/")[2].startswith(begin)]
         names = sorted({*published, *parts})
         merged = [
-            _merged(table, old, parts.get(name, []))
+            part_files.merged(table, old, parts.get(name, []))
             for name, old in zip(names, self.storage.get_many(names), strict=True)
         ]
-        return _in_order(pa.concat_tables([_schema(table).empty_table(), *merged]))
+        return part_files.in_order(pa.concat_tables([part_files.of_table(table).empty_table(), *merged]))
 
     def vectors(self, concept: str = "") -> RunVectors:
         """The base and the chain of a concept; without a name, of the run's only one.
@@ -169,101 +162,15 @@ class Run:
 
     def _publish(self, units: Sequence[Unit], guard: Callable[[], None]) -> None:
         """Merge units of one part, for all their tables."""
-        parts: dict[str, list[_Written]] = defaultdict(list)
+        parts: dict[str, list[part_files.Written]] = defaultdict(list)
         for unit, data in zip(units, self.storage.get_many([unit.name for unit in units]), strict=True):
-            tables = {} if data is None else _tables(data)
+            tables = {} if data is None else part_files.tables_of(data)
             for table in tables:
                 parts[table].append((unit, tables))
         for table, additions in parts.items():
             name = additions[0][0].part(table)
             version = self.storage.version(name)
-            merged = _merged(table, None if version is None else self.storage.get(name), additions)
+            merged = part_files.merged(table, None if version is None else self.storage.get(name), additions)
             if len(merged) or version is not None:  # an existing part is replaced even by an empty one
                 guard()
-                self.storage.swap(name, _parquet(merged), version)
-
-
-def _merged(table: str, old: bytes | None, additions: list[_Written]) -> pa.Table:
-    """The rows of a published part with the units' rows added, except those of indices that it covers already.
-
-    A failed index is not covered, so that another unit may still bring its rows or another failure. A longer chain
-    replaces rows that depend on its length.
-    """
-    rows = [] if old is None else [_read(old)]
-    covered: Coverage = json.loads((rows[0].schema.metadata or {}).get(b"units", b"{}")) if rows else {}
-    held = {index for part in rows for index in part["index"].to_pylist()}
-    for unit, tables in sorted(additions, key=lambda pair: (pair[0].chain, pair[0])):
-        if covers(covered, unit) or unit.chain < (longest := _longest(covered, unit)):
-            continue
-        if unit.chain > longest:
-            rows, covered, held = [], {}, set()
-        had = _within(spans_of(covered, unit), unit)
-        if any(index in held for index in range(unit.first, unit.last + 1)):
-            # Only then: filtering every part for every unit would grow with the square of their number.
-            rows = [part.filter(~_tried(unit, had)) for part in rows]
-        rows.append(_outside(had, tables[table]))
-        held.update(rows[-1]["index"].to_pylist())
-        cover(covered, unit)
-        failures = tables.get("failures", _schema("failures").empty_table())
-        for index in _outside(had, failures)["index"].to_pylist():
-            uncover(covered, dataclasses.replace(unit, first=index, last=index))
-    schema = _schema(table)
-    merged = _in_order(pa.concat_tables([schema.empty_table(), *(part.cast(schema) for part in rows)]))
-    return merged.replace_schema_metadata({**(schema.metadata or {}), "units": json.dumps(covered)})
-
-
-def _in_order(rows: pa.Table) -> pa.Table:
-    """The rows sorted by index and kind; those that are sorted are not copied."""
-    index = rows["index"].to_numpy()
-    if (index[1:] > index[:-1]).all():
-        return rows
-    return rows.sort_by([("index", "ascending"), ("kind", "ascending")])
-
-
-def _within(spans: list[list[int]], unit: Unit) -> list[list[int]]:
-    """Those of the spans that contain an index of the unit."""
-    return [span for span in spans if span[0] <= unit.last and unit.first <= span[1]]
-
-
-def _longest(covered: Coverage, unit: Unit) -> int:
-    """Length of the chain that the covered units of the unit's part depend on."""
-    kinds = covered.get(unit.concept, {}).get(unit.evaluation, {})
-    return max((dataclasses.replace(unit, kind=kind).chain for kind in kinds), default=0)
-
-
-def _outside(spans: list[list[int]], rows: pa.Table) -> pa.Table:
-    for first, last in spans:
-        rows = rows.filter((pc.field("index") < first) | (pc.field("index") > last))
-    return rows
-
-
-def _tried(unit: Unit, had: list[list[int]]) -> pc.Expression:
-    """Expression for rows of earlier attempts at the unit: those of its indices, except the covered ones (`had`)."""
-    index = pc.field("index")
-    found = (index >= unit.first) & (index <= unit.last)
-    if not unit.chain:  # otherwise all rows of the part are of the unit's share, whatever their kind
-        found &= pc.field("kind") == unit.kind
-    for first, last in had:
-        found &= (index < first) | (index > last)
-    return found
-
-
-def _schema(table: str) -> pa.Schema:
-    return SCHEMAS[table].with_metadata({"schema_version": str(SCHEMA_VERSION), "table": table})
-
-
-def _tables(data: bytes, wanted: Collection[str] | None = None) -> dict[str, pa.Table]:
-    """The tables of a unit's object, or the wanted ones of them."""
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        names = {name.removesuffix(".parquet"): name for name in archive.namelist()}
-        return {table: _read(archive.read(name)) for table, name in names.items() if wanted is None or table in wanted}
-
-
-def _read(data: bytes) -> pa.Table:
-    return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
-
-
-def _parquet(rows: pa.Table) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(rows, buffer, compression="zstd")
-    return buffer.getvalue()
+                self.storage.swap(name, part_files.parquet(merged), version)

@@ -24,7 +24,8 @@ def job(tiny, tmp_path):
 
     def call(name, **options):
         asked: Any = tiny.options(str(tmp_path), name, candidates=2, melbo_steps=2) | options
-        config = Config(**{**asked, "concepts": [asked["concepts"]]})
+        asked["concepts"] = [asked["concepts"]]
+        config = Config(**asked)
         url = f"{tmp_path}/{name}"
         Run.open(url).write_manifest(Manifest(run_id=name))
         return Job(url, name, config, [concept])

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-import melbo_ray.runs.run_store
 from melbo_ray.cluster.backlog import Backlog
+from melbo_ray.runs import part_files
 from melbo_ray.runs.lease import LeaseLostError
 from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.run_store import Run
@@ -299,9 +299,9 @@ def test_a_part_that_grows_is_written_anew_a_few_times_only(monkeypatch):
 
 def test_publishing_filters_no_rows_for_units_that_do_not_overlap(monkeypatch):
     looked = []
-    monkeypatch.setattr(melbo_ray.runs.run_store, "_tried", lambda *_: looked.append(1) or pc.field("index") < 0)
+    monkeypatch.setattr(part_files, "_tried", lambda *_: looked.append(1) or pc.field("index") < 0)
     additions = [(unit(first, first + 1), rows(first, first + 1)) for first in range(1, 200, 2)]
-    merged = melbo_ray.runs.run_store._merged("dose", None, additions)
+    merged = part_files.merged("dose", None, additions)
     assert merged["index"].to_pylist() == list(range(1, 201))
     assert not looked
 
