@@ -133,12 +133,12 @@ class Backlog:
         keys = {index: (unit.evaluation, unit.share, index) for index in range(unit.first, unit.last + 1)}
         return {index: self.attempts[key] for index, key in keys.items() if key in self.attempts}
 
-    def given_up(self, unit: Unit, run_id: str, attempts: int) -> list[dict[str, Any]]:
-        """The rows of `failures` of a unit that has lost so many workers."""
-        failed, keys = self.failed(unit), {"run_id": run_id, "kind": unit.share, "evaluation": unit.evaluation}
+    def failures(self, unit: Unit, run_id: str, error: str, attempts: int) -> list[dict[str, Any]]:
+        """The rows of the table `failures` for a unit that failed `attempts` times more."""
+        failed, facts = self.failed(unit), {"run_id": run_id, "kind": unit.share, "evaluation": unit.evaluation}
         return [
-            keys | {"index": i, "error": "its worker died or hung", "attempts": attempts + failed.get(i, 0)}
-            for i in range(unit.first, unit.last + 1)
+            facts | {"error": error, "index": index, "attempts": attempts + failed.get(index, 0)}
+            for index in range(unit.first, unit.last + 1)
         ]
 
     def evaluated(self) -> int:

@@ -75,16 +75,14 @@ class Driver:
     ) -> None:
         self.run, self.run_id, self.config, self.backlogs, self.layout = run, run_id, config, backlogs, layout
         self.last: dict[str, SteeringVector] = {}
-        self.hardware, self.fingerprints = dict[str, str](), dict[str, str]()
+        self.hardware, self.fingerprints, self.peak_memory = dict[str, str](), dict[str, str](), dict[str, int]()
         self.checks: checks.Checks = {}
-        self.peak_memory: dict[str, int] = {}
         self._tick, self._worker, self._concepts = tick, worker, list(concepts)
-        self._deaths, self._notice = Deaths(), WaitNotice(clock)
+        self._deaths, self._notice, self._metrics = Deaths(), WaitNotice(clock), Metrics(clock)
         self.pool = Pool(self._start_evaluator, self._evaluate, config.min_evaluators, self._deaths, clock)
         self._chain_actors: list[_ChainActor] = []
         self._issued: set[Unit] = set()
         self.failures = self._evaluations = 0
-        self._metrics = Metrics(clock)
 
     def drive(self) -> None:
         """Run until every chain has ended and the backlog is empty.
@@ -96,7 +94,7 @@ class Driver:
             self._begin()
             while self.pool.backlog or self._chain_actors:
                 most = self.layout.most_beside_chains if self._chain_actors else self.layout.most_evaluators
-                self.pool.scale(most, full=bool(self._chain_actors) and not self._short)
+                self.pool.scale(most, full=self.held_back)
                 self.pool.dispatch()
                 self._wait()
                 self.pool.requeue_stragglers()
@@ -134,8 +132,7 @@ class Driver:
     def _start_chain(self, concepts: list[str]) -> None:
         """Start a chain actor for `concepts`, unless there are none; it loads its model while the bases are found."""
         if concepts:
-            layout = self.layout
-            actor = self._actor(layout.chain, layout.chain_threads, False, layout.packed.chain)
+            actor = self._actor(self.layout.chain, self.layout.chain_threads, False, self.layout.packed.chain)
             self._chain_actors.append(_ChainActor(actor, concepts, actor.ready.remote()))
 
     def _enqueue(self, units: list[Unit]) -> None:
@@ -150,18 +147,18 @@ class Driver:
         return actor.evaluate.remote(unit, backlog.vectors(unit), backlog.base, backlog.failed(unit))
 
     @property
-    def _short(self) -> bool:
-        """Whether the backlog is short of units, so that the chains need not wait for the evaluators."""
+    def held_back(self) -> bool:
+        """Whether chains wait for the evaluators."""
         # Without an evaluator the chain must not wait: it may hold the resources that evaluators need.
-        return self.pool.backlog < max(_FULL_BACKLOG, 2 * len(self.pool)) or not self.pool.ready
+        at_work = bool(self._chain_actors and self.pool.ready)
+        return at_work and self.pool.backlog >= max(_FULL_BACKLOG, 2 * len(self.pool))
 
     def _chain_refs(self) -> dict[Any, _ChainActor]:
         """The references to wait for, with their chain actors; streams begin once their bases are known."""
         for chain in self._chain_actors:
             if chain.ref is None and all(self.backlogs[name].base is not None for name in chain.concepts):
                 chain.ref, chain.streaming = chain.actor.chains.options(**_STREAM).remote(chain.concepts), True
-        short = self._short
-        return {c.ref: c for c in self._chain_actors if c.ref is not None and (short or not c.streaming)}
+        return {c.ref: c for c in self._chain_actors if c.ref is not None and not (c.streaming and self.held_back)}
 
     def _wait(self) -> None:
         evaluators, chains = self.pool.refs(), self._chain_refs()
@@ -247,7 +244,7 @@ class Driver:
         backlog = self.backlogs[unit.concept]
         if unit.task is Task.BASE:
             raise UserError(f"a stage of finding the base of {unit.concept!r} ended its worker {ATTEMPTS} times")
-        rows = backlog.given_up(unit, self.run_id, ATTEMPTS)
+        rows = backlog.failures(unit, self.run_id, "its worker died or hung", ATTEMPTS)
         # Empty tables replace the rows that a share of a shorter chain left.
         empty = {name: schema.table(name, []) for name in EVALUATIONS[unit.evaluation].tables}
         self.run.commit(unit, empty | {"failures": schema.table("failures", rows)})

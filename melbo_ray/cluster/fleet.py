@@ -92,7 +92,8 @@ class Fleet:
                 if waiting and not ahead:
                     ahead.append(self._prepare(waiting.popleft()))
                 chains = any(member.chain_actors for member in self.members.values())
-                self.pool.scale(self.layout.most_beside_chains if chains else self.layout.most_evaluators)
+                most = self.layout.most_beside_chains if chains else self.layout.most_evaluators
+                self.pool.scale(most, full=any(member.held_back for member in self.members.values()))
                 self.pool.dispatch()
                 self._wait()
                 self._tick()

@@ -30,6 +30,11 @@ class Piece(Unit):  # ty: ignore[subclass-of-dataclass-with-order]
         """The unit as its run knows it."""
         return Unit(*dataclasses.astuple(self)[:-1])
 
+    @property
+    def study(self) -> str:
+        """As of `Unit`: runs share none."""
+        return f"{self.run_id} {self.concept}"
+
 
 class _Share:
     """The shared pool as one run sees it."""

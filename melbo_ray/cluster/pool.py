@@ -31,7 +31,7 @@ class _Evaluator:
 
     Attributes:
         since: when its current call began, or it became idle.
-        concept: concept of its newest unit, of which it holds what evaluations share.
+        study: study of its newest unit, of which it holds what evaluations share.
         asked: when it was last asked for its progress in the current call.
         answer: reference to the answer.
         progress: the answer before that.
@@ -42,7 +42,7 @@ class _Evaluator:
     since: float
     work: Unit | None = None
     ready: bool = False
-    concept: str = ""
+    study: str = ""
     asked: float | None = None
     answer: Any = None
     progress: int | None = None
@@ -134,10 +134,10 @@ class Pool:
                 self._stop(member)
 
     def dispatch(self) -> None:
-        """Assign queued units to idle evaluators, which go on with the concept that they were at."""
+        """Assign queued units to idle evaluators, which go on with the study that they were at."""
         for member in [m for m in self._members if m.ready and m.work is None][: len(self._queue)]:
-            member.work, member.since = self._queue.take(member.concept), self._clock()
-            member.concept, member.asked, member.answer, member.progress = member.work.concept, None, None, None
+            member.work, member.since = self._queue.take(member.study), self._clock()
+            member.study, member.asked, member.answer, member.progress = member.work.study, None, None, None
             member.ref = self._call(member.actor, member.work)
             self._busy += 1
 

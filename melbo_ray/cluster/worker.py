@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from melbo_ray.cluster.base_tables import base_tables
 from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError
@@ -31,7 +32,7 @@ from melbo_ray.runs.work_unit import Unit
 from melbo_ray.search import base_vectors
 from melbo_ray.search.chain import chains
 from melbo_ray.search.stages import Kept
-from melbo_ray.search.vectors import SteeringVector, base_tables, row, stored_vectors
+from melbo_ray.search.vectors import SteeringVector, row, stored_vectors
 
 _STUDIES = 2
 

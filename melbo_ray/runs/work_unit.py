@@ -82,6 +82,11 @@ class Unit:
         return int(self.kind.partition(_OF)[2] or 0)
 
     @property
+    def study(self) -> str:
+        """Name of what the unit's worker computes once and keeps for others: the concept."""
+        return self.concept
+
+    @property
     def name(self) -> str:
         """Name of the object that the unit is written to."""
         return f"units/{self.concept}/{self.evaluation}.{self.kind}.{self.first:06d}-{self.last:06d}.zip"

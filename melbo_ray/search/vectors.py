@@ -8,15 +8,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from melbo_ray.runs import schema
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.schema import Certificate
-from melbo_ray.search.base_vectors import Base
 
 
 @dataclass(frozen=True)
@@ -69,21 +66,6 @@ def row(run_id: str, kind: str, vector: BaseVector | SteeringVector) -> dict[str
     else:
         index, certificate = vector.index, {name: getattr(vector, name) for name in names}
     return {"run_id": run_id, "kind": kind, "index": index, "vector": vector.theta.numpy(), **certificate}
-
-
-def base_tables(run_id: str, found: Base) -> dict[str, pa.Table]:
-    """The rows of a base: itself, its `candidates`, the curve of its `radius`, and its statistics for `summary`."""
-    candidates = [{"run_id": run_id, "kind": "candidate"} | candidate.row() for candidate in found.candidates]
-    curve = zip(found.calibration.radii, found.calibration.nonlinearity, strict=True) if found.calibration else ()
-    drawn, facts = {"run_id": run_id, "kind": "random"}, {"run_id": run_id, "kind": "base", "index": 0}
-    radii = [drawn | {"index": i, "radius": r, "nonlinearity": share} for i, (r, share) in enumerate(curve)]
-    figures = {"radius": float(found.theta.norm()), **found.shares}
-    return {
-        "vectors": schema.table("vectors", [row(run_id, "base", BaseVector(found.theta))]),
-        "candidates": schema.table("candidates", candidates),
-        "radius": schema.table("radius", radii),
-        "summary": schema.table("summary", [facts | {"figure": k, "value": v} for k, v in figures.items()]),
-    }
 
 
 def stored_vectors(run: Run, concept: str) -> StoredVectors:

@@ -144,5 +144,5 @@ def test_a_pool_holds_no_more_for_more_units():
         place.pool.add(units(1000))
         place.run(20)
         (durations,) = place.pool._seconds.values()
-        assert (len(durations.recent), len(place.pool._queue), place.pool._queue._by_concept) == (20, 0, {})
+        assert (len(durations.recent), len(place.pool._queue), place.pool._queue._by_study) == (20, 0, {})
     assert len(place.done) == 3000
