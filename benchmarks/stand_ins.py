@@ -77,5 +77,5 @@ _CONTENTS: dict[str, dict[str, Any]] = {
         "NonNegativeFloat": float, "NonNegativeInt": int, "PositiveInt": int,
     },
     "pydantic_settings": {"BaseSettings": _Model, "SettingsConfigDict": dict},
-    "jaxtyping": dict.fromkeys(("Bool", "Float", "Int", "Shaped"), _Shaped),
+    "jaxtyping": dict.fromkeys(("Bool", "Float", "Float32", "Float64", "Int", "Shaped"), _Shaped),
 }  # fmt: skip

@@ -11,7 +11,6 @@ import math
 import struct
 from pathlib import Path
 
-import gguf
 import numpy as np
 from jaxtyping import Float
 
@@ -26,6 +25,8 @@ _FLOATS = {0: np.dtype("<f4"), 1: np.dtype("<f2")}
 
 def write_gguf(path: Path, layer: int, vector: Float[np.ndarray, " d_model"], model_type: str, about: str) -> None:
     """Write one direction with the hint keys of repeng (`controlvector.*`) and of dialz (`steeringvector.*`)."""
+    import gguf  # only where one is written: whoever reads vectors may lack it
+
     writer = gguf.GGUFWriter(path, "controlvector")
     writer.add_description(about)
     for architecture in _ARCHITECTURES:
