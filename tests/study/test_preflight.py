@@ -3,7 +3,7 @@ import pytest
 
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError
-from melbo_ray.evals.catalog import EVALUATIONS
+from melbo_ray.evals.catalog import resolve
 from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.run_store import Run
 from melbo_ray.study.preflight import check, defined, recheck, recorded
@@ -79,14 +79,14 @@ def test_a_prompt_of_one_token_leaves_melbo_nothing_and_is_refused(options):
 @pytest.mark.parametrize("asked", [{}, {"evals": ["all"]}])
 def test_the_manifest_names_every_evaluation_where_all_are_asked_for(options, tmp_path, asked):
     checked = check(Config(**options, **asked))
-    assert recorded(checked.config)["evals"] == list(EVALUATIONS)
+    assert recorded(checked.config)["evals"] == resolve(["all"])
     run = Run.open(f"{tmp_path}/runs/run")
     run.manifest()
     begun = recorded(checked.config) | {"evals": ["dose"]}
     run.write_manifest(Manifest(config=begun, definitions=defined(checked.concepts)))
     assert recheck(run.storage.url, {}).config.evals == ["dose"]
     assert recheck(run.storage.url, {"evals": "kl"}).config.evals == ["dose", "kl"]
-    assert sorted(recheck(run.storage.url, {"evals": "all"}).config.evals) == sorted(EVALUATIONS)
+    assert sorted(recheck(run.storage.url, {"evals": "all"}).config.evals) == sorted(resolve(["all"]))
 
 
 def end(run, begun):
