@@ -80,7 +80,7 @@ class Evaluation:
         of_every: for scope `vector`: run on every vector, regardless of the option `sample`.
         every_layer: for scope `vector`: it generates texts, so it runs all layers, not only those above the source.
         shares: for scope `whole`: what it is cut into.
-        why: whether it is of the group `WHY`; together they cost as much as all the others.
+        why: whether it is of the group `WHY`, which takes many passes a vector.
         passes: for scope `whole`: the number of vectors evaluated by each evaluation of scope `vector` as part of it,
             given the chain's length; None if the plan does not count it.
     """

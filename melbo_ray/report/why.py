@@ -1,6 +1,6 @@
 """Why orthogonal vectors do the same: what a run's measurements say of each hypothesis, with its null.
 
-A finding is computed from stored tables alone. Thresholds are fixed beforehand and stand in the functions; a
+A finding is computed from stored tables alone. Thresholds stand in the functions and follow no run; a
 measurement that is missing is named with its reason.
 """
 
