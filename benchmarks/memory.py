@@ -28,6 +28,7 @@ from melbo_ray.model.partial import reads_whole, sketch
 from melbo_ray.runs import schema
 from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.run_store import Run
+from melbo_ray.runs.schema import Certificate
 from melbo_ray.runs.work_unit import Unit
 from melbo_ray.search.vectors import BaseVector, SteeringVector, row
 
@@ -125,7 +126,8 @@ def work(role: str, packed: bool, folder: str, config: Config) -> int:
             pass
         for name in PER_VECTOR:
             worker.evaluate(Unit(concept.name, name, "chain", 1, 1), -base[None].numpy(), base.numpy(), {})
-        first = SteeringVector(0.0, 0.0, 0.0, 0.0, None, 0, "", 0.0, 0.0, 0, index=1, theta=-base)
+        figures: dict[str, Any] = dict.fromkeys(Certificate.__annotations__, 0) | {"stop_reason": ""}
+        first = SteeringVector(**figures, index=1, theta=-base)
         run.commit(Unit.vector(concept.name, 1), {"vectors": schema.table("vectors", [row("bench", "chain", first)])})
         worker.evaluate(Unit(concept.name, "shuffled", "shuffled", 1, 1), None, base.numpy(), {})
     return resident_peak()
