@@ -107,7 +107,16 @@ def installed(tmp_path_factory):
     venv.create(folder / "venv", with_pip=False)
     (wheel,) = folder.glob("*.whl")
     subprocess.run(
-        [*pip, "--python", str(folder / "venv/bin/python"), "install", "--no-deps", "--no-index", str(wheel)],
+        [
+            *pip,
+            "--python",
+            str(folder / "venv/bin/python"),
+            "install",
+            "--ignore-installed",
+            "--no-deps",
+            "--no-index",
+            str(wheel),
+        ],
         check=True,
     )
     # The dependencies, after the wheel: a .pth file in a folder that another .pth file names is not read.

@@ -1,5 +1,7 @@
 """Which nodes a layout waits for, and how it follows those that join later."""
 
+import time
+
 import pytest
 import ray
 from ray._private.worker import global_worker
@@ -119,6 +121,9 @@ def test_a_study_waits_for_the_nodes_of_its_roles_and_an_autoscaler_hears_of_it(
             assert not fixed
             wait_for_nodes(autoscaled, lines.append)
             layout = lay_out(config, 1, NO_DEMANDS, *resources())
+            deadline = time.monotonic() + 20  # what is free is told a little later than what there is
+            while "GPU" not in ray.available_resources() and time.monotonic() < deadline:
+                time.sleep(0.1)
             assert ray.available_resources()["GPU"] == 1
             head.add_node(num_cpus=4, num_gpus=3, labels={"role": "eval"})
             head.wait_for_nodes()

@@ -10,10 +10,10 @@ from melbo_ray.cli import exit_code
 from melbo_ray.cluster.worker import Worker
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError
-from melbo_ray.evals.catalog import EVALUATIONS
+from melbo_ray.evals.catalog import EVALUATIONS, resolve
 from melbo_ray.formats.sidecar import SUFFIX
 from melbo_ray.runs.run_store import Run
-from melbo_ray.runs.work_unit import WHOLE, Unit, count
+from melbo_ray.runs.work_unit import Unit, count
 from melbo_ray.search.vector_io import named_vectors
 from melbo_ray.search.vectors import stored_vectors
 from melbo_ray.study.export import export
@@ -80,14 +80,18 @@ def test_every_evaluation_takes_it(options):
     torch.save(vectors(), options["base"])
     run = import_run(Config(**options))
     checked = recheck(run.storage.url, {"evals": "all"})
-    assert checked.config.evals == list(EVALUATIONS)
+    assert checked.config.evals == resolve(["all"])
     worker = Worker(run.storage.url, "theirs", checked.config, checked.concepts, threads=1)
     worker.ready()
     stored = stored_vectors(run, "letters")
     base, rows = stored.base.theta.numpy(), torch.stack([vector.theta for vector in stored.chain]).numpy()
     for name, evaluation in EVALUATIONS.items():
-        unit = Unit("letters", name, WHOLE if evaluation.scope == "whole" else "chain", 1, 4)
-        assert worker.evaluate(unit, rows, base, {}).failures == 0, name
+        if evaluation.scope == "vector":
+            assert worker.evaluate(Unit("letters", name, "chain", 1, 4), rows, base, {}).failures == 0, name
+        for share in evaluation.shares:
+            for item in share.items(4):
+                unit = Unit("letters", name, share.kind(4), item, item)
+                assert worker.evaluate(unit, None, base, {}).failures == 0, unit
 
 
 def test_the_row_of_the_base_may_be_another(options):

@@ -42,7 +42,10 @@ def vector(theta, layer=LAYER, fingerprint=None):
 
 
 def hooks(net):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules()) + ("generate" in vars(net))
+    """Number of hooks, but for those that transformers leaves on a model whose layers' outputs it was asked for."""
+    found = [hook for m in net.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    ours = [hook for hook in found if not getattr(hook, "__module__", "").startswith("transformers")]
+    return len(ours) + ("generate" in vars(net))
 
 
 def logits(net, tokens, **arguments):

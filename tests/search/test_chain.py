@@ -298,5 +298,5 @@ def test_directions_that_will_not_do_are_refused_in_a_line(tmp_path, rows, said)
     with pytest.raises(UserError, match=said) as refusal:
         next(chain(a_slice(), directions(1)[0], Config(num_vectors=12, orthogonal_to=str(file), **EASY)))
     assert "\n" not in str(refusal.value)
-    with pytest.raises(UserError, match=r"`orthogonal_to` is 'x\.bin': expected a \.safetensors"):
+    with pytest.raises(UserError, match=r"`orthogonal_to` is 'x\.bin': expected a file of vectors"):
         next(chain(a_slice(), directions(1)[0], Config(num_vectors=1, orthogonal_to="x.bin", **EASY)))
