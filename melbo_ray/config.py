@@ -133,6 +133,9 @@ class BaseOptions(SeedOptions, AnswerOptions):
     """MELBO's p, exponent of the norm over token positions."""
     melbo_q: Positive = 2.0
     """MELBO's q, root of the sum over d_model."""
+    melbo_start: Literal["random", "power"] = "random"
+    """Start of MELBO's ascent: seeded random vectors, or the slice's leading singular vectors, its maxima at small
+    norm."""
     melbo_from: NonNegativeInt = 1
     """First token position in MELBO's norm; 0 includes the first position, which often is an attention sink."""
 

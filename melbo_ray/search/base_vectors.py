@@ -174,8 +174,9 @@ def maximise(
     """Maximise MELBO's objective; yields the number of steps and the candidates every five steps and at the end.
 
     The candidates are orthogonal vectors of norm R, each optimised in the complement of the earlier ones and of `taken`
-    (orthogonal, of norm R; may be empty). All start at seeded random vectors. A step follows the tangent part of the
-    gradient, normalised and with momentum; then Gram-Schmidt restores orthogonality and norm R.
+    (orthogonal, of norm R; may be empty). All start at seeded random vectors, or the first ones at the leading singular
+    vectors of the slice's Jacobian (`melbo_start`), where the objective at small norm is largest. A step follows the
+    tangent part of the gradient, normalised and with momentum; then Gram-Schmidt restores orthogonality and norm R.
 
     Raises:
         UserError: more candidates than d_model, or no token position left for the objective.
@@ -185,9 +186,12 @@ def maximise(
         raise UserError(f"{options.candidates} candidates cannot be orthogonal in d_model = {d_model}")
     if options.melbo_from >= slice.h_source.shape[1]:
         raise UserError(f"`melbo_from` {options.melbo_from}: the prompt has only {slice.h_source.shape[1]} tokens")
-    generator = torch.Generator().manual_seed(derive_seed(options.seed, concept, len(taken), "melbo"))
-    start = torch.cat([taken, torch.randn(options.candidates, d_model, generator=generator)])
-    theta = retract(start, radius)[len(taken) :]
+    if options.melbo_start == "power" and not len(taken):
+        start = once("start", lambda: power(slice, options.candidates, options.melbo_from, options.seed)[0])
+    else:
+        generator = torch.Generator().manual_seed(derive_seed(options.seed, concept, len(taken), "melbo"))
+        start = torch.randn(options.candidates, d_model, generator=generator)
+    theta = retract(torch.cat([taken, start]), radius)[len(taken) :]
     velocity, before = torch.zeros_like(theta), 0
     for step in [*range(_STAGE, options.melbo_steps, _STAGE), options.melbo_steps]:
         climb = partial(_climb, slice, options, radius, taken, theta, velocity, step - before)

@@ -166,7 +166,8 @@ def compare(manifest: Manifest, checked: Checked) -> None:
     Raises:
         UserError: the configurations differ; the message lists every difference.
     """
-    before, options = manifest.config, recorded(checked.config)
+    # An option that the run's release did not have yet is at its default, which does what was done without it.
+    before, options = recorded(Config()) | manifest.config, recorded(checked.config)
     found = max((outcome.vectors for outcome in manifest.concepts.values()), default=0)
     differences = [
         f"{name} was {_short(before.get(name))} and is {_short(options.get(name))}"
@@ -198,8 +199,8 @@ def defined(concepts: Sequence[Concept]) -> dict[str, dict[str, Any]]:
 
 def _check_base(config: Config, concepts: Sequence[str], d_model: int) -> None:
     """Raise if the base's vectors or pairs cannot be read, unless the run has stored all its bases already."""
-    if config.base == "power" and config.dtype not in ("float32", "auto"):
-        raise UserError(f"--base power takes differences over small steps: give --dtype float32, not {config.dtype}")
+    if "power" in (config.base, config.melbo_start) and config.dtype not in ("float32", "auto"):
+        raise UserError(f"power takes differences over small steps: give --dtype float32, not {config.dtype}")
     if config.base in COMPUTED:
         return
     try:

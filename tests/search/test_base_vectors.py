@@ -12,6 +12,7 @@ from melbo_ray.formats.reading import read_vectors
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.search.base_vectors import base_vector, contrast, maximise, objective, retract, tangent
 from melbo_ray.search.candidates import Candidate
+from melbo_ray.search.power import power
 from melbo_ray.search.written import Written
 from tests.families import D_MODEL, directions, plain_logits, tiny
 
@@ -88,6 +89,17 @@ def test_candidates_are_repeatable_and_depend_on_the_seed():
     one, same, other = (climbed(a_slice(), Config(seed=seed, melbo_steps=3, **OPTIONS)) for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+
+
+def test_the_ascent_may_start_at_the_leading_singular_vectors():
+    slice = a_slice()
+    leading, _ = power(slice, 5, 1)
+    along = {
+        start: (climbed(slice, Config(melbo_steps=1, melbo_start=start, **OPTIONS)) / 4 * leading).sum(-1).abs()
+        for start in ("power", "random")
+    }
+    assert (along["power"] > 0.99).all()
+    assert (along["random"] < 0.9).all()
 
 
 def test_candidates_are_judged_every_ten_steps_of_one_ascent():

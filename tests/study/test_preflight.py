@@ -6,7 +6,7 @@ from melbo_ray.errors import UserError
 from melbo_ray.evals.catalog import resolve
 from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.run_store import Run
-from melbo_ray.study.preflight import check, defined, recheck, recorded
+from melbo_ray.study.preflight import check, compare, defined, recheck, recorded
 from melbo_ray.study.runner import leased
 from tests.families import tiny
 
@@ -103,6 +103,15 @@ def test_the_manifest_names_every_evaluation_where_all_are_asked_for(options, tm
     assert recheck(run.storage.url, {}).config.evals == ["dose"]
     assert recheck(run.storage.url, {"evals": "kl"}).config.evals == ["dose", "kl"]
     assert sorted(recheck(run.storage.url, {"evals": "all"}).config.evals) == sorted(resolve(["all"]))
+
+
+def test_an_option_that_the_runs_release_did_not_have_counts_at_its_default(options):
+    checked = check(Config(**options))
+    begun = {name: value for name, value in recorded(checked.config).items() if name != "max_norm"}
+    run = Manifest(config=begun, definitions=defined(checked.concepts))
+    compare(run, checked)
+    with pytest.raises(UserError, match="max_norm was None and is 9"):
+        compare(run, check(Config(**options, max_norm=9.0)))
 
 
 def end(run, begun):
