@@ -1,4 +1,4 @@
-"""Servers of GCS's and Azure's protocols on the loopback, for tests: fake-gcs-server (PyPI) and Azurite (npm)."""
+"""Servers of GCS's and Azure's protocols on the loopback, for tests: fake-gcs-server (`[dev]`) and Azurite (npm)."""
 
 import base64
 import contextlib
