@@ -4,7 +4,7 @@
 # make bench    benchmarks, without Ray
 # make docs     the site, into site/
 # make lock     constraints.txt from pyproject.toml; what is pinned there stays, unless pyproject.toml asks for more
-# ARGS="..."    goes to the job: make run ARGS="--num-vectors 100 --concepts code,alien"
+# ARGS="..."    goes to the command: make run ARGS="--num-vectors 100 --concepts code,alien"
 
 PYTHON ?= python3
 VENV := .venv
