@@ -149,7 +149,8 @@ class ChainOptions(SeedOptions):
     num_vectors: PositiveInt = 24
     """Number of vectors to find per concept, at most d_model - 1."""
     orthogonal_to: str | None = None
-    """File of directions (.safetensors, .npy, .pt) to which the chain is orthogonal, besides the base."""
+    """Directions to which the chain is orthogonal, besides the base: a file of vectors, or `URL#concept/index`, as for
+    `base`."""
     block: PositiveInt = 1
     """Number of mutually orthogonal vectors optimised jointly: faster, with a higher loss (docs/benchmarks.md)."""
     solver: Literal["lbfgs", "adam"] = "lbfgs"

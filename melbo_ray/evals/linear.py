@@ -34,8 +34,7 @@ def run(study: Study, whole: Chain, share: str, items: Sequence[int]) -> Rows:
     vector is the best at the n-th norm found, up to the one that has no effect left; the null `random`, n − 1 random
     directions. All losses are relative to ‖a‖. `linear_loss` is the least at the norm of the n-th vector found,
     `linear_loss_at_radius` at R, `least_loss` at any norm; `solution_loss` and `kl_from_base` are what the solution at
-    the norm found has in the real model. Rows are those of at most 64 vectors,
-    spread evenly.
+    the norm found has in the real model. Rows are those of at most 64 vectors, spread evenly.
 
     Of the vector found (null for other kinds): `relative_loss`, and `found_linear_loss`, what it would be if z were
     linear; `first_order`, Jθ·a / ‖a‖², the part of a that it has to first order; `cos`, its cosine with the linear

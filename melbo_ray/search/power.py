@@ -1,7 +1,7 @@
 """The leading right singular vectors of the slice's Jacobian: the directions of largest effect at small norm.
 
-J = ∂ h_target / ∂ θ at θ = 0, with h_target at all positions from one on. At small norms MELBO's objective with
-p = q = 2 is ‖J θ‖, so these vectors are its maxima there.
+J = ∂ h_target / ∂ θ at θ = 0, with h_target at the positions that MELBO's norm runs over. At small norms MELBO's
+objective with p = q = 2 is ‖J θ‖, so these vectors are its maxima there.
 """
 
 import torch
@@ -36,7 +36,7 @@ def power(
     if first >= slice.h_source.shape[1]:
         raise UserError(f"`melbo_from` {first}: the prompt has only {slice.h_source.shape[1]} tokens")
     if slice.model.dtype != torch.float32:
-        raise UserError("the base power takes differences over small steps: give `dtype` float32")
+        raise UserError("power takes differences over small steps: give `dtype` float32")
     generator = torch.Generator().manual_seed(derive_seed(seed, "", 0, "power"))
     block, before = torch.randn(min(2 * count, d_model), d_model, generator=generator), torch.zeros(count)
     for _ in range(_MOST_ITERATIONS):

@@ -20,7 +20,6 @@ from torch import Tensor
 from melbo_ray.search.subspace import disentangle
 
 Vector = Float[Tensor, " d_model"]
-Block = Float[Tensor, "block d_model"]
 # What is sent is (loss, gradient) after a θ, and list[float] after figures.
 Solver = Generator[Tensor, Any, "Solution"]
 BlockSolver = Generator[Tensor, Any, "Solution"]
