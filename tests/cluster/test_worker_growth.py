@@ -8,6 +8,7 @@ import torch
 from melbo_ray.cluster.worker import Worker
 from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import Config
+from melbo_ray.evals.linear import best_at_norms
 from melbo_ray.host import progress
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.model.sampling import Request, generate
@@ -40,6 +41,13 @@ def test_every_pass_through_a_model_is_progress():
         (lambda: list(prompts.logits(theta[None])), 1),
         (lambda: generate(model, [Request(PROMPT, theta)], 1, max_new_tokens=6), 6),
         (lambda: list(chain(slice, theta, options)), 5),
+        (lambda: slice.z(theta[None]), 1),
+        (
+            lambda: best_at_norms(
+                torch.eye(len(theta)).double(), theta.double(), torch.zeros(0, len(theta)).double(), [1.0]
+            ),
+            1,
+        ),
     ):
         before = progress.passes
         work()
