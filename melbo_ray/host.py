@@ -12,7 +12,7 @@ class Progress:
     """What this process has done so far, for another thread to see that it is at work.
 
     Attributes:
-        passes: number of passes through a model that were begun.
+        passes: number of passes through a model, or of solutions of a large linear problem, that were begun.
     """
 
     passes: int = 0

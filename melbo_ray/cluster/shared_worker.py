@@ -48,13 +48,17 @@ class SharedWorker(Worker):
     def _worker(self, job: Job) -> Worker:
         worker = self._workers.pop(job.run_id, None)
         while len(self._workers) >= _KEPT:
-            self._workers.pop(next(iter(self._workers)))._studies.clear()
+            left = self._workers.pop(next(iter(self._workers)))
+            for kept in (left._studies, left._whole, left._searches):  # it may be this worker itself, which stays
+                kept.clear()
         if worker is None:
             worker = Worker(job.url, job.run_id, job.config, job.concepts, self.threads, self.whole, self.packed)
             worker.model = self.model
         self._workers[job.run_id] = worker
         if self._at != job.run_id:
             self._at = job.run_id
+            for other in self._workers.values():
+                other.rest()
             self._take_prompts(worker)
         return worker
 

@@ -225,11 +225,17 @@ class Worker:
         study = self._studies.pop(concept, None)
         while len(self._studies) >= _STUDIES:
             del self._studies[next(iter(self._studies))]
+        self.rest()
         if study is None or not np.array_equal(study.base.numpy(), base):
             theta = torch.from_numpy(base.copy())
             study = Study(self.model, self.config, self.concepts[concept], self.run_id, theta)
         self._studies[concept] = study
         return study
+
+    def rest(self) -> None:
+        """Keep of its studies only what fits beside another one at work."""
+        for study in self._studies.values():
+            study.rest()
 
     def _whole_chain(self, unit: Unit, study: Study) -> Chain:
         """The chain of the unit's concept, kept until a unit of another concept or of a longer chain comes."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import Config
 from melbo_ray.model.language_model import LanguageModel
+from melbo_ray.model.residual_slice import Slice
 from melbo_ray.model.steering import Prompts, encode
 from melbo_ray.runs import schema
 
@@ -85,6 +86,11 @@ class Study:
         if make not in self._made:
             self._made[make] = make(self)
         return self._made[make]
+
+    def rest(self) -> None:
+        """Drop the slices that `once` made: the packed weights of their recordings are as large as the layers."""
+        for make in [make for make, made in self._made.items() if isinstance(made, Slice)]:
+            del self._made[make]
 
     def row(self, kind: str, index: int, **columns: Any) -> dict[str, Any]:
         """One row of a table: its keys and `columns`."""

@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 from melbo_ray.evals.context import TRAINING, Chain, Row, Rows, Study, Vectors
 from melbo_ray.evals.control import more_directions
 from melbo_ray.evals.kl import next_token
+from melbo_ray.host import progress
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.model.steering import PASS_TOKENS
 
@@ -97,6 +98,7 @@ def best_at_norms(
 
     Golub-Kahan bidiagonalisation of J on the complement, started at a, with full reorthogonalisation.
     """
+    progress.passes += 1
     left, right, alphas, betas = [aim / aim.norm()], [], [], []
     for _ in range(min(_KRYLOV, len(aim) - len(taken))):
         v = jacobian.T @ left[-1]

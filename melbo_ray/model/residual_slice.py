@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from melbo_ray.errors import UserError
+from melbo_ray.host import progress
 from melbo_ray.model.architecture import chosen, stream, taken, together
 from melbo_ray.model.compiled_step import Recorded
 from melbo_ray.model.language_model import LanguageModel
@@ -100,6 +101,7 @@ class Slice:
 
     def _through(self, theta: Tensor, rows: Tensor | None) -> Tensor:
         """`h_target` in one pass."""
+        progress.passes += 1
         h = (self._of(self.h_source, theta, rows) + theta[:, None, :]).to(self.model.dtype)
         # Layers pass keys and values to later layers within one pass.
         made: dict[int, Any] = {}

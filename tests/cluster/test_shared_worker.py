@@ -1,5 +1,6 @@
 """One worker for several runs: each finds what a worker of its own finds, on weights that are loaded once."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -10,11 +11,13 @@ from melbo_ray.cluster.shared_worker import Job, SharedWorker
 from melbo_ray.cluster.worker import Worker
 from melbo_ray.concepts.loader import load_concept
 from melbo_ray.config import Config
+from melbo_ray.evals.linear import slice_of
 from melbo_ray.runs.manifest import Manifest, RenderedPrompt
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.work_unit import Unit
 from melbo_ray.search.vectors import stored_vectors
 from tests.cluster.tiny_study import rows
+from tests.families import directions
 
 
 @pytest.fixture
@@ -60,6 +63,9 @@ def test_few_runs_are_kept_on_one_model_and_each_keeps_its_prompts(job, monkeypa
     jobs = [job(name) for name in "abc"]
     shared = SharedWorker(jobs[0].url, "a", jobs[0].config, jobs[0].concepts, 1, True, None)
     shared.ready()
+    shared._whole["code"] = shared._searches["code"] = object()
+    study = shared._study("code", directions(1)[0].numpy())
+    slice = weakref.ref(study.once(slice_of))
     prompt = jobs[0].concepts[0].prompt
     text = "How is code, today?"
     tokens = shared.model.tokenizer(text, return_tensors="pt")["input_ids"][0].tolist()
@@ -68,8 +74,11 @@ def test_few_runs_are_kept_on_one_model_and_each_keeps_its_prompts(job, monkeypa
     manifest.manifest()
     manifest.write_manifest(Manifest(run_id="b", prompts_rendered=rendered))
     assert [shared.of_run(each, "_peak_memory")[0] for each in jobs] == [None, {"checks": "b"}, {"checks": "c"}]
+    assert slice() is None
     assert len(shared._workers) == shared_worker._KEPT
     assert [shared.of_run(each, "_peak_memory")[0] for each in jobs] == [None] * 3  # nobody is checked twice
     assert all(worker.model is shared.model for worker in shared._workers.values())
+    assert shared not in shared._workers.values()  # its place among them is lost, and with it what it kept of its run
+    assert (shared._studies, shared._whole, shared._searches) == ({}, {}, {})
     shared.of_run(jobs[1], "_peak_memory")
     assert torch.equal(shared.model.tokenize(prompt), torch.tensor(tokens))

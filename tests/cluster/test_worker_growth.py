@@ -8,6 +8,7 @@ import torch
 from melbo_ray.cluster.worker import Worker
 from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import Config
+from melbo_ray.evals.linear import best_at_norms, slice_of
 from melbo_ray.host import progress
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.model.sampling import Request, generate
@@ -31,6 +32,19 @@ def test_of_many_concepts_a_worker_keeps_the_studies_of_the_latest_two(tmp_path)
     assert list(worker._studies) == ["c8", "c7"]
 
 
+def test_only_the_study_at_work_keeps_slices_whose_recordings_hold_packed_weights(tmp_path):
+    concepts = [Concept(name=f"c{i}", prompt="How are you?", continuations=["def"], words=["def"]) for i in range(2)]
+    options = Config(source_layer=1, target_layer=3)
+    worker, base = Worker(str(tmp_path), "run", options, concepts, threads=1), directions(1)[0].numpy()
+    worker.model = tiny()
+    first = worker._study("c0", base)
+    slice, radius = weakref.ref(first.once(slice_of)), first.once(lambda study: [study.radius])
+    assert worker._study("c0", base).once(slice_of) is slice()
+    worker._study("c1", base)
+    assert slice() is None
+    assert radius in first._made.values()
+
+
 def test_every_pass_through_a_model_is_progress():
     model, theta = tiny(), directions(1)[0]
     prompts = Prompts(model, [PROMPT], 1)
@@ -40,6 +54,13 @@ def test_every_pass_through_a_model_is_progress():
         (lambda: list(prompts.logits(theta[None])), 1),
         (lambda: generate(model, [Request(PROMPT, theta)], 1, max_new_tokens=6), 6),
         (lambda: list(chain(slice, theta, options)), 5),
+        (lambda: slice.z(theta[None]), 1),
+        (
+            lambda: best_at_norms(
+                torch.eye(len(theta)).double(), theta.double(), torch.zeros(0, len(theta)).double(), [1.0]
+            ),
+            1,
+        ),
     ):
         before = progress.passes
         work()

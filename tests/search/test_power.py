@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from melbo_ray.errors import UserError
+from melbo_ray.host import progress
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.search import power as module
@@ -68,3 +69,11 @@ def test_what_it_cannot_do_is_refused_in_a_line():
     half = LanguageModel.wrap(copy.deepcopy(tiny().network).bfloat16(), tiny().tokenizer)
     with pytest.raises(UserError, match="float32"):
         power(Slice(half, [half.tokenize(PROMPT)], source=1, target=3), 2)
+
+
+def test_a_long_search_is_seen_to_be_at_work(monkeypatch):
+    # Else an evaluator in its one stage would be taken to hang.
+    slice, before = Slice(tiny(), [tiny().tokenize(PROMPT)], source=1, target=3), progress.passes
+    monkeypatch.setattr(module, "_MOST_ITERATIONS", 2)
+    power(slice, 2)
+    assert progress.passes - before >= 2
