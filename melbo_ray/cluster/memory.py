@@ -95,8 +95,9 @@ def _chain(model: LanguageModel, config: Config, concepts: Sequence[Concept], sh
 def _evaluator(model: LanguageModel, config: Config, concepts: Sequence[Concept], share: float) -> Demand:
     """An evaluator: the whole model, its products in decoding, and the larger of base search and texts with logits."""
     prompts = [_length(model, config, concept.prompt) for concept in concepts]
-    # Singular vectors are sought in a block of as many, each with both signs.
-    at_once = config.candidates * (2 if config.base == "power" else 1)
+    # Singular vectors are sought in a block of twice as many, each with both signs; a base has half as many.
+    rows = 2 if config.base == "power" else 4 if config.melbo_start == "power" else 1
+    at_once = config.candidates * rows
     ascending = max(*prompts, min(at_once * max(prompts), ASCENT_TOKENS))
     search = ascending * _kept(_slice(model, config), model) if config.base in ("melbo", "power") else 0
     head = model.network.get_output_embeddings()

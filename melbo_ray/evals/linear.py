@@ -21,6 +21,7 @@ from melbo_ray.evals.kl import next_token
 from melbo_ray.host import progress
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.model.steering import PASS_TOKENS
+from melbo_ray.search.base_vectors import ASCENT_TOKENS
 
 # Dimension of the Krylov space: the loss at a norm is within 1e-3 of the dense solution's (tests).
 _KRYLOV = 64
@@ -69,7 +70,7 @@ def slice_of(study: Study) -> Slice:
 def jacobian_and_aim(study: Study) -> tuple[Float64[Tensor, "d_model d_model"], Float64[Tensor, " d_model"]]:
     """J = ∂z/∂θ at θ = 0, row by row by backward passes, and a = z(θ₀) − z(0); float64 on the CPU."""
     slice_, z_from, d_model = study.once(slice_of), study.config.z_from, len(study.base)
-    size = max(1, PASS_TOKENS // int(slice_.lengths[0]))
+    size = max(1, ASCENT_TOKENS // int(slice_.lengths[0]))
     rows = []
     for outputs in torch.arange(d_model, device=study.model.device).split(size):
         theta = torch.zeros(len(outputs), d_model, device=study.model.device, requires_grad=True)

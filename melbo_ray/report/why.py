@@ -15,6 +15,8 @@ from melbo_ray.report.intervals import median_interval, share_interval
 from melbo_ray.runs.queries import EXAMPLES, Columns, select
 
 SUPPORTS, AGAINST, UNDECIDED, LEFT_OUT = "supports", "speaks against", "does not decide", "left out"
+# Exponents of fewer vectors are an anecdote.
+_FEWEST_EXPONENTS = 8
 
 
 @dataclass(frozen=True)
@@ -195,13 +197,14 @@ def _privileged(db: duckdb.DuckDBPyConnection, concept: str) -> tuple[str, str] 
         f"Mixed with a random direction the exponent is {np.median(chain):.2f} [{low:.2f}, {high:.2f}]; of two random "
         f"directions {np.median(null):.2f}.{beside}"
     )
+    if len(chain) < _FEWEST_EXPONENTS:
+        return f"{text} Only {len(chain)} vectors were measured.", UNDECIDED
     return text, SUPPORTS if low > max(2.0, float(np.median(null))) else AGAINST if high <= 2.0 else UNDECIDED
 
 
 def _natural(db: duckdb.DuckDBPyConnection, concept: str) -> tuple[str, str] | None:
-    rows = select(
-        db, f"SELECT p_value AS p FROM ({EXAMPLES['presence_p_values']}) WHERE concept = ? AND kind = 'chain'", concept
-    )
+    sql = f"SELECT p_value AS p FROM ({EXAMPLES['presence_p_values']}) WHERE concept = ? AND kind = 'chain'"
+    rows = select(db, f"{sql} AND texts = 'concept'", concept)
     natural = select(db, "SELECT kind, natural_share AS share FROM efficiency WHERE concept = ?", concept)
     chain, null = (natural["share"][natural["kind"] == kind] for kind in ("chain", "random"))
     if not len(rows["p"]):

@@ -83,7 +83,7 @@ class Planned:
         """Whether it has ended with these options."""
         if self.manifest is None or self.manifest.status != "finished":
             return False
-        before, now = self.manifest.config, recorded(self.checked.config)
+        before, now = recorded(Config()) | self.manifest.config, recorded(self.checked.config)
         return all(before.get(name) == value for name, value in now.items() if name not in _RESOURCES)
 
 

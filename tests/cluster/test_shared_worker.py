@@ -63,7 +63,8 @@ def test_few_runs_are_kept_on_one_model_and_each_keeps_its_prompts(job, monkeypa
     jobs = [job(name) for name in "abc"]
     shared = SharedWorker(jobs[0].url, "a", jobs[0].config, jobs[0].concepts, 1, True, None)
     shared.ready()
-    shared._whole["code"] = shared._searches["code"] = object()
+    kept: Any = object()
+    shared._whole["code"] = shared._searches["code"] = kept
     study = shared._study("code", directions(1)[0].numpy())
     slice = weakref.ref(study.once(slice_of))
     prompt = jobs[0].concepts[0].prompt

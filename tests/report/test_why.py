@@ -57,13 +57,13 @@ def test_attention_is_judged_by_what_is_left_without_it(tmp_path, left, verdict)
     )
 
 
-@pytest.mark.parametrize(("p", "verdict"), [(3.0, SUPPORTS), (1.5, AGAINST)])
-def test_privileged_directions_have_exponents_above_two_and_above_random_ones(tmp_path, p, verdict):
+@pytest.mark.parametrize(("p", "count", "verdict"), [(3.0, 8, SUPPORTS), (1.5, 8, AGAINST), (3.0, 7, UNDECIDED)])
+def test_privileged_directions_have_exponents_above_two_and_above_random_ones(tmp_path, p, count, verdict):
     run = write_study(tmp_path, num_vectors=3)
     rows = [
         {"kind": kind, "index": n, "partner": "random", "p": value}
         for kind, value in (("chain", p), ("random", 2.1))
-        for n in range(1, 6)
+        for n in range(1, count + 1)
     ]
     write_part(run, "privileged", "code", rows)
     assert found(run, "error correction").verdict == verdict
