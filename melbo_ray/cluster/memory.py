@@ -15,9 +15,9 @@ from melbo_ray.evals.catalog import resolve
 from melbo_ray.evals.dose import DOSES
 from melbo_ray.evals.generalization import LENGTH
 from melbo_ray.model.language_model import LanguageModel
+from melbo_ray.model.residual_slice import GRADIENT_TOKENS
 from melbo_ray.model.sampling import default_slots, slot_bytes, width
 from melbo_ray.model.steering import PASS_TOKENS, encode
-from melbo_ray.search.base_vectors import ASCENT_TOKENS
 
 # Resident memory of a process with torch, transformers and Ray before it loads weights.
 _PROCESS = 480 << 20
@@ -98,7 +98,7 @@ def _evaluator(model: LanguageModel, config: Config, concepts: Sequence[Concept]
     # Singular vectors are sought in a block of twice as many, each with both signs; a base has half as many.
     rows = 2 if config.base == "power" else 4 if config.melbo_start == "power" else 1
     at_once = config.candidates * rows
-    ascending = max(*prompts, min(at_once * max(prompts), ASCENT_TOKENS))
+    ascending = max(*prompts, min(at_once * max(prompts), GRADIENT_TOKENS))
     search = ascending * _kept(_slice(model, config), model) if config.base in ("melbo", "power") else 0
     head = model.network.get_output_embeddings()
     packed = _bytes(model.layers, products=True) + _bytes([head], products=True)

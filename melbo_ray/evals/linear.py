@@ -21,7 +21,6 @@ from melbo_ray.evals.kl import next_token
 from melbo_ray.host import progress
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.model.steering import PASS_TOKENS
-from melbo_ray.search.base_vectors import ASCENT_TOKENS
 
 # Dimension of the Krylov space: the loss at a norm is within 1e-3 of the dense solution's (tests).
 _KRYLOV = 64
@@ -70,9 +69,8 @@ def slice_of(study: Study) -> Slice:
 def jacobian_and_aim(study: Study) -> tuple[Float64[Tensor, "d_model d_model"], Float64[Tensor, " d_model"]]:
     """J = ∂z/∂θ at θ = 0, row by row by backward passes, and a = z(θ₀) − z(0); float64 on the CPU."""
     slice_, z_from, d_model = study.once(slice_of), study.config.z_from, len(study.base)
-    size = max(1, ASCENT_TOKENS // int(slice_.lengths[0]))
     rows = []
-    for outputs in torch.arange(d_model, device=study.model.device).split(size):
+    for outputs in torch.arange(d_model, device=study.model.device).split(slice_.rows_at_once):
         theta = torch.zeros(len(outputs), d_model, device=study.model.device, requires_grad=True)
         z = slice_.z(theta, z_from=z_from)
         (gradient,) = torch.autograd.grad(z.gather(1, outputs[:, None]).sum(), theta)

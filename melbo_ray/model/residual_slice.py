@@ -23,6 +23,8 @@ from melbo_ray.model.soundness import require_steerable, sound
 
 # Number of evaluations from which compiling the step pays off (on 2 cores: half a minute, for 6 ms less of 25).
 _WORTH_COMPILING = 10_000
+GRADIENT_TOKENS = 1024
+"""Maximum number of tokens per forward and backward pass through a slice, which bounds the memory of activations."""
 
 
 class _Captured(Exception):  # noqa: N818 - a signal, not an error
@@ -86,6 +88,11 @@ class Slice:
     def num_prompts(self) -> int:
         """Number of prompts."""
         return len(self.lengths)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of a pass of at most `GRADIENT_TOKENS` tokens; at least 1."""
+        return max(1, GRADIENT_TOKENS // self.h_source.shape[1])
 
     def h_target(
         self, theta: Float[Tensor, "batch d_model"], rows: Int[Tensor, " batch"] | None = None

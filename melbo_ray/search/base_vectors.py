@@ -33,8 +33,6 @@ _MOMENTUM = 0.7
 _ROUNDS, _LOOK = 3, 10
 # Steps of a stage; a divisor of `_LOOK`.
 _STAGE = 5
-ASCENT_TOKENS = 1024
-"""Tokens per forward and backward pass of the ascent."""
 
 
 @dataclass(frozen=True)
@@ -218,10 +216,9 @@ def _climb(
 
 
 def _ascent(slice: Slice, theta: Tensor, options: BaseOptions, unsteered: Tensor) -> Tensor:
-    """The gradient of every row's objective, in passes of at most `ASCENT_TOKENS` tokens to bound activation memory."""
-    size = max(1, ASCENT_TOKENS // slice.h_source.shape[1])
+    """The gradient of every row's objective."""
     gradients = []
-    for part in theta.detach().split(size):
+    for part in theta.detach().split(slice.rows_at_once):
         free = part.clone().requires_grad_()
         gradients += torch.autograd.grad(objective(slice, free, options, unsteered).sum(), free)
     return torch.cat(gradients)

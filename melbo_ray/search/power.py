@@ -16,7 +16,6 @@ from melbo_ray.seeds import derive_seed
 # in float32 by about 1e-6 over it.
 _STEP = 3e-3
 _MOST_ITERATIONS, _TOLERANCE = 40, 1e-3
-_PASS_TOKENS = 1024
 
 
 def power(
@@ -56,12 +55,12 @@ def power(
 
 def _squared(slice: Slice, block: Float[Tensor, "n d_model"], first: int) -> Float[Tensor, "n d_model"]:
     """JᵀJ v of each row v, on the CPU, as the central difference of the gradient of ½‖h_target(θ) − h_target(0)‖²."""
-    device, length = slice.model.device, slice.h_source.shape[1]
+    device = slice.model.device
     step = _STEP * float(slice.h_source.norm(dim=-1).median())
     with torch.no_grad():
         unsteered = slice.h_target(torch.zeros(1, block.shape[1], device=device))
     signed, gradients = torch.cat([block, -block]) * step, []
-    for rows in signed.split(max(1, _PASS_TOKENS // length)):
+    for rows in signed.split(slice.rows_at_once):
         theta = rows.to(device).requires_grad_()
         change = (slice.h_target(theta) - unsteered)[:, first:]
         gradients += torch.autograd.grad((change * change).sum() / 2, theta)

@@ -24,7 +24,6 @@ from melbo_ray.study.runner import new_manifest
 
 IMPORTED = "imported"
 """`stop_reason` of vectors that were not found here, and of their chain."""
-_PASS_TOKENS = 1024
 
 
 def import_run(config: Config) -> Run:
@@ -121,7 +120,7 @@ def certified(
     rows = torch.cat([torch.zeros(1, d_model), base[None], chain])
     starts = [z_from, *range(min(2, length))]
     means: list[Tensor] = []
-    for part in rows.split(max(1, _PASS_TOKENS // length)):
+    for part in rows.split(slice.rows_at_once):
         h = slice.h_target(part.to(slice.model.device))
         means.append(torch.stack([slice.mean(h, None, start) for start in starts], 1).cpu())
     z = torch.cat(means)

@@ -113,7 +113,7 @@ def test_candidates_are_judged_every_ten_steps_of_one_ascent():
 
 def test_an_ascent_in_small_passes_is_the_same(monkeypatch):
     whole = climbed(a_slice(), Config(melbo_steps=3, **OPTIONS))
-    monkeypatch.setattr("melbo_ray.search.base_vectors.ASCENT_TOKENS", 30)
+    monkeypatch.setattr("melbo_ray.model.residual_slice.GRADIENT_TOKENS", 30)
     torch.testing.assert_close(climbed(a_slice(), Config(melbo_steps=3, **OPTIONS)), whole, rtol=1e-4, atol=1e-4)
 
 
