@@ -109,7 +109,9 @@ def contrast(study: Study) -> Float[Tensor, " d_model"]:
     without sinks.
     """
     if study.concept.contrast:
-        return base_vectors.contrast(study.model, study.concept, study.config.source_layer, study.config.system_prompt)
+        return base_vectors.contrast(study.model, study.concept, study.config.source_layer, study.config.system_prompt)[
+            0
+        ]
     concept, neutral = next(iter(study.once(text_sets).values()))
     return concept.activations("dropped").mean(0) - neutral.activations("dropped").mean(0)
 

@@ -55,7 +55,7 @@ def _partners(study: Study, kind: str, index: int, unit: Float[Tensor, " d_model
         partners["base"] = study.base
     elif study.concept.contrast:
         config = study.config
-        direction = base_vectors.contrast(study.model, study.concept, config.source_layer, config.system_prompt)
+        direction = base_vectors.contrast(study.model, study.concept, config.source_layer, config.system_prompt)[0]
         partners["contrast"] = direction
     return {name: normalize(other - (other @ unit) * unit, dim=0) for name, other in partners.items()}
 

@@ -4,10 +4,11 @@ Source: Mack and Turner (2024), "Mechanistically eliciting latent behaviors in l
 fixed norm that maximise the change of the target layer's activations.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import inf
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -31,8 +32,12 @@ _MOMENTUM = 0.7
 # Few candidates show a given concept (none to four of 20 on Qwen2.5-Coder-0.5B), hence several rounds. Candidates are
 # judged every `_LOOK` steps of the ascent.
 _ROUNDS, _LOOK = 3, 10
+# Multiples of R at which vectors that were not sought by ascent are judged: at R itself few of them show the concept.
+_DOSES = (1.0, 2**0.5, 2.0, 2**1.5, 4.0)
 # Steps of a stage; a divisor of `_LOOK`.
 _STAGE = 5
+_Look = tuple[str, int | None, Tensor]
+"""What is done, the number of ascent steps if there are any, and the candidates."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +83,16 @@ def base_search(slice: Slice, concept: Concept, options: BaseOptions, once: Once
         yield f"R is {calibration.radius:.3g}"
     radius = calibration.radius if calibration else options.radius
     if given is None:
-        found, unsteered_shows = yield from _until_one_shows(slice, concept, options, float(radius), once)
+        found, unsteered_shows = yield from _ascended(slice, concept, options, float(radius), once)
     else:
-        norms = given.norm(dim=-1, keepdim=True)
+        norms = given.norm(dim=-1)
         if not (torch.isfinite(norms) & (norms > 0)).all():
             raise UserError(f"the base {options.base!r} has a vector of norm 0 or not finite: leave it out")
-        thetas = given if radius == "auto" else given / norms * radius
-        if wanted is not None and wanted < len(thetas) and names_vectors(options.base):
+        if wanted is not None and wanted < len(given) and names_vectors(options.base):
             # A foreign chain may have a thousand vectors, and judging each by its texts takes hours.
-            thetas, first = thetas[wanted : wanted + 1], wanted
-        found, unsteered_shows = yield from _judged(slice, concept, options, thetas, first, once)
+            given, first = given[wanted : wanted + 1], wanted
+        looks = _doses(given, radius, calibration is not None)
+        found, unsteered_shows = yield from _until_one_shows(slice, concept, options, looks, first, once)
     if wanted is not None and wanted >= first + len(found):
         raise UserError(f"base index {wanted} is out of range: there are {len(found)} candidates, from 0")
     ranked = rank(found, wanted, unsteered_shows)
@@ -99,43 +104,70 @@ def _given(slice: Slice, concept: Concept, options: BaseOptions) -> Float[Tensor
     """The vectors of a base that is not sought by ascent, at any norm."""
     model = slice.model
     if options.base == "contrast":
-        return contrast(model, concept, slice.source, options.system_prompt)[None]
+        return contrast(model, concept, slice.source, options.system_prompt)
     if options.base == "power":
         leading, _ = power(slice, -(-options.candidates // 2), options.melbo_from, options.seed)
         # A singular vector has no sign.
         return torch.stack([leading, -leading], 1).flatten(0, 1)
     if not names_vectors(options.base):
-        return pairs(model, options.base, slice.source, options.system_prompt)[None]
+        return pairs(model, options.base, slice.source, options.system_prompt)
     return named_vectors(options.base, model.d_model, slice.source)
 
 
-def _until_one_shows(
+def _doses(given: Float[Tensor, "n d_model"], radius: float | Literal["auto"], calibrated: bool) -> Iterator[_Look]:
+    """Vectors that were not sought by ascent: at rising multiples of a calibrated R, at a given R, or as they are."""
+    if radius == "auto":
+        yield "candidates at their own norms", None, given
+        return
+    units = given / given.norm(dim=-1, keepdim=True)
+    for norm in [dose * radius for dose in (_DOSES if calibrated else (1.0,))]:
+        yield f"candidates of norm {norm:.3g}", None, units * norm
+
+
+def _ascended(
     slice: Slice, concept: Concept, options: BaseOptions, radius: float, once: Once
 ) -> Stages[tuple[list[Candidate], bool]]:
-    """MELBO's candidates, judged during their ascent until a strong one shows the concept firmly.
-
-    A long ascent breaks some models before their candidates show the concept, and a short one has no effect on others.
-    Once a weak candidate shows the concept firmly, the ascent continues as long as the next check finds a stronger one.
-    At most `_ROUNDS` sets of candidates are optimised. Also returns whether the unsteered model shows the concept.
-    """
-    found, unsteered_shows, taken = [], False, torch.empty(0, slice.model.d_model)
+    """MELBO's candidates, of at most `_ROUNDS` sets: until one shows the concept firmly."""
+    found, unsteered_shows = [], False
     for number in range(_ROUNDS):
+        taken = (
+            torch.stack([c.theta for c in found if c.steps == options.melbo_steps])
+            if found
+            else torch.empty(0, slice.model.d_model)
+        )
         if found and len(taken) + options.candidates > slice.model.d_model:
             break
-        thetas, farthest = taken, -inf
-        for steps, thetas in maximise(slice, options, concept.name, radius, taken, once):
-            yield f"set {number + 1} of candidates: {steps} of at most {options.melbo_steps} steps"
-            if steps % _LOOK and steps != options.melbo_steps:
-                continue
-            judged, unsteered_shows = yield from _judged(slice, concept, options, thetas, len(found), once)
-            found += [replace(candidate, steps=steps) for candidate in judged]
-            far = max((candidate.unsteered_kl for candidate in judged if candidate.firm), default=-inf)
-            if any(candidate.firm and candidate.strong for candidate in judged) or far <= farthest > -inf:
-                return found, unsteered_shows
-            farthest = far
-        if farthest > -inf:
+        looks = (
+            (f"set {number + 1} of candidates: {steps} of at most {options.melbo_steps} steps", steps, thetas)
+            for steps, thetas in maximise(slice, options, concept.name, radius, taken, once)
+        )
+        judged, unsteered_shows = yield from _until_one_shows(slice, concept, options, looks, len(found), once)
+        found += judged
+        if any(candidate.firm for candidate in judged):
             break
-        taken = torch.cat([taken, thetas])
+    return found, unsteered_shows
+
+
+def _until_one_shows(
+    slice: Slice, concept: Concept, options: BaseOptions, looks: Iterable[_Look], first: int, once: Once
+) -> Stages[tuple[list[Candidate], bool]]:
+    """Judge candidates look by look until a strong one shows the concept firmly.
+
+    A long ascent or a large norm breaks some models before a candidate shows the concept, and a short or small one has
+    no effect on others. Once a weak candidate shows the concept firmly, the search continues as long as the next look
+    finds a stronger one. Also returns whether the unsteered model shows the concept.
+    """
+    found, unsteered_shows, farthest = [], False, -inf
+    for done, steps, thetas in looks:
+        yield done
+        if steps is not None and steps % _LOOK and steps != options.melbo_steps:
+            continue
+        judged, unsteered_shows = yield from _judged(slice, concept, options, thetas, first + len(found), once)
+        found += [replace(candidate, steps=steps) for candidate in judged]
+        far = max((candidate.unsteered_kl for candidate in judged if candidate.firm), default=-inf)
+        if any(candidate.firm and candidate.strong for candidate in judged) or far <= farthest > -inf:
+            break
+        farthest = far
     return found, unsteered_shows
 
 

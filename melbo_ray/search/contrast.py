@@ -16,10 +16,12 @@ from melbo_ray.model.steering import Prompts
 
 def contrast(
     model: LanguageModel, concept: Concept, source: int, system_prompt: str = "default"
-) -> Float[Tensor, " d_model"]:
+) -> Float[Tensor, "2 d_model"]:
     """The mean activation after layer `source` over the `contrast` prompts minus that over the `neutral` prompts.
 
-    A prompt's activation is the mean over its positions except the first, which often is an attention sink.
+    A prompt's activation is, in the first row, the mean over its positions except the first, which often is an
+    attention sink; in the second row, that of its last position, as in Arditi et al. (2024, "Refusal in language models
+    is mediated by a single direction"). Which of them shows a concept depends on model and concept.
 
     Raises:
         UserError: the concept has no contrast prompts, or a prompt has fewer than two tokens.
@@ -35,10 +37,10 @@ def contrast(
     return shown - neutral
 
 
-def pairs(model: LanguageModel, path: str, source: int, system_prompt: str = "default") -> Float[Tensor, " d_model"]:
+def pairs(model: LanguageModel, path: str, source: int, system_prompt: str = "default") -> Float[Tensor, "2 d_model"]:
     """The mean over pairs of the activation under the positive prompt minus that under the negative one.
 
-    A prompt's activation is as in `contrast`. `path` is as in `read_pairs`.
+    A prompt's activation is as in `contrast`, for each of the two rows. `path` is as in `read_pairs`.
 
     Raises:
         UserError: as `read_pairs`, or a prompt has fewer than two tokens.
@@ -79,10 +81,10 @@ def read_pairs(path: str) -> list[tuple[str, str]]:
 
 def _mean(
     model: LanguageModel, prompts: Sequence[str], source: int, system_prompt: str, what: str
-) -> Float[Tensor, " d_model"]:
+) -> Float[Tensor, "2 d_model"]:
     tokens = [model.tokenize(prompt, system_prompt) for prompt in prompts]
     if (short := min(zip(tokens, prompts, strict=True), key=lambda pair: len(pair[0])))[0].numel() < 2:
         raise UserError(f"{what} leaves out the first token, and the prompt {short[1]!r} has no other")
     stream = Prompts(model, tokens, source).h_source.float().cpu()
     rows = zip(stream, tokens, strict=True)
-    return torch.stack([row[1 : len(ids)].mean(0) for row, ids in rows]).mean(0)
+    return torch.stack([torch.stack([row[1 : len(ids)].mean(0), row[len(ids) - 1]]) for row, ids in rows]).mean(0)

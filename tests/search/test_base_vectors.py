@@ -13,7 +13,9 @@ from melbo_ray.model.residual_slice import Slice
 from melbo_ray.search.base_vectors import base_vector, contrast, maximise, objective, retract, tangent
 from melbo_ray.search.candidates import Candidate
 from melbo_ray.search.power import power
+from melbo_ray.search.radius import calibrate
 from melbo_ray.search.written import Written
+from melbo_ray.seeds import derive_seed
 from tests.families import D_MODEL, directions, plain_logits, tiny
 
 CONCEPT = Concept(
@@ -181,21 +183,41 @@ def test_a_weak_base_is_kept_when_the_next_look_has_no_stronger_one(monkeypatch)
     ]  # fmt: skip
 
 
-def test_contrast_is_the_difference_of_mean_activations_without_the_first_position():
+def test_contrast_is_the_difference_of_activations_over_all_positions_but_the_first_and_at_the_last():
     model = tiny()
 
     def mean(prompts):
         states = [
-            model.network(model.tokenize(p)[None], output_hidden_states=True).hidden_states[2][0] for p in prompts
+            model.network(model.tokenize(p)[None], output_hidden_states=True).hidden_states[2][0].detach().double()
+            for p in prompts
         ]
-        return np.mean([state[1:].detach().double().numpy().mean(0) for state in states], axis=0)
+        return np.mean([[state[1:].numpy().mean(0), state[-1].numpy()] for state in states], axis=0)
 
     expected = mean(CONCEPT.contrast) - mean(CONCEPT.neutral)
     np.testing.assert_allclose(contrast(model, CONCEPT, source=1).numpy(), expected, atol=1e-5)
     found = base_vector(a_slice(), CONCEPT, Config(base="contrast", **OPTIONS))
-    base, (only,) = found.theta, found.candidates
-    np.testing.assert_allclose(base.numpy(), expected / np.linalg.norm(expected) * 4, atol=1e-4)
-    assert only.radius == 4.0
+    units = expected / np.linalg.norm(expected, axis=-1, keepdims=True)
+    thetas = np.stack([candidate.theta.numpy() for candidate in found.candidates])
+    np.testing.assert_allclose(thetas, units * 4, atol=1e-4)  # at R = 4, which was given
+    assert any(np.array_equal(found.theta, theta) for theta in thetas)
+
+
+def test_a_contrast_is_judged_at_rising_norms_from_a_calibrated_radius_on(monkeypatch):
+    """At R itself a mean difference rarely shows the concept; twice and four times R break a sensitive model."""
+
+    def judged(slice, concept, config, thetas, first, once):
+        yield from ()
+        texts = [Written("a text", float(theta.norm()) > 1.9 * r, -1.0, 1.0) for theta in thetas]
+        return [
+            Candidate(first + i, theta, 1.0, float(theta.norm()), 0.0, 2.0, text, (text,))
+            for i, (theta, text) in enumerate(zip(thetas, texts, strict=True))
+        ], False
+
+    r = calibrate(a_slice(), derive_seed(0, CONCEPT.name, 0, "radius")).radius
+    monkeypatch.setattr("melbo_ray.search.base_vectors._judged", judged)
+    found = base_vector(a_slice(), CONCEPT, Config(base="contrast", **OPTIONS | {"radius": "auto"}))
+    np.testing.assert_allclose([c.radius / r for c in found.candidates], np.repeat([1, 2**0.5, 2], 2), rtol=1e-5)
+    np.testing.assert_allclose(found.theta.norm(), 2 * r, rtol=1e-5)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npy", ".pt"])
