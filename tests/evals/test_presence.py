@@ -66,7 +66,8 @@ def test_effect_size_is_the_distance_in_standard_deviations():
 def test_the_contrast_of_a_concept_with_contrast_prompts_is_melbos(study):
     prompts = study.concept.model_copy(update={"contrast": ["Write code.", "Print it in Python."]})
     other = dataclasses.replace(study, concept=prompts)
-    assert torch.equal(contrast(other), base_vectors.contrast(study.model, prompts, study.config.source_layer))
+    over_positions, _ = base_vectors.contrast(study.model, prompts, study.config.source_layer)
+    assert torch.equal(contrast(other), over_positions)
 
 
 def test_without_contrast_prompts_it_is_the_mean_difference_of_the_texts(study):
