@@ -118,7 +118,8 @@ class BaseOptions(SeedOptions, AnswerOptions):
     random vectors at the target layer departs from its linear part by three tenths, and keeps the norms of vectors from
     a file."""
     base: str = "melbo"
-    """Base vector: `melbo`; `contrast` (mean difference of concept and neutral prompts); `power` (leading right
+    """Base vector: `melbo`; `promotion` (gradient ascent on the log-probability of the concept's continuations);
+    `contrast` (mean differences of concept and neutral prompts); `power` (leading right
     singular vectors of the slice's Jacobian, with both signs); a .jsonl file of pairs of prompts, `positive` and
     `negative` (mean difference); a file of vectors (docs/formats.md); or `URL#concept/index`, a vector of another
     run."""

@@ -106,6 +106,15 @@ class Prompts:
         for part in self._parts(len(prompts), 0 if prefix is None else prefix.size):
             yield from self._chunk(theta.expand(len(part), -1), prompts[part], prefix)
 
+    def gradient(self, theta: Float[Tensor, " d_model"]) -> tuple[float, Float[Tensor, " d_model"]]:
+        """The mean log-probability per token of a single prompt's continuations under θ, nats, and its gradient."""
+        with torch.enable_grad():
+            free = theta.detach().to(self.model.device).requires_grad_()
+            (logits,) = self._chunk(free[None], torch.zeros(1, dtype=torch.long))
+            value = target_log_probs(logits, self.targets[0]).mean()
+            (gradient,) = torch.autograd.grad(value, free)
+        return value.item(), gradient.to(theta.device)
+
     def _parts(self, count: int, skipped: int = 0) -> Iterable[Tensor]:
         """The indices below `count`, split into one tensor per pass."""
         rows = max(map(len, self._rows.of))

@@ -21,6 +21,7 @@ from melbo_ray.model.residual_slice import Slice
 from melbo_ray.search.candidates import Candidate, judge, rank
 from melbo_ray.search.contrast import contrast, pairs
 from melbo_ray.search.power import power
+from melbo_ray.search.promotion import promote
 from melbo_ray.search.radius import Calibration, calibrate
 from melbo_ray.search.sink import target_shares
 from melbo_ray.search.stages import Once, Stages, compute, finish
@@ -75,15 +76,21 @@ def base_vector(slice: Slice, concept: Concept, options: BaseOptions) -> Base:
 
 def base_search(slice: Slice, concept: Concept, options: BaseOptions, once: Once = compute) -> Stages[Base]:
     """`base_vector` in stages; with the same `once` another call continues where this one was interrupted."""
-    given, first = None if options.base == "melbo" else _given(slice, concept, options), 0
+    sought = options.base in ("melbo", "promotion")
+    given, first = None if sought else _given(slice, concept, options), 0
     calibration, wanted = None, options.base_index
     if options.radius == "auto" and not names_vectors(options.base):
         seed = derive_seed(options.seed, concept.name, 0, "radius")
         calibration = Calibration(**once("radius", lambda: asdict(calibrate(slice, seed))))
         yield f"R is {calibration.radius:.3g}"
     radius = calibration.radius if calibration else options.radius
-    if given is None:
+    if options.base == "melbo":
         found, unsteered_shows = yield from _ascended(slice, concept, options, float(radius), once)
+    elif given is None:
+        norms = _norms(float(radius), calibration is not None)
+        thetas = promote(slice.model, slice.prompts[0], concept, slice.source, norms, once)
+        looks = ((f"promoted to norm {norm:.3g}", None, theta) for norm, theta in zip(norms, thetas, strict=True))
+        found, unsteered_shows = yield from _until_one_shows(slice, concept, options, looks, first, once)
     else:
         norms = given.norm(dim=-1)
         if not (torch.isfinite(norms) & (norms > 0)).all():
@@ -114,13 +121,18 @@ def _given(slice: Slice, concept: Concept, options: BaseOptions) -> Float[Tensor
     return named_vectors(options.base, model.d_model, slice.source)
 
 
+def _norms(radius: float, calibrated: bool) -> list[float]:
+    """The norms at which vectors that were not sought by MELBO's ascent are judged."""
+    return [dose * radius for dose in (_DOSES if calibrated else (1.0,))]
+
+
 def _doses(given: Float[Tensor, "n d_model"], radius: float | Literal["auto"], calibrated: bool) -> Iterator[_Look]:
     """Vectors that were not sought by ascent: at rising multiples of a calibrated R, at a given R, or as they are."""
     if radius == "auto":
         yield "candidates at their own norms", None, given
         return
     units = given / given.norm(dim=-1, keepdim=True)
-    for norm in [dose * radius for dose in (_DOSES if calibrated else (1.0,))]:
+    for norm in _norms(radius, calibrated):
         yield f"candidates of norm {norm:.3g}", None, units * norm
 
 

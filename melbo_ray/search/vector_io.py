@@ -11,7 +11,7 @@ from melbo_ray.formats.sidecar import Sidecar
 from melbo_ray.runs.run_store import Run
 from melbo_ray.search.vectors import stored_vectors
 
-COMPUTED = ("melbo", "contrast", "power")
+COMPUTED = ("melbo", "promotion", "contrast", "power")
 """The bases that are computed from the model and the concept alone."""
 PAIRS = ".jsonl"
 """Suffix of a file of pairs of prompts, from which a base is computed."""
