@@ -252,7 +252,7 @@ def test_a_file_of_vectors_cannot_run_code(tmp_path, capsys):
     ("make", "said"),
     [
         (lambda folder: str(folder / "none.npy"), "cannot read vectors"),
-        (lambda folder: "nonsense", "expected melbo, contrast, "),
+        (lambda folder: "nonsense", "expected melbo, promotion, contrast, "),
         (lambda folder: saved(folder, np.ones(D_MODEL + 1)), f"d_model is {D_MODEL}"),
         (lambda folder: saved(folder, np.ones((2, 2, D_MODEL))), "shape"),
         (lambda folder: saved(folder, np.zeros(D_MODEL)), "norm 0"),

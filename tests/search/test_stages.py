@@ -54,7 +54,9 @@ def kept(tmp_path, config):
     return Kept(partial(base_search, *search(config)), Storage(str(tmp_path)), "stages/letters")
 
 
-@pytest.mark.parametrize("options", [{}, {"radius": "auto"}, {"base": "contrast"}, {"base_index": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"radius": "auto"}, {"base": "contrast"}, {"base": "promotion"}, {"base_index": 2}]
+)
 def test_a_search_of_which_every_stage_has_a_worker_of_its_own_finds_the_same_to_the_bit(tmp_path, options):
     config = Config(**OPTIONS | options)
     told = []
