@@ -24,7 +24,7 @@ def test_the_gain_at_every_point_is_that_of_plain_transformers(study, chain):
     for kind, theta in (("chain", chain.theta[1]), ("random", null_of(study, 2, chain.norms[1]))):
         points = {("own", at): theta * at for at in POINTS} | {("base", 1.0): study.base}
         for (point, at), here in points.items():
-            (row,) = rows_of(rows, kind=kind, index=2, point=point, at=at)
+            (row,) = rows_of(rows, kind=kind, index=2, point=point, fraction=at)
             assert row["norm"] == pytest.approx(chain.norms[1], rel=1e-5)
             assert row["along"] == pytest.approx(part_along(study, here), abs=1e-4)
             assert row["gain"] == pytest.approx(slope(study, here, theta), abs=2e-3)
@@ -40,7 +40,7 @@ def test_the_sensitivity_is_the_gain_of_the_most_effective_direction(study, chai
 def test_at_0_it_is_the_first_order_of_the_jacobian(study, chain):
     jacobian, aim = jacobian_and_aim(study)
     rows = evaluate("gain", study, chain)["gain"]
-    for row in rows_of(rows, kind="chain", point="own", at=0.0):
+    for row in rows_of(rows, kind="chain", point="own", fraction=0.0):
         theta = chain.theta[row["index"] - 1].double()
         assert row["gain"] == pytest.approx(float(jacobian @ theta @ aim / (aim @ aim)), abs=1e-4)
         assert row["sensitivity"] == pytest.approx(float((jacobian.T @ aim).norm() / (aim @ aim)), rel=1e-3)
