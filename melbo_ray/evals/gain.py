@@ -20,9 +20,9 @@ POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 def run(study: Study, vectors: Vectors) -> Rows:
     """Write `gain`: a row per vector and point where the derivative is taken; beside a chain's rows those of the null.
 
-    `point` is `own` for the points tθ, t in `fraction`, and `base` for θ₀. `along` is s there, `gain` Jθ·a / ‖a‖² with
-    J there, and `sensitivity` ‖Jᵀa‖ / ‖a‖² (per residual-stream unit), what the most effective direction gains per unit:
-    by Bessel's inequality a linear map with this Jacobian has at most (sensitivity r / (1 − ℓ))² orthogonal vectors of
+    `point` is `own` for the points tθ, t in `fraction`, and `base` for θ₀. There `along` is s, `gain` Jθ·a / ‖a‖², and
+    `sensitivity` ‖Jᵀa‖ / ‖a‖² (per residual-stream unit), which the most effective direction gains per unit: by
+    Bessel's inequality a linear map with this Jacobian has at most (sensitivity r / (1 − ℓ))² orthogonal vectors of
     norm r and loss ℓ. The null, of kind `random`: a random direction of each vector's norm, orthogonal to the base.
     """
     rows = []
