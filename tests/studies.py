@@ -26,6 +26,8 @@ WRITTEN = {
     "summary",
     "composition",
     "linear",
+    "gain",
+    "curvature",
     "convergence",
     "mediation",
 }
@@ -166,6 +168,7 @@ def _rows(
         for name in {section.table for section in SECTIONS} - WRITTEN if row["kind"] in ("base", "chain") else ():
             rows[name].append(_ones(name) | row)
     figures = {"change_point": num_vectors // 2, "bessel_rms_component": 0.7, "jacobian_most_below_half": 5.0}
+    figures |= {"hessian_most_below_half": 30.0}
     for figure, value in figures.items():
         rows["summary"].append({"kind": "chain", "index": 0, "figure": figure, "value": value})
     for k in (k for k in (2, 3, 5, 10, 20) if k <= num_vectors):
@@ -193,6 +196,14 @@ def _add_why(rows: dict[str, list[dict[str, Any]]], row: dict[str, Any], num_vec
         rows["linear"].append(row | found | {"linear_loss": 0.35, "linear_loss_at_radius": 0.5})
     if chain:
         rows["linear"].append(row | {"kind": "linear", "linear_loss": 1 - 0.7 / n, "linear_loss_at_radius": 1.0})
+    if row["kind"] != "unsteered":
+        of_path = [("own", at, 2 * at if chain else 0.1) for at in (0.0, 0.25, 0.5, 0.75, 1.0)] + [("base", 1.0, 0.15)]
+        rows["gain"] += [
+            row | {"point": p, "fraction": at, "gain": gain, "sensitivity": 0.1} for p, at, gain in of_path
+        ]
+        rows["curvature"].append(row | _of_form(0.8, 0.6, 0.7) if chain else row | _of_form(0.1, 0.05, 0.5))
+    if chain:
+        rows["curvature"].append(row | {"kind": "quadratic"} | _of_form(0.6, 1.2 - n / num_vectors, 1.0))
     for layer in range(8, 13):
         axis, share = n % 4, (layer - 8) / 4 if chain else 0.0
         vector = [share + (1 - share) * (axis == i) if i == 0 else (1 - share) * (axis == i) for i in range(4)]
@@ -208,6 +219,10 @@ def _add_why(rows: dict[str, list[dict[str, Any]]], row: dict[str, Any], num_vec
             for name, share in lost.items()
             for rank in ((0,) if name == "none" else (1, 4))
         ]
+
+
+def _of_form(along: float, foretold: float, positive: float) -> dict[str, float]:
+    return {"along": along, "first_order": 0.05, "second_order": foretold - 0.05, "positive": positive}
 
 
 def _ones(name: str) -> dict[str, Any]:

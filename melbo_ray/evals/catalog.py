@@ -20,7 +20,7 @@ CONTROLS = ("base", "unsteered")
 FEW = 8
 """Number of random directions that `control` evaluates with the costlier evaluations."""
 MANY = 64
-"""Maximum number of vectors that `linear` compares with what a linear model allows."""
+"""Maximum number of vectors in the sample of the evaluations of a whole chain that ask why."""
 IN_PRESENCE = 200
 """Minimum number of random directions that `control` evaluates with `presence`; p = 0.05 needs at least 19."""
 SUBSETS = (2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
@@ -114,7 +114,8 @@ def _of_few(chain: int) -> list[int]:
     return [1 + place for place in evenly(chain, FEW)]
 
 
-def _of_many(chain: int) -> list[int]:
+def sampled(chain: int) -> list[int]:
+    """The indices of at most `MANY` vectors of a chain of this length, spread evenly."""
     return [1 + place for place in evenly(chain, MANY)]
 
 
@@ -152,9 +153,11 @@ _RESCALED = (Share("chain", _every, of_vectors=True, of_length=True),)
 _COMPOSITION = (Share("subsets", _of_subsets, of_length=True),)
 _SHUFFLED = (Share("shuffled", _of_shuffled, settled=SHUFFLED, in_turn=True),)
 _LINEAR = (
-    *(Share(name, _of_many, of_vectors=True, of_length=True) for name in ("chain", "linear", "random")),
+    *(Share(name, sampled, of_vectors=True, of_length=True) for name in ("chain", "linear", "random")),
     Share("spectrum", _once, of_length=True),
 )
+_INDEPENDENCE = (Share("chain", sampled, of_vectors=True, of_length=True),)
+_CURVATURE = (*_INDEPENDENCE, Share("spectrum", _once, of_length=True))
 _NULLS = ("kl", "generalization", "generations", "dose", "presence")
 
 EVALUATIONS = {
@@ -173,11 +176,13 @@ EVALUATIONS = {
         Evaluation("rescaled", ("kl",), WHOLE, shares=_RESCALED, passes=_of_rescaled),
         Evaluation("convergence", ("convergence",), why=True),
         Evaluation("mediation", ("mediation",), why=True),
-        Evaluation("independence", ("independence",), why=True),
+        Evaluation("independence", ("independence",), WHOLE, shares=_INDEPENDENCE, why=True),
         Evaluation("frozen", ("frozen",), why=True),
         Evaluation("efficiency", ("efficiency",), why=True),
         Evaluation("privileged", ("privileged",), why=True),
         Evaluation("linear", ("linear", "summary"), WHOLE, shares=_LINEAR, why=True),
+        Evaluation("gain", ("gain",), why=True),
+        Evaluation("curvature", ("curvature", "summary"), WHOLE, shares=_CURVATURE, why=True),
     )
 }
 PER_VECTOR = [name for name, evaluation in EVALUATIONS.items() if evaluation.scope == "vector"]

@@ -1,7 +1,8 @@
 """Convergence: from which layer on orthogonal vectors displace the residual stream in one direction.
 
 The displacement at a layer is what the vector changes there, h(θ) − h(0). Cosines with the base's displacement, and the
-displacements themselves, from which the participation ratio over n follows (`report.why_plots.participation`).
+displacements themselves, from which the participation ratio and the centred kernel alignment over n follow
+(`report.spread`).
 """
 
 import torch

@@ -5,41 +5,65 @@ independence": v and w are independent if ablating v at every layer leaves the p
 along the layers, as it is, and the reverse. Orthogonal vectors need not be independent.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from melbo_ray.evals.context import TRAINING, Rows, Study, Vectors
+from melbo_ray.evals.catalog import sampled
+from melbo_ray.evals.context import TRAINING, Chain, Rows, Study
 from melbo_ray.evals.convergence import layers_of, with_null
 from melbo_ray.model.streams import Streams
 
 _PROMPTS = 3
 
+Pair = tuple[Float[Tensor, "layers rows d_model"], Float[Tensor, " d_model"]]
+"""The stream without one direction of a pair, and the unit vector of the other."""
 
-def run(study: Study, vectors: Vectors) -> Rows:
-    """Write `independence`: two rows per vector, for its pair with the base; beside a chain's, those of the null.
 
-    `ablated` names the one of the pair that is projected out of every layer's output from the source on; the profile is
-    that of the other: its cosines with the unsteered stream at the last token of the training prompt and of the first
-    held-out ones, at the layers after the source. `change` is the rms change of the profile, `profile` its rms without
-    ablation. The null is a random direction in the vector's place. The zero vector and the base itself have no pair.
+def run(study: Study, whole: Chain, share: str, items: Sequence[int]) -> Rows:
+    """Write `independence`: for each of at most 64 vectors, spread evenly, its pairs with the base and its neighbours.
+
+    `ablated` names the one of a pair that is projected out of every layer's output from the source on: the `vector`, so
+    that the profile is the base's; or the `base`, the `previous` or the `next` vector of the sample, so that it is the
+    vector's. A profile is the cosines with the unsteered stream at the last token of the training prompt and of the
+    first held-out ones, at the layers after the source. `change` is its rms change, `profile` its rms without ablation.
+    The null, of kind `random`: a random direction in the place of the vector, or of its neighbour.
     """
-    if vectors.kind in ("base", "unsteered"):
-        return {"independence": []}
-    rows, base = [], normalize(study.base, dim=0)
-    for part in with_null(study, vectors):
-        for index, theta in zip(part.index, part.theta, strict=True):
-            unit = normalize(theta, dim=0)
-            if not theta.norm() > 0:
-                continue
-            pairs = {"vector": (study.once(_last_tokens), last_tokens(study, unit), base)}
-            pairs["base"] = study.once(_last_tokens), study.once(_without_base), unit
-            for ablated, (before, after, other) in pairs.items():
+    order = [n for n, norm in zip(whole.vectors.index, whole.vectors.norms, strict=True) if norm > 0]
+    order = [n for n in sampled(whole.length) if n in order]
+    before, rows = study.once(_last_tokens), []
+    for n in (n for n in items if n in order):
+        for kind, pairs in pairs_of(study, whole, order, n).items():
+            for ablated, (after, other) in pairs.items():
                 profiles = [normalize(h, dim=-1) @ other for h in (before, after)]
                 change, profile = (float(x.square().mean().sqrt()) for x in (profiles[1] - profiles[0], profiles[0]))
-                rows.append(study.row(part.kind, index, ablated=ablated, change=change, profile=profile))
+                rows.append(study.row(kind, n, ablated=ablated, change=change, profile=profile))
     return {"independence": rows}
+
+
+def pairs_of(study: Study, whole: Chain, order: Sequence[int], n: int) -> dict[str, dict[str, Pair]]:
+    """The pairs of vector n of the sample `order`, by kind and by what is ablated."""
+    place = order.index(n)
+    beside = {"previous": order[max(place - 1, 0) : place], "next": order[place + 1 : place + 2]}
+    parts = {part.kind: part for part in with_null(study, whole.vectors.at([n, *beside["previous"], *beside["next"]]))}
+
+    def unit(kind: str, of: int) -> Float[Tensor, " d_model"]:
+        return normalize(parts[kind].at([of]).theta[0], dim=0)
+
+    def without(kind: str, of: int) -> Tensor:
+        return whole.once(f"independence/{kind}/{of}", lambda: last_tokens(study, unit(kind, of)))
+
+    return {
+        kind: {
+            "vector": (without(kind, n), normalize(study.base, dim=0)),
+            "base": (study.once(_without_base), unit(kind, n)),
+            **{name: (without(kind, other), unit("chain", n)) for name, others in beside.items() for other in others},
+        }
+        for kind in parts
+    }
 
 
 def streams_of(study: Study) -> Streams:

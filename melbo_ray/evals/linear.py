@@ -75,8 +75,14 @@ def jacobian_and_aim(study: Study) -> tuple[Float64[Tensor, "d_model d_model"], 
         z = slice_.z(theta, z_from=z_from)
         (gradient,) = torch.autograd.grad(z.gather(1, outputs[:, None]).sum(), theta)
         rows.append(gradient.double().cpu())
-    unsteered, steered = z_of(study, torch.stack([torch.zeros_like(study.base), study.base]))
-    return torch.cat(rows), steered - unsteered
+    unsteered, base = study.once(ends)
+    return torch.cat(rows), base - unsteered
+
+
+def ends(study: Study) -> tuple[Float64[Tensor, " d_model"], Float64[Tensor, " d_model"]]:
+    """z(0) and z(θ₀), between which the base's displacement a lies; float64 on the CPU."""
+    unsteered, base = z_of(study, torch.stack([torch.zeros_like(study.base), study.base]))
+    return unsteered, base
 
 
 def spectrum(jacobian: Float64[Tensor, "d_model d_model"]) -> dict[str, float]:
@@ -204,13 +210,13 @@ def rows_beside(
 
 def real_losses(study: Study, thetas: Float[Tensor, "n d_model"]) -> list[float]:
     """‖z(θ) − z(θ₀)‖ / ‖z(0) − z(θ₀)‖ of each vector."""
-    unsteered, base = z_of(study, torch.stack([torch.zeros_like(study.base), study.base]))
+    unsteered, base = study.once(ends)
     return ((z_of(study, thetas) - base).norm(dim=-1) / (base - unsteered).norm()).tolist()
 
 
 def shares(study: Study, thetas: Float[Tensor, "n d_model"], factor: float) -> list[float]:
     """(z(factor θ) − z(0))·a / (z(θ) − z(0))·a of each vector, a = z(θ₀) − z(0)."""
-    unsteered, base = z_of(study, torch.stack([torch.zeros_like(study.base), study.base]))
+    unsteered, base = study.once(ends)
     scaled, whole = ((z_of(study, part) - unsteered) @ (base - unsteered) for part in (thetas * factor, thetas))
     return (scaled / whole).tolist()
 

@@ -16,56 +16,86 @@ from torch.nn.functional import normalize
 from melbo_ray.evals.context import Row, Rows, Study, Vectors
 from melbo_ray.evals.control import more_directions
 from melbo_ray.evals.convergence import with_null
-from melbo_ray.evals.linear import z_of
-from melbo_ray.search import base_vectors
+from melbo_ray.evals.efficiency import natural
+from melbo_ray.evals.linear import ends, z_of
+from melbo_ray.evals.presence import contrast
 from melbo_ray.seeds import derive_seed
 
-_ANGLES = (0, 45, 90)
 # The effect sought is half of the base's; norms up to 8 R are tried, in equal ratios.
 _EFFECT, _LEAST, _MOST, _GRID = 0.5, 0.25, 8.0, 9
 _EXPONENTS = torch.linspace(0.5, 8.0, 751, dtype=torch.float64)
+_COMPONENTS = 3
+_FIGURES = ("p", "norm_pure", "norm_partner", "norm_mixed")
+NO_CONTRAST = "the concept has no contrast prompts"
 
 
 def run(study: Study, vectors: Vectors) -> Rows:
-    """Write `privileged`: the exponent p of each vector mixed with a partner.
+    """Write `privileged`: the exponent p of each vector mixed with each of its partners.
 
-    `partner`: `base`, `random` (a seeded direction orthogonal to the vector), and for the base itself `contrast`, where
-    the concept has contrast prompts. The effect is ‖z(θ) − z(0)‖, sought at half of the base's. `norm_pure` and
-    `norm_partner` are a and b, `norm_mixed` the norm of the mixture at 45 degrees, from which p follows. Where a
-    direction does not reach the effect with norm 8 R, figures are null and `left_out` says so. Beside
-    a chain's rows stand those of random directions in the vectors' places, as the null.
+    `partner`: `random` (a seeded direction orthogonal to the vector), `base`, `contrast` (the mean difference of the
+    concept's contrast prompts), `component` (the first principal component of the unsteered stream after the source
+    layer on concept and neutral texts, sinks dropped). The effect is ‖z(θ) − z(0)‖, sought at half of the base's.
+    `norm_pure` and `norm_partner` are a and b, `norm_mixed` the norm of the mixture at 45 degrees, from which p
+    follows. Where a direction does not reach the effect with norm 8 R, figures are null and `left_out` says so.
+
+    Beside a chain's rows stand those of random directions in the vectors' places, as the null; beside the base's those
+    of directions that the model is known to use, with a random partner: kinds `contrast` and `component` (the first
+    three principal components, index from 1).
     """
     rows = []
-    for part in with_null(study, vectors):
-        for index, theta in zip(part.index, part.theta, strict=True):
-            if theta.norm() > 0:
-                pairs = _partners(study, part.kind, index, normalize(theta, dim=0))
-                rows += [
-                    study.row(part.kind, index, partner=name, **_fit(study, normalize(theta, dim=0), other))
-                    for name, other in pairs.items()
-                ]
+    for part in [*with_null(study, vectors), *(_references(study) if vectors.kind == "base" else ())]:
+        for index, unit in zip(part.index, normalize(part.theta, dim=-1), strict=True):
+            if unit.norm() > 0:
+                fits = fits_of(study, unit, _partners(study, part.kind, index, unit))
+                rows += [study.row(part.kind, index, partner=name, **fit) for name, fit in fits.items()]
+    if vectors.kind == "base" and not study.concept.contrast:
+        rows.append(study.row("base", 0, partner="contrast", **dict.fromkeys(_FIGURES), left_out=NO_CONTRAST))
     return {"privileged": rows}
+
+
+def known(study: Study) -> dict[str, Float[Tensor, " d_model"]]:
+    """The partners that are the same for every vector, by name."""
+    found = {"component": study.once(components)[0]}
+    return found | ({"contrast": study.once(contrast)} if study.concept.contrast else {})
+
+
+def components(study: Study) -> Float[Tensor, "components d_model"]:
+    """The leading principal components of the unit activations `efficiency.natural`, orthonormal rows."""
+    activations = study.once(natural).double()
+    return torch.linalg.svd(activations - activations.mean(0), full_matrices=False).Vh[:_COMPONENTS].float()
+
+
+def _references(study: Study) -> list[Vectors]:
+    found = study.once(components)
+    references = [Vectors("component", range(1, 1 + len(found)), found)]
+    return references + ([Vectors("contrast", [0], study.once(contrast)[None])] if study.concept.contrast else [])
 
 
 def _partners(study: Study, kind: str, index: int, unit: Float[Tensor, " d_model"]) -> dict[str, Tensor]:
     """The partners by name, orthogonal to the vector and of norm 1."""
     draw = more_directions(study, [derive_seed(study.config.seed, kind, index, "privileged") % 2**31]).theta[0]
     partners = {"random": draw}
-    if kind != "base":
+    if kind in ("chain", "random"):
         partners["base"] = study.base
-    elif study.concept.contrast:
-        config = study.config
-        direction = base_vectors.contrast(study.model, study.concept, config.source_layer, config.system_prompt)[0]
-        partners["contrast"] = direction
+    if kind in ("base", "chain", "random"):
+        partners |= study.once(known)
     return {name: normalize(other - (other @ unit) * unit, dim=0) for name, other in partners.items()}
 
 
-def _fit(study: Study, unit: Float[Tensor, " d_model"], other: Float[Tensor, " d_model"]) -> Row:
-    norms = dict(zip(_ANGLES, _norms(study, unit, other), strict=True))
-    row: Row = {"norm_pure": norms[0], "norm_partner": norms[90], "norm_mixed": norms[45], "p": None, "left_out": None}
-    if any(norm is None for norm in norms.values()):
-        return row | {"left_out": f"no norm up to {_MOST:g} R has half of the base's effect"}
-    return row | {"p": exponent({angle: float(norm or 0) for angle, norm in norms.items()})}
+def fits_of(
+    study: Study, unit: Float[Tensor, " d_model"], partners: dict[str, Float[Tensor, " d_model"]]
+) -> dict[str, Row]:
+    """The columns of a unit vector mixed with each partner, by its name."""
+    directions = [unit]
+    for other in partners.values():
+        directions += [normalize(unit + other, dim=0), other]
+    pure, *rest = _norms(study, torch.stack(directions))
+    fits = {}
+    for name, mixed, alone in zip(partners, rest[::2], rest[1::2], strict=True):
+        p = None if pure is None or mixed is None or alone is None else exponent({0: pure, 45: mixed, 90: alone})
+        left_out = f"no norm up to {_MOST:g} R has half of the base's effect" if p is None else None
+        fits[name] = dict(zip(_FIGURES, (p, pure, alone, mixed), strict=True)) | {"left_out": left_out}
+    return fits
 
 
 def exponent(norms: dict[float, float]) -> float:
@@ -79,13 +109,11 @@ def exponent(norms: dict[float, float]) -> float:
     return float(_EXPONENTS[errors.argmin()])
 
 
-def _norms(study: Study, unit: Float[Tensor, " d_model"], other: Float[Tensor, " d_model"]) -> list[float | None]:
-    """The smallest norm at each angle with the effect sought, by log-linear interpolation on the grid; None if none."""
+def _norms(study: Study, directions: Float[Tensor, "n d_model"]) -> list[float | None]:
+    """The smallest norm of each with the effect sought, by log-linear interpolation on the grid; None if none."""
     grid = torch.logspace(math.log10(_LEAST), math.log10(_MOST), _GRID) * study.radius
-    angles = torch.tensor(_ANGLES).deg2rad()
-    mixtures = angles.cos()[:, None] * unit + angles.sin()[:, None] * other
-    thetas = (mixtures[:, None] * grid[:, None]).flatten(0, 1)
-    effects = moved(study, thetas).view(len(angles), -1) / study.once(_goal)
+    thetas = (directions[:, None] * grid[:, None]).flatten(0, 1)
+    effects = moved(study, thetas).view(len(directions), -1) / study.once(_goal)
     return [_crossing(grid.log().tolist(), curve) for curve in effects.log().tolist()]
 
 
@@ -104,5 +132,4 @@ def _goal(study: Study) -> float:
 
 def moved(study: Study, thetas: Float[Tensor, "n d_model"]) -> Float[Tensor, " n"]:
     """‖z(θ) − z(0)‖ of each vector, residual-stream units."""
-    unsteered, *steered = z_of(study, torch.cat([torch.zeros_like(thetas[:1]), thetas]))
-    return (torch.stack(steered) - unsteered).norm(dim=-1).float()
+    return (z_of(study, thetas) - study.once(ends)[0]).norm(dim=-1).float()

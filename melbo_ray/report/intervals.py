@@ -1,7 +1,7 @@
-"""95 % confidence intervals of a median and of a share over vectors."""
+"""95 % confidence intervals of a median, of a share, and of a figure of all vectors together."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -36,3 +36,17 @@ def share_interval(hits: int, total: int) -> tuple[float, float]:
     middle = (share + weight / 2) / (1 + weight)
     half = _Z / (1 + weight) * math.sqrt(share * (1 - share) / total + weight / (4 * total))
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def jackknife_interval(figure: Callable[[np.ndarray], float], total: int) -> tuple[float, float]:
+    """The 95 % interval of a figure of all vectors, by the jackknife (Tukey 1958); NaN for fewer than three vectors.
+
+    `figure` takes the positions of the vectors that are kept. The bootstrap would not do where a vector drawn twice
+    resembles itself. It covers variation over vectors, not over prompts or models.
+    """
+    if total < 3:
+        return math.nan, math.nan
+    every = np.arange(total)
+    without = np.array([figure(np.delete(every, left_out)) for left_out in every])
+    half = _Z * math.sqrt((total - 1) * without.var())
+    return figure(every) - half, figure(every) + half

@@ -85,11 +85,27 @@ SECTIONS = (
         along_n=True,
     ),
     Section(
+        "gain", "Why: the gain along a vector", "gain", "gain", why_plots.draw_gain,
+        """How much of the base's displacement is gained per unit on the way from 0 to a vector (the derivative there,
+        along the base's displacement; median). The area under a line is what the vector has in the end. A linear
+        effect is level, a quadratic one rises from 0 in equal steps. The grey band: random directions of the same
+        norms.""",
+    ),
+    Section(
+        "curvature", "Why: what a quadratic form allows", "curvature", "curvature", why_plots.draw_curvature,
+        """The part of the base's displacement that the n-th vector has: found, and to second order (gradient and
+        Hessian at 0). 1 is the base's, 0 none. Beside it the eigenvectors of the Hessian, the n-th at the norm of the
+        n-th vector: by the form, and in the model. Where the two lines of eigenvectors are as high as the dots,
+        curvature explains the count. Dashed: random directions of the same norms.""",
+        along_n=True,
+    ),
+    Section(
         "convergence", "Why: convergence along the layers", "convergence", "convergence", why_plots.draw_convergence,
         """What the vectors change in the stream, from the source layer to the last: the median cosine of a vector's
         displacement with the base's (0 orthogonal, 1 the same direction), over the band of random directions of the
         same norms. Dashed: the participation ratio of all displacements as a share of their number: 1 if they are
-        orthogonal, near 0 if they are one direction.""",
+        orthogonal, near 0 if they are one direction. Dash-dotted: centred kernel alignment with the source, where 1
+        says that the vectors differ from their mean as they did there.""",
     ),
     Section(
         "mediation", "Why: the effect without a common direction", "mediation", "mediation", why_plots.draw_mediation,

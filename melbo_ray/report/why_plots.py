@@ -1,14 +1,12 @@
 """The figures of the section "Why"; each function returns None if its table has no rows of a chain."""
 
-import math
-
 import duckdb
 import numpy as np
 import plotly.graph_objects as go
-from jaxtyping import Float
 
 from melbo_ray.report.plots import AVERAGE, BASE, CHAIN, CONTRAST, CONTROL, _band, _curve, _figure
-from melbo_ray.report.why import lost_shares
+from melbo_ray.report.spread import participation
+from melbo_ray.report.why_streams import alignments, lost_shares
 from melbo_ray.runs.queries import select
 
 
@@ -43,7 +41,7 @@ def draw_convergence(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure |
     rows = select(
         db,
         """SELECT kind, position, layer, cos_base AS cos, vector FROM convergence WHERE concept = ?
-           AND kind IN ('chain', 'random') AND position <> 'first' AND isfinite(cos_base) ORDER BY layer""",
+           AND kind IN ('chain', 'random') AND position <> 'first' AND isfinite(cos_base) ORDER BY layer, index""",
         concept,
     )
     if not (rows["kind"] == "chain").any():
@@ -67,6 +65,10 @@ def draw_convergence(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure |
             for at in by_layer(kind, "last")
         ]
         _curve(fig, layers, np.array(shares), f"participation ratio / vectors, {kind}", colour, line_dash="dash")
+        if (rows["kind"] == kind).any():
+            last = {name: column[rows["position"] == "last"] for name, column in rows.items()}
+            kept, name = np.array(alignments(last, kind)), f"centred kernel alignment with the source, {kind}"
+            _curve(fig, layers, kept, name, colour, line_dash="longdashdot")
     return fig
 
 
@@ -89,8 +91,45 @@ def draw_mediation(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | N
     return fig
 
 
-def participation(vectors: Float[np.ndarray, "n d_model"]) -> float:
-    """Participation ratio (Σλ)² / Σλ² of the unit vectors' Gram matrix: 1 if all are parallel, n if orthogonal."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    units = (vectors / np.where(norms > 0, norms, 1))[norms[:, 0] > 0].astype(np.float64)
-    return float(len(units) ** 2 / np.square(units @ units.T).sum()) if len(units) else math.nan
+def draw_gain(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
+    """Median gain along a vector's own path by kind, over the band of random ones."""
+    rows = select(
+        db, "SELECT kind, fraction, gain FROM gain WHERE concept = ? AND point = 'own' AND isfinite(gain)", concept
+    )
+    points = np.unique(rows["fraction"])
+    of = {
+        kind: [rows["gain"][(rows["kind"] == kind) & (rows["fraction"] == at)] for at in points]
+        for kind in ("chain", "base", "random")
+    }
+    if not (rows["kind"] == "chain").any():
+        return None
+    fig = _figure("point on the way from 0 to the vector, as a share of its norm", "gain per unit")
+    if (rows["kind"] == "random").any():
+        ends = [np.quantile(gains, [0.025, 0.975]) for gains in of["random"]]
+        _band(fig, points, *np.transpose(ends), "random, 95 % of them")
+    for kind, colour in (("chain", CHAIN), ("base", BASE)):
+        if (rows["kind"] == kind).any():
+            _curve(fig, points, np.array([np.median(gains) for gains in of[kind]]), kind, colour, mode="lines+markers")
+    return fig
+
+
+def draw_curvature(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
+    """The part of the base's displacement against n: vectors found, eigenvectors by the form and in the model."""
+    rows = select(
+        db,
+        """SELECT kind, index AS n, along, first_order + second_order AS foretold FROM curvature
+           WHERE concept = ? AND isfinite(along) ORDER BY n""",
+        concept,
+    )
+    at = {kind: rows["kind"] == kind for kind in ("chain", "quadratic", "random")}
+    if not at["chain"].any():
+        return None
+    fig = _figure("n (position in the chain)", "part of the base's displacement")
+    n, here = rows["n"], at["chain"]
+    marker = {"color": CHAIN, "size": 7}
+    fig.add_scatter(x=n[here], y=rows["along"][here], mode="markers", name="found", marker=marker)
+    _curve(fig, n[here], rows["foretold"][here], "of the vectors found, to second order", AVERAGE)
+    _curve(fig, n[at["quadratic"]], rows["foretold"][at["quadratic"]], "eigenvectors, by the form", BASE)
+    _curve(fig, n[at["quadratic"]], rows["along"][at["quadratic"]], "eigenvectors, in the model", BASE, line_dash="dot")
+    _curve(fig, n[at["random"]], rows["along"][at["random"]], "random directions", CONTROL, line_dash="dash")
+    return fig

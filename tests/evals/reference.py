@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from scipy.special import log_softmax, rel_entr
 
-from tests.families import plain_logits
+from melbo_ray.evals.control import more_directions
+from tests.families import plain_hidden_states, plain_logits
 
 
 def log_probs(study, tokens, theta):
@@ -62,3 +63,38 @@ def concept_score(study, theta):
 def rows_of(table, **keys):
     """The rows of an Arrow table with these values, as dictionaries."""
     return [row for row in table.to_pylist() if all(row[name] == value for name, value in keys.items())]
+
+
+def streams(study, tokens, theta):
+    """The output of every layer, (layers, seq, d_model) float64."""
+    outputs, _ = plain_hidden_states(study.model, tokens, study.config.source_layer, theta)
+    return np.stack([output[0].double().numpy() for output in outputs])
+
+
+def cos(a, b):
+    return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+
+def profile(h, other):
+    return h @ other.numpy() / np.linalg.norm(h, axis=-1) / np.linalg.norm(other)
+
+
+def null_of(study, index, norm):
+    return more_directions(study, [index]).theta[0] * norm / study.radius
+
+
+def z_of(study, theta):
+    """z(θ), from transformers and a hook in float64."""
+    study.model.network.double()
+    try:
+        outputs, _ = plain_hidden_states(study.model, prompt_tokens(study), study.config.source_layer, theta.double())
+    finally:
+        study.model.network.float()
+    return outputs[study.config.target_layer][0][study.config.z_from :].mean(0).numpy()
+
+
+def part_along(study, theta):
+    """(z(θ) − z(0))·a / ‖a‖², a = z(θ₀) − z(0), from transformers and a hook in float64."""
+    unsteered = z_of(study, torch.zeros_like(study.base))
+    aim = z_of(study, study.base) - unsteered
+    return float((z_of(study, theta) - unsteered) @ aim / (aim @ aim))

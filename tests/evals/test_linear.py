@@ -11,20 +11,8 @@ from melbo_ray.evals import linear
 from melbo_ray.evals.linear import best_at_norms, jacobian_and_aim, spectrum
 from melbo_ray.evals.runner import evaluate
 from tests.evals import reference
-from tests.evals.reference import rows_of
-from tests.families import D_MODEL, plain_hidden_states
-
-
-def z_of(study, theta):
-    """z(θ), from transformers and a hook in float64."""
-    study.model.network.double()
-    try:
-        outputs, _ = plain_hidden_states(
-            study.model, reference.prompt_tokens(study), study.config.source_layer, theta.double()
-        )
-    finally:
-        study.model.network.float()
-    return outputs[study.config.target_layer][0][study.config.z_from :].mean(0).numpy()
+from tests.evals.reference import rows_of, z_of
+from tests.families import D_MODEL
 
 
 def dense(jacobian, aim, taken, norm):

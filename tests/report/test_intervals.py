@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from melbo_ray.report.intervals import median_interval, share_interval
+from melbo_ray.report.intervals import jackknife_interval, median_interval, share_interval
 
 
 def exact_median_interval(values):
@@ -44,3 +44,11 @@ def test_of_one_vector_or_none_nothing_is_known():
     assert np.isnan(median_interval([1.0])).all()
     assert np.isnan(median_interval([])).all()
     assert np.isnan(share_interval(0, 0)).all()
+
+
+def test_of_a_mean_the_jackknife_is_its_standard_error():
+    values = np.random.default_rng(0).normal(size=12)
+    half = stats.norm.ppf(0.975) * values.std(ddof=1) / np.sqrt(12)
+    expected = (values.mean() - half, values.mean() + half)
+    assert jackknife_interval(lambda kept: values[kept].mean(), 12) == pytest.approx(expected)
+    assert np.isnan(jackknife_interval(lambda kept: values[kept].mean(), 2)).all()

@@ -5,18 +5,19 @@ import html
 import numpy as np
 import pytest
 
+from melbo_ray.evals.catalog import EVALUATIONS
 from melbo_ray.report import page as report
-from melbo_ray.report import why, why_plots
-from melbo_ray.report.why import AGAINST, LEFT_OUT, SUPPORTS, UNDECIDED, Finding, conclusion, findings
-from melbo_ray.report.why_plots import participation
+from melbo_ray.report import why_plots, why_streams
+from melbo_ray.report.finding import AGAINST, LEFT_OUT, SUPPORTS, UNDECIDED, Finding
+from melbo_ray.report.why import conclusion, findings
 from melbo_ray.runs import queries
 from tests.studies import write_part, write_study
 
-NEW = ("linear", "convergence", "mediation", "frozen", "efficiency", "independence", "privileged")
+NEW = [name for name, evaluation in EVALUATIONS.items() if evaluation.why]
 
 
 def found(run, hypothesis):
-    (finding,) = [f for f in findings(queries.connect(str(run)), "code") if hypothesis in f.hypothesis]
+    (finding,) = [f for f in findings(queries.connect(str(run)), "code") if f.hypothesis.endswith(hypothesis)]
     return finding
 
 
@@ -32,17 +33,18 @@ def frozen(left):
 
 def test_the_verdicts_of_the_figures_that_a_study_has(tmp_path):
     run = write_study(tmp_path, num_vectors=12)
-    assert found(run, "linear map").verdict == AGAINST
-    told = found(run, "linear map").measured
+    assert found(run, "high rank allows as many").verdict == AGAINST
+    told = found(run, "high rank allows as many").measured
     assert "About 12 vectors found have a loss below 0.5" in told
     assert "has about 1 at these norms, and none can have more than 5" in told
     assert "have 10% of the base's effect; half of their norm has 20% of theirs" in told
     assert "differs from theirs by only 0.05" in told
     assert found(run, "one thing downstream").verdict == SUPPORTS
+    assert "alignment there with the source is 0.00 [0.00, 0.00], of random" in found(run, "downstream").measured
     assert "0.00 at layer 8, 0.90 [0.90, 0.90] at layer 12" in found(run, "one thing downstream").measured
-    assert found(run, "few directions").verdict == SUPPORTS
-    assert "at layer 12 they lose 60% of their effect" in found(run, "few directions").measured
-    assert "or random ones, 10%" in found(run, "few directions").measured
+    assert found(run, "few directions in common").verdict == SUPPORTS
+    assert "at layer 12 they lose 60% of their effect" in found(run, "few directions in common").measured
+    assert "or random ones, 10%" in found(run, "few directions in common").measured
 
 
 @pytest.mark.parametrize(("left", "verdict"), [(0.8, AGAINST), (0.2, SUPPORTS)])
@@ -66,19 +68,98 @@ def test_privileged_directions_have_exponents_above_two_and_above_random_ones(tm
         for n in range(1, count + 1)
     ]
     write_part(run, "privileged", "code", rows)
-    assert found(run, "error correction").verdict == verdict
+    assert found(run, "error correction of their own").verdict == verdict
 
 
 @pytest.mark.parametrize(("change", "verdict"), [(0.3, AGAINST), (0.01, SUPPORTS)])
-def test_dependent_vectors_change_the_bases_profile_more_than_random_ones(tmp_path, change, verdict):
+@pytest.mark.parametrize(
+    ("ablated", "of"), [("vector", "base's"), ("next", "neighbours'"), ("previous", "neighbours'")]
+)
+def test_dependent_vectors_change_profiles_more_than_random_ones(tmp_path, ablated, of, change, verdict):
     run = write_study(tmp_path, num_vectors=3)
     rows = [
-        {"kind": kind, "index": n, "ablated": "vector", "change": value + n / 1e4}
+        {"kind": kind, "index": n, "ablated": ablated, "change": value + n / 1e4}
         for kind, value in (("chain", change), ("random", 0.1))
         for n in range(1, 6)
     ]
     write_part(run, "independence", "code", rows)
-    assert found(run, "independent").verdict == verdict
+    verdicts = {whose: found(run, f"independent of the {whose}").verdict for whose in ("base's",)}
+    verdicts |= {"neighbours'": found(run, "independent of its neighbours'").verdict}
+    assert verdicts == {name: verdict if name == of else LEFT_OUT for name in verdicts}
+
+
+@pytest.mark.parametrize(("gain", "most", "verdict"), [(0.6, 4, SUPPORTS), (0.1, 1, AGAINST), (0.1, 4, UNDECIDED)])
+def test_about_another_point_it_is_linear_if_the_jacobian_there_has_the_effect(tmp_path, gain, most, verdict):
+    """Five vectors of norm 2 were found: the bound (2 sensitivity r)² is below that or above."""
+    run = write_study(tmp_path, num_vectors=5, without=["gain", "vectors"])
+    found_ones = [{"kind": "chain", "index": n, "norm": 2.0, "relative_loss": 0.4} for n in range(1, 6)]
+    write_part(run, "vectors", "code", found_ones)
+    rows = [
+        {"kind": kind, "index": n, "point": point, "fraction": 1.0, "gain": value, "sensitivity": most**0.5 / 2}
+        for kind, value in (("chain", gain), ("random", 0.02))
+        for n in range(1, 6)
+        for point in ("own", "base")
+    ]
+    write_part(run, "gain", "code", rows)
+    assert found(run, "another point").verdict == verdict
+    told = found(run, "another point").measured
+    assert f"have {gain:.0%} [{gain:.0%}, {gain:.0%}] of its effect" in told
+    assert "random directions about the base 2%" in told
+    assert f"at most {4 * most:.0f} orthogonal vectors" in told
+    assert "found are 5." in told
+
+
+def form(along, of_form, eigenvectors, count=8):
+    """Vectors with a part `along` of the base's displacement, and `of_form` to second order; as many eigenvectors."""
+    return [
+        {"kind": kind, "index": n, "along": has, "first_order": 0.0, "second_order": of_form_, "positive": 0.5}
+        for kind, has, of_form_ in (("chain", along, of_form), ("quadratic", 0.4, eigenvectors), ("random", 0.1, 0.0))
+        for n in range(1, count + 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "most", "verdict"),
+    [
+        (form(0.8, 0.7, 0.9), 30, SUPPORTS),
+        (form(0.8, 0.7, 0.9), 7, AGAINST),  # more were found than the form allows
+        (form(0.8, 0.1, 0.9), 30, AGAINST),  # the vectors found have their effect by other terms
+        (form(0.8, 0.7, 0.3), 30, UNDECIDED),  # no eigenvector has half of the effect
+    ],
+)
+def test_a_quadratic_form_explains_the_count_if_it_has_as_many_and_theirs_is_the_effect(tmp_path, rows, most, verdict):
+    run = write_study(tmp_path, num_vectors=8, without=["curvature", "summary"])
+    write_part(run, "curvature", "code", rows)
+    facts = {"kind": "chain", "index": 0, "figure": "hessian_most_below_half", "value": most}
+    write_part(run, "summary", "code", [facts])
+    assert found(run, "quadratic form allows as many").verdict == verdict
+    assert (
+        "About 8 vectors found have half of the base's displacement"
+        in found(run, "quadratic form allows as many").measured
+    )
+
+
+def test_exponents_are_told_with_every_partner_and_of_directions_known_to_be_used(tmp_path):
+    run = write_study(tmp_path, num_vectors=3)
+    of = {
+        ("chain", "random"): 2.2, ("chain", "base"): 1.1, ("chain", "component"): 2.4, ("random", "random"): 2.0,
+        ("component", "random"): 3.0,
+    }  # fmt: skip
+    rows = [{"kind": kind, "index": n, "partner": partner, "p": p} for (kind, partner), p in of.items() for n in (1, 2)]
+    none = {"kind": "base", "index": 0, "partner": "contrast", "left_out": "the concept has no contrast prompts"}
+    write_part(run, "privileged", "code", [*rows, none])
+    told = found(run, "error correction of their own").measured
+    assert "Mixed with the base 1.10, the leading principal components 2.40 (1 is one effect, 2 are two)." in told
+    assert "With a random direction the leading principal components 3.00." in told
+    assert "No mean difference: the concept has no contrast prompts." in told
+
+
+def test_an_evaluation_that_failed_says_what_went_wrong(tmp_path):
+    run = write_study(tmp_path, num_vectors=3, without=["curvature"])
+    error = "NotImplementedError: derivative for this attention is not implemented"
+    failure = {"kind": "chain", "index": 1, "evaluation": "curvature", "error": error, "attempts": 1}
+    write_part(run, "failures", "code", [failure])
+    assert found(run, "quadratic form allows as many").measured == f"not measured: {error}"
 
 
 def test_what_was_not_measured_is_named_with_its_reason_and_nothing_fails(tmp_path):
@@ -87,7 +168,7 @@ def test_what_was_not_measured_is_named_with_its_reason_and_nothing_fails(tmp_pa
     write_part(run, "frozen", "code", [{"kind": "chain", "index": 1, "attention": "free", "left_out": reason}])
     assert {f.verdict for f in findings(queries.connect(str(run)), "code")} == {LEFT_OUT}
     assert found(run, "moving attention").measured == f"not measured: {reason}"
-    assert found(run, "linear map").measured == "not measured: the chain has fewer than two vectors"
+    assert found(run, "high rank allows as many").measured == "not measured: the chain has fewer than two vectors"
     report.render(str(run))
     page = (run / "report.html").read_text()
     assert "Nothing that decides between the hypotheses has been measured." in page
@@ -95,7 +176,7 @@ def test_what_was_not_measured_is_named_with_its_reason_and_nothing_fails(tmp_pa
 
 def test_a_longer_chain_is_told_which_evaluation_to_add(tmp_path):
     run = write_study(tmp_path, num_vectors=3, without=["linear"])
-    assert found(run, "linear map").measured == "not measured: add --evals linear"
+    assert found(run, "high rank allows as many").measured == "not measured: add --evals linear"
 
 
 def test_the_page_has_every_finding_and_a_sentence_in_the_end(tmp_path):
@@ -121,15 +202,6 @@ def test_the_conclusion_counts():
     assert conclusion(told) == "Of 3 hypotheses measured, 1 are supported (a) and 1 contradicted (b)."
 
 
-def test_the_participation_ratio_is_that_of_the_eigenvalues():
-    draws = np.random.default_rng(0).normal(size=(7, 20)) + 2
-    units = draws / np.linalg.norm(draws, axis=1, keepdims=True)
-    eigen = np.linalg.eigvalsh(units @ units.T)
-    assert participation(draws) == pytest.approx(eigen.sum() ** 2 / (eigen**2).sum())
-    assert participation(np.eye(5)) == pytest.approx(5)
-    assert participation(np.ones((5, 3))) == pytest.approx(1)
-
-
 def test_the_figures_are_of_the_tables(tmp_path):
     db = queries.connect(str(write_study(tmp_path, num_vectors=8)))
     lines = {trace.name: trace for trace in why_plots.draw_linear(db, "code").data}
@@ -139,7 +211,16 @@ def test_the_figures_are_of_the_tables(tmp_path):
     assert lines["cosine, last position"].y == pytest.approx(0.9 * np.arange(5) / 4)
     ratios = lines["participation ratio / vectors, chain"].y
     assert (ratios[0], ratios[-1]) == pytest.approx((4 / 8, 1 / 8))
+    kept = lines["centred kernel alignment with the source, chain"].y
+    assert kept[0] == pytest.approx(1)
+    assert lines["centred kernel alignment with the source, random"].y == pytest.approx(np.ones(5))
+    lines = {trace.name: trace for trace in why_plots.draw_gain(db, "code").data}
+    assert lines["chain"].y == pytest.approx([0, 0.5, 1, 1.5, 2])
+    lines = {trace.name: trace for trace in why_plots.draw_curvature(db, "code").data}
+    assert lines["eigenvectors, by the form"].y == pytest.approx([1.2 - n / 8 for n in range(1, 9)])
+    assert lines["eigenvectors, in the model"].y == pytest.approx([0.6] * 8)
+    assert lines["found"].y == pytest.approx([0.8] * 8)
     lines = {trace.name: trace for trace in why_plots.draw_mediation(db, "code").data}
     assert lines["the base's, rank 4"].y == pytest.approx([0.3, 0.6])
     assert lines["a random vector's, rank 1"].y == pytest.approx([0.1, 0.1])
-    assert why.lost_shares(db, "code")["lost"].max() == pytest.approx(0.6)
+    assert why_streams.lost_shares(db, "code")["lost"].max() == pytest.approx(0.6)

@@ -1,0 +1,119 @@
+"""The quadratic null chain: how far the second derivative at 0 would get, vector by vector, without optimising.
+
+To second order the part of the base's displacement that θ has (`gain`) is s(θ) ≈ g·θ + ½ θᵀHθ, with g = ∇s and
+H = ∇²s at 0. A linear form has one direction that matters; a quadratic form has as many as H has large positive
+eigenvalues, all of them orthogonal. The quadratic chain takes the eigenvectors one after the other, the largest first,
+each at the norm of the n-th vector found. Where as many of them have half of the effect as vectors found, curvature
+explains the count.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from melbo_ray.evals.context import Chain, Row, Rows, Study, Vectors
+from melbo_ray.evals.convergence import with_null
+from melbo_ray.evals.gain import along, derivatives
+from melbo_ray.evals.kl import next_token
+from melbo_ray.evals.linear import real_losses, slice_of
+
+# A second derivative holds about this many times the memory of a gradient.
+_MEMORY = 4
+
+
+def run(study: Study, whole: Chain, share: str, items: Sequence[int]) -> Rows:
+    """Write `curvature`: what the quadratic form has of each vector, beside the model; H's spectrum to `summary`.
+
+    Kinds: `chain`; `quadratic`, the eigenvectors of H orthogonal to the base, the n-th at the norm of the n-th vector
+    found, with the sign of the greater effect, as long as eigenvalues are positive; the null `random`, random
+    directions of the chain's norms, orthogonal to the base. `first_order` is g·θ, `second_order` ½ θᵀHθ, `along` what
+    the model has, s(θ); `positive` the share of ‖θ‖² in the space of H's positive eigenvalues; `relative_loss` and
+    `kl_from_base` are those of the vector in the model. Rows are those of at most 64 vectors, spread evenly.
+    """
+    chain = whole.vectors
+    if share == "spectrum":
+        figures = spectrum(study, chain)
+        return {"summary": [study.row("chain", 0, figure=f"hessian_{k}", value=v) for k, v in figures.items()]}
+    found = chain.at(items)
+    parts = [*with_null(study, found), quadratic_chain(study, chain).at(items)]
+    return {"curvature": [row for part in parts if len(part) for row in _rows(study, part)]}
+
+
+def hessian(study: Study) -> Float64[Tensor, "d_model d_model"]:
+    """H = ∇²s at θ = 0, symmetric, row by row as Hessian-vector products (Pearlmutter 1994); float64 on the CPU."""
+    device, rows = study.model.device, []
+    at_once = max(1, study.once(slice_of).rows_at_once // _MEMORY)
+    with sdpa_kernel(SDPBackend.MATH):  # the only implementation that has a second derivative
+        for outputs in torch.arange(len(study.base), device=device).split(at_once):
+            theta = torch.zeros(len(outputs), len(study.base), device=device, requires_grad=True)
+            (gradient,) = torch.autograd.grad(along(study, theta).sum(), theta, create_graph=True)
+            (row,) = torch.autograd.grad(gradient.gather(1, outputs[:, None]).sum(), theta)
+            rows.append(row.double().cpu())
+    full = torch.cat(rows)
+    return (full + full.T) / 2
+
+
+def form(study: Study) -> tuple[Float64[Tensor, " d_model"], Float64[Tensor, " k"], Float64[Tensor, "k d_model"]]:
+    """g, and H's eigenvalues and eigenvectors (rows) among what is orthogonal to the base; the largest first."""
+    (gradient,) = derivatives(study, torch.zeros_like(study.base)[None])[1]
+    full = torch.linalg.qr(study.base.double()[:, None], mode="complete").Q[:, 1:]
+    values, vectors = torch.linalg.eigh(full.T @ study.once(hessian) @ full)
+    return gradient, values.flip(0), (full @ vectors).T.flip(0)
+
+
+def quadratic_chain(study: Study, chain: Vectors) -> Vectors:
+    """The n-th eigenvector at the n-th norm, with the sign that g gives it; as long as eigenvalues are positive."""
+    gradient, values, vectors = study.once(form)
+    count = min(len(chain), int((values > 0).sum()))
+    signs = torch.where(vectors[:count] @ gradient < 0, -1.0, 1.0)
+    theta = vectors[:count] * (signs * torch.tensor(chain.norms[:count]))[:, None]
+    return Vectors("quadratic", chain.index[:count], theta.float())
+
+
+def spectrum(study: Study, chain: Vectors) -> dict[str, float]:
+    """H's extreme eigenvalues beside the base, and how many suffice.
+
+    `positive` are the positive ones, `enough` those with ½ λ r² ≥ ½ at the chain's median norm r; `most_below_half` is
+    `most` for a loss of a half at the chain's largest norm.
+    """
+    gradient, values, _ = study.once(form)
+    norms = torch.tensor(chain.norms)
+    return {
+        "largest": float(values[0]),
+        "smallest": float(values[-1]),
+        "positive": float((values > 0).sum()),
+        "enough": float((values * norms.median() ** 2 >= 1).sum()),
+        "most_below_half": float(most(gradient, values, float(norms.max()), 0.5)),
+    }
+
+
+def most(gradient: Float64[Tensor, " d_model"], values: Float64[Tensor, " k"], norm: float, loss: float) -> int:
+    """An upper bound of the number of orthogonal vectors of at most this norm and loss that a quadratic form has.
+
+    Each needs g·θ + ½ θᵀHθ ≥ 1 − ℓ. Of k of them the sum of g·θ is at most √k ‖g‖ r (Bessel, Cauchy and Schwarz), that
+    of ½ θᵀHθ at most ½ r² times the sum of the k largest eigenvalues, negative ones as 0 (Ky Fan 1949, "On a theorem of
+    Weyl concerning eigenvalues of linear transformations"). `values` are sorted, the largest first.
+    """
+    k = torch.arange(1, 1 + len(values), dtype=torch.float64)
+    reached = k.sqrt() * gradient.norm() * norm + values.clamp_min(0).cumsum(0) * norm**2 / 2
+    return int((reached >= (1 - loss) * k).sum())
+
+
+def _rows(study: Study, vectors: Vectors) -> list[Row]:
+    gradient, values, eigenvectors = study.once(form)
+    theta = vectors.theta.double()
+    positive = (theta @ eigenvectors[values > 0].T).square().sum(-1) / theta.square().sum(-1).clamp_min(1e-30)
+    columns = {
+        "norm": vectors.norms,
+        "along": derivatives(study, vectors.theta)[0].tolist(),
+        "first_order": (theta @ gradient).tolist(),
+        "second_order": ((theta @ study.once(hessian)) * theta).sum(-1).div(2).tolist(),
+        "positive": positive.tolist(),
+        "relative_loss": real_losses(study, vectors.theta),
+        "kl_from_base": [row["kl_from_base"] for row in next_token(study, vectors.theta)],
+    }
+    rows = zip(vectors.index, *columns.values(), strict=True)
+    return [study.row(vectors.kind, index, **dict(zip(columns, row, strict=True))) for index, *row in rows]

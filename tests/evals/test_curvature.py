@@ -1,0 +1,135 @@
+"""The quadratic form against second differences of plain transformers, and its bound against families that reach it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from melbo_ray.evals import curvature
+from melbo_ray.evals.context import Vectors
+from melbo_ray.evals.linear import real_losses
+from melbo_ray.evals.runner import evaluate
+from tests.evals import reference
+from tests.evals.reference import null_of, part_along, rows_of
+from tests.families import D_MODEL, tiny
+
+STEP = 0.1
+
+
+def second_difference(study, one, other):
+    """oneᵀ H other for the part along a at 0, by differences of plain transformers in float64."""
+    at = {(i, j): part_along(study, STEP * (i * one + j * other)) for i in (1, -1) for j in (1, -1)}
+    return (at[1, 1] - at[1, -1] - at[-1, 1] + at[-1, -1]) / (4 * STEP**2)
+
+
+def of_form(study, values, gradient=None):
+    """A study whose quadratic form has these eigenvalues along the axes beside the base, and this gradient."""
+    fresh = dataclasses.replace(study, base=torch.eye(D_MODEL)[0] * study.radius)
+    fresh._made[curvature.hessian] = torch.diag(torch.tensor([0.0, *values], dtype=torch.float64))
+    axes = torch.eye(D_MODEL, dtype=torch.float64)[1:]
+    zero = torch.zeros(D_MODEL, dtype=torch.float64)
+    fresh._made[curvature.form] = (zero if gradient is None else gradient, torch.tensor(values).double(), axes)
+    return fresh
+
+
+def test_the_hessian_is_that_of_plain_transformers(study):
+    hessian = curvature.hessian(study)
+    largest = float(hessian.abs().max())
+    for i, j in ((0, 0), (3, 3), (2, 9), (31, 5)):
+        one, other = (torch.eye(D_MODEL, dtype=torch.float64)[axis] for axis in (i, j))
+        assert float(hessian[i, j]) == pytest.approx(second_difference(study, one, other), abs=0.02 * largest)
+    assert torch.equal(hessian, hessian.T)
+
+
+def test_the_form_beside_the_base_is_diagonal_in_its_eigenvectors(study):
+    _, values, vectors = curvature.form(study)
+    hessian = curvature.hessian(study).numpy()
+    b = study.base.double().numpy() / study.radius
+    project = np.eye(D_MODEL) - np.outer(b, b)
+    expected = np.sort(np.linalg.eigvalsh(project @ hessian @ project))
+    beside_base = np.delete(expected, np.abs(expected).argmin())
+    assert values.numpy() == pytest.approx(beside_base[::-1], abs=1e-6)
+    assert (vectors @ vectors.T).numpy() == pytest.approx(np.eye(D_MODEL - 1), abs=1e-8)
+    assert (vectors.numpy() @ b) == pytest.approx(np.zeros(D_MODEL - 1), abs=1e-6)
+    assert np.einsum("ki,ij,kj->k", vectors.numpy(), hessian, vectors.numpy()) == pytest.approx(
+        values.numpy(), abs=1e-6
+    )
+
+
+def test_rows_are_what_the_form_and_the_model_have_of_each_vector(study, chain):
+    written = evaluate("curvature", study, chain)
+    rows, (gradient, values, vectors) = written["curvature"], curvature.form(study)
+    hessian = curvature.hessian(study).numpy()
+    quadratic = [vectors[n - 1] * chain.norms[n - 1] for n in chain.index]
+    quadratic = [(theta if theta @ gradient >= 0 else -theta).float() for theta in quadratic]
+    kinds = {"chain": chain.theta[1], "random": null_of(study, 2, chain.norms[1]), "quadratic": quadratic[1]}
+    for kind, theta in kinds.items():
+        assert {row["index"] for row in rows_of(rows, kind=kind)} == set(chain.index)
+        (row,) = rows_of(rows, kind=kind, index=2)
+        x = theta.double().numpy()
+        on = vectors[values > 0].numpy() @ x
+        expected = {
+            "norm": chain.norms[1],
+            "along": part_along(study, theta),
+            "first_order": gradient.numpy() @ x,
+            "second_order": x @ hessian @ x / 2,
+            "positive": on @ on / (x @ x),
+            "relative_loss": real_losses(study, theta[None])[0],
+            "kl_from_base": reference.divergences(study, theta)["kl_from_base"],
+        }
+        assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-3, rel=1e-3), kind
+    figures = {row["figure"]: row["value"] for row in written["summary"].to_pylist()}
+    assert figures["hessian_largest"] == pytest.approx(float(values.max()))
+    assert figures["hessian_smallest"] == pytest.approx(float(values.min()))
+    assert figures["hessian_positive"] == (values > 0).sum()
+    assert figures["hessian_enough"] == (values * np.median(chain.norms) ** 2 >= 1).sum()
+
+
+def test_a_short_vector_has_the_effect_that_the_form_foretells(study):
+    for theta in (study.base / 50, -study.base / 50):
+        short = theta.double()
+        gradient, hessian = curvature.form(study)[0], curvature.hessian(study)
+        foretold = float(gradient @ short + short @ hessian @ short / 2)
+        assert foretold == pytest.approx(part_along(study, theta), rel=2e-2)
+
+
+def test_of_a_form_with_positive_eigenvalues_only_in_a_plane_the_quadratic_chain_has_two(study, chain):
+    short = of_form(study, [2.0, 1.0] + [-1.0] * (D_MODEL - 3))
+    found = curvature.quadratic_chain(short, chain)
+    assert found.index == [1, 2]
+    assert found.theta[:, 1:3].abs().numpy() == pytest.approx(np.diag(chain.norms[:2]), abs=1e-5)
+
+
+def test_no_orthogonal_family_has_more_than_the_bound_and_one_reaches_it(study):
+    """A constant diagonal exists of every symmetric matrix (Horn 1954): k vectors share the k largest eigenvalues."""
+    values = torch.tensor([3.0, 1.0, 0.5, 0.3, -1.0, -2.0]).double()
+    none = torch.zeros(6, dtype=torch.float64)
+    # The means of the k largest are 3, 2, 1.5, 1.2, 0.76, …: of norm 1, half of them must be at least a half.
+    assert curvature.most(none, values, 1.0, 0.5) == 4
+    corners = np.array([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
+    reached = [corner @ np.diag(values[:4]) @ corner / 2 for corner in corners]
+    assert reached == pytest.approx([0.6] * 4)
+    draws = np.random.default_rng(0)
+    for _ in range(50):
+        family = np.linalg.qr(draws.normal(size=(6, 6)))[0]
+        assert sum(row @ np.diag(values) @ row / 2 >= 0.5 for row in family) <= 4
+
+
+def test_without_curvature_the_bound_is_that_of_a_linear_map():
+    gradient = torch.tensor([1.5, 0, 0, 0, 0, 0, 0, 0, 0, 0]).double()
+    assert curvature.most(gradient, torch.zeros(10).double(), 1.0, 0.5) == 9  # (1.5 / 0.5)²
+
+
+@pytest.mark.parametrize("family", ["gemma4-shared", "gpt2", "bloom"])
+def test_other_families_are_measured_too(study, chain, family):
+    other = dataclasses.replace(study, model=tiny(family))
+    for name in ("gain", "curvature"):
+        assert evaluate(name, other, chain.take([0]))["failures"].to_pylist() == []
+
+
+def test_a_form_without_a_positive_eigenvalue_has_no_quadratic_chain(study, chain):
+    empty = of_form(study, [-1.0] * (D_MODEL - 1))
+    assert isinstance(found := curvature.quadratic_chain(empty, chain), Vectors)
+    assert len(found) == 0
+    assert evaluate("curvature", empty, chain)["failures"].num_rows == 0
