@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -21,12 +21,15 @@ from melbo_ray.config import Config
 from melbo_ray.errors import UserError
 from melbo_ray.evals import runner
 from melbo_ray.evals.context import Chain, Study, Vectors
+from melbo_ray.evals.rounding import rounding_error
 from melbo_ray.evals.self_check import selfcheck, take_prompts
 from melbo_ray.host import cores, progress, resident_peak
 from melbo_ray.model.language_model import BALANCED, LanguageModel
 from melbo_ray.model.partial import lower, lower_fingerprint
+from melbo_ray.model.products import require_products
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.runs import schema
+from melbo_ray.runs.checks import Check
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.work_unit import Unit
 from melbo_ray.search import base_vectors
@@ -49,10 +52,12 @@ class Found:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The result of a unit: its number of failures, and its worker's peak memory, bytes."""
+    """The result of a unit: its number of failures, and its worker's peak memory (bytes), host and later checks."""
 
     failures: int
     peak_memory: int
+    host: str = ""
+    checks: dict[str, Check] = field(default_factory=dict)
 
 
 class Worker:
@@ -111,8 +116,8 @@ class Worker:
         """Load the model and run the self-check; returns what the driver registers of this worker.
 
         Raises:
-            UserError: the model cannot be loaded, the worker does not see the driver's storage, or the self-check fails
-                (`selfcheck`).
+            UserError: the model cannot be loaded, the worker does not see the driver's storage, its device lacks the
+                products of `eval_products`, or the self-check fails (`selfcheck`).
         """
         if self.run.storage.get("run.json") is None:
             raise UserError(
@@ -125,12 +130,11 @@ class Worker:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {self.threads} threads"
         fingerprints = {"lower_fingerprint": lower_fingerprint(self.model, self.config.target_layer + 1)}
         if self.whole:
+            require_products(self.config.eval_products, device, self.model.dtype)
             fingerprints["fingerprint"] = self.model.fingerprint()
         checks = selfcheck(self.model, [*self.concepts.values()], self.config, self.whole)
-        role = "evaluator" if self.whole else "chain"
-        return {
-            "fingerprints": fingerprints, "host": socket.gethostname(), "device": name, "role": role, "checks": checks,
-        }  # fmt: skip
+        told = {"role": "evaluator" if self.whole else "chain", "host": socket.gethostname(), "device": name}
+        return told | {"fingerprints": fingerprints, "checks": checks}
 
     def find_base(self, concept: str) -> str | None:
         """Do one stage of the search for a concept's base; returns what is done, or None once the base is stored.
@@ -218,7 +222,9 @@ class Worker:
             vectors = Vectors(unit.kind, index, torch.from_numpy(theta.copy()))
             written = runner.evaluate(unit.evaluation, study, vectors, failed)
         self.run.commit(unit, written)
-        return Evaluated(len(written["failures"]), self._peak_memory())
+        return Evaluated(
+            len(written["failures"]), self._peak_memory(), socket.gethostname(), study.once(rounding_error)
+        )
 
     def _study(self, concept: str, base: np.ndarray) -> Study:
         """The study of a concept; of concepts before, one is kept, because each takes up to half a gigabyte."""

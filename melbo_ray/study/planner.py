@@ -8,7 +8,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from melbo_ray.cluster.memory import Demand
+from melbo_ray.cluster.memory import USABLE, Demand
 from melbo_ray.config import Config
 from melbo_ray.evals.catalog import CONTROLS, EVALUATIONS, SAMPLED
 from melbo_ray.host import cores
@@ -18,7 +18,6 @@ from melbo_ray.study.display import duration
 from melbo_ray.study.preflight import Checked
 
 _GPU_SIZES = (24, 48, 80, 141)
-_USABLE = 0.9
 # From a synthetic run of 1,000 vectors (tests/cluster/figures.py storage): the rows of the evaluations, bytes a vector.
 _ROW_BYTES = 2_000
 _VECTOR_BYTES = 4.3
@@ -70,7 +69,7 @@ def _on_cpu(demand: Demand) -> str:
 
 def _gpus(needed: float, most: int = 8) -> str:
     """The number of GPUs of each size that hold `needed` bytes, for sizes that need at most `most` GPUs."""
-    counts = {size: math.ceil(needed / (_USABLE * size * 1e9)) for size in _GPU_SIZES}
+    counts = {size: math.ceil(needed / (USABLE * size * 1e9)) for size in _GPU_SIZES}
     fitting = " or ".join(f"{count} x {size} GB" for size, count in counts.items() if count <= most)
     return fitting or f"more than {most} x {_GPU_SIZES[-1]} GB"
 
@@ -78,7 +77,7 @@ def _gpus(needed: float, most: int = 8) -> str:
 def _span(config: Config, needed: float) -> str:
     if config.eval_gpus is not None and config.eval_gpus > 1:
         return f"; spread over {config.eval_gpus:g} (--eval-gpus)"
-    return "; --eval-gpus spreads it over several" if needed > _USABLE * _GPU_SIZES[-1] * 1e9 else ""
+    return "; --eval-gpus spreads it over several" if needed > USABLE * _GPU_SIZES[-1] * 1e9 else ""
 
 
 def _evaluations(config: Config, machine: Machine, vectors: int, concepts: int) -> str:

@@ -1,0 +1,56 @@
+"""What the nodes tell of their GPUs' memory, with a Ray that is pretended."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from melbo_ray.cluster import session
+
+H100, L4 = {"GPU": 8.0, "accelerator_type:H100": 1.0}, {"GPU": 1.0, "accelerator_type:L4": 1.0}
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """(resources of the nodes, what each node's probe answers, nodes that are late) → what is found, who was asked."""
+
+    def call(nodes, answers, late=()):
+        asked = []
+
+        def options(scheduling_strategy):
+            node = scheduling_strategy.node_id
+            return SimpleNamespace(remote=lambda: asked.append(node) or node)
+
+        def get(refs):
+            found = [answers[ref] for ref in refs]
+            for error in (each for each in found if isinstance(each, Exception)):
+                raise error
+            return found
+
+        ray = session.ray
+        listed = [{"Alive": True, "NodeID": name, "Resources": own} for name, own in nodes.items()]
+        monkeypatch.setattr(ray, "nodes", lambda: listed)
+        monkeypatch.setattr(ray, "remote", lambda **_: lambda _: SimpleNamespace(options=options))
+        monkeypatch.setattr(ray, "wait", lambda refs, **_: ([ref for ref in refs if ref not in late], [*late]))
+        monkeypatch.setattr(ray, "get", get)
+        return session.gpu_memory(), asked
+
+    return call
+
+
+def test_one_node_of_each_type_is_asked_and_the_smallest_counts(told):
+    nodes = {"head": {"CPU": 4.0}, "a": H100, "b": H100, "c": L4}
+    assert told(nodes, {"b": 80e9, "c": 24e9}) == (24e9, ["b", "c"])
+
+
+def test_nothing_is_known_without_gpus_or_answers(told):
+    assert told({"head": {"CPU": 4.0}}, {}) == (None, [])
+    assert told({"a": H100, "c": L4}, {"a": 80e9}, late=["c"])[0] is None
+    assert told({"c": L4}, {"c": ValueError("min() of nothing")})[0] is None
+
+
+def test_a_node_tells_of_its_smallest_gpu(monkeypatch):
+    sizes = [SimpleNamespace(total_memory=size) for size in (48 << 30, 24 << 30)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", sizes.__getitem__)
+    assert session._least_gpu_memory() == 24 << 30
