@@ -183,7 +183,8 @@ class Driver:
             self._enqueue(backlog.released(unit))
             self._evaluations += unit.last - unit.first + 1
             self.failures += result.failures
-            checks.merge(self.checks, "evaluator", result.host, result.checks)
+            if result.checks:
+                checks.merge(self.checks, "evaluator", result.host, result.checks)
             self._record_peak("evaluator", result.peak_memory)
 
     def _collect_from_chain(self, chain: _ChainActor) -> None:

@@ -65,7 +65,7 @@ def resources() -> tuple[Resources, Roles]:
 
 
 def gpu_memory() -> float | None:
-    """The memory of the cluster's smallest GPU, bytes; None without GPUs, or if a node does not tell it within a minute.
+    """The memory of the cluster's smallest GPU, bytes; None if there is none, or a node does not tell within a minute.
 
     Ray does not know it, so a task that takes nothing asks torch on one node of each type of GPU.
     """

@@ -7,6 +7,8 @@ import torch
 
 from melbo_ray.cluster import session
 
+# Ray takes nothing else for the id of a node.
+A, B, C = (letter * 56 for letter in "abc")
 H100, L4 = {"GPU": 8.0, "accelerator_type:H100": 1.0}, {"GPU": 1.0, "accelerator_type:L4": 1.0}
 
 
@@ -39,14 +41,14 @@ def told(monkeypatch):
 
 
 def test_one_node_of_each_type_is_asked_and_the_smallest_counts(told):
-    nodes = {"head": {"CPU": 4.0}, "a": H100, "b": H100, "c": L4}
-    assert told(nodes, {"b": 80e9, "c": 24e9}) == (24e9, ["b", "c"])
+    nodes = {"head": {"CPU": 4.0}, A: H100, B: H100, C: L4}
+    assert told(nodes, {B: 80e9, C: 24e9}) == (24e9, [B, C])
 
 
 def test_nothing_is_known_without_gpus_or_answers(told):
     assert told({"head": {"CPU": 4.0}}, {}) == (None, [])
-    assert told({"a": H100, "c": L4}, {"a": 80e9}, late=["c"])[0] is None
-    assert told({"c": L4}, {"c": ValueError("min() of nothing")})[0] is None
+    assert told({A: H100, C: L4}, {A: 80e9}, late=[C])[0] is None
+    assert told({C: L4}, {C: ValueError("min() of nothing")})[0] is None
 
 
 def test_a_node_tells_of_its_smallest_gpu(monkeypatch):

@@ -56,7 +56,8 @@ def test_gpus_are_used_where_there_are_any_unless_the_cpu_is_asked_for():
     ("gigabytes", "chain", "evaluator", "beside"),
     [
         (80, 0.0903, 0.2274, 4),  # no more than four, whatever fits
-        (24, 0.301, 0.3495, 2),
+        (32, 0.2257, 0.3871, 2),
+        (24, 0.301, 0.699, 1),
         (17, 0.4249, 0.5751, 1),
         (16, 0.5, 0.5, 1),  # both do not fit: as where nothing is known
         (None, 0.5, 0.5, 1),
