@@ -50,7 +50,7 @@ def plan(checked: Checked, machine: Machine | None = None) -> Table:
         f"{_gpus(evaluator.on_gpu)}{_span(config, evaluator.on_gpu)}",
         "a step of the chain": f"at least {1000 * step:.2g} ms on {machine.device} (concepts in it: {len(lengths)})",
         "the chain": f"{vectors} vectors, {steps} steps at most: {duration(steps * step)}",
-        "the evaluations": _evaluations(config, machine, vectors, len(lengths)),
+        "the evaluations": _evaluations(config, machine, vectors, len(lengths), step / len(lengths)),
         "storage": f"{size / 1e6:.0f} MB",
         "this machine": f"{machine.flops / 1e12:.2f} TFLOP/s, {machine.bandwidth / 1e9:.0f} GB/s on {machine.device}",
     }.items():
@@ -80,19 +80,29 @@ def _span(config: Config, needed: float) -> str:
     return "; --eval-gpus spreads it over several" if needed > USABLE * _GPU_SIZES[-1] * 1e9 else ""
 
 
-def _evaluations(config: Config, machine: Machine, vectors: int, concepts: int) -> str:
-    """The evaluations' time on one evaluator and on this machine's maximum, and the evaluations not included."""
+def _evaluations(config: Config, machine: Machine, vectors: int, concepts: int, step: float) -> str:
+    """The evaluations' time on one evaluator and on this machine's maximum, and the evaluations not included.
+
+    `step` is the time of a chain's step, s, for the vectors that an evaluation finds itself.
+    """
     if not machine.evaluations:
         return machine.measured
     runs = runs_of_evaluations(config.evals, vectors // concepts, config.sample)
-    total = concepts * sum(machine.evaluations[name] * count for name, count in runs.items())
+    searched = sum(EVALUATIONS[name].searched(vectors // concepts) for name in config.evals)
+    each = sum(machine.evaluations[name] * count for name, count in runs.items())
+    total = concepts * (each + searched * config.max_evaluations * step)
     room = cores() if machine.device == "cpu" else int(torch.cuda.device_count() // max(1.0, config.eval_gpus or 0.0))
     evaluators = config.max_evaluators or max(1, room)
-    left_out = [name for name in config.evals if not runs_of_evaluations([name], 1)]
+    left_out = [name for name in config.evals if not counted(name)]
     return (
         f"{duration(total)} on one evaluator like this machine, {duration(total / evaluators)} on {evaluators}; "
         f"from {machine.measured}; not counted: {', '.join(left_out) or 'none'}"
     )
+
+
+def counted(name: str) -> bool:
+    """Whether the time of an evaluation is counted."""
+    return EVALUATIONS[name].scope == "vector" or EVALUATIONS[name].passes is not None
 
 
 def runs_of_evaluations(names: Iterable[str], vectors: int, sample: int | None = None) -> Counter[str]:
