@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from melbo_ray.cluster.base_tables import base_tables
+from melbo_ray.cluster.results import Evaluated, Found
 from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError
@@ -29,35 +29,14 @@ from melbo_ray.model.partial import lower, lower_fingerprint
 from melbo_ray.model.products import require_products
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.runs import schema
-from melbo_ray.runs.checks import Check
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.work_unit import Unit
 from melbo_ray.search import base_vectors
 from melbo_ray.search.chain import chains
 from melbo_ray.search.stages import Kept
-from melbo_ray.search.vectors import SteeringVector, row, stored_vectors
+from melbo_ray.search.vectors import row, stored_vectors
 
 _STUDIES = 2
-
-
-@dataclass(frozen=True)
-class Found:
-    """A result of a chain: a vector, or the reason why it stopped; and its worker's peak memory, bytes."""
-
-    concept: str
-    vector: SteeringVector | None
-    stop_reason: str | None = None
-    peak_memory: int = 0
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """The result of a unit: its number of failures, and its worker's peak memory (bytes), host and later checks."""
-
-    failures: int
-    peak_memory: int
-    host: str = ""
-    checks: dict[str, Check] = field(default_factory=dict)
 
 
 class Worker:
@@ -86,9 +65,8 @@ class Worker:
         self.run, self.run_id, self.config = Run.open(url), run_id, config
         self.concepts = {concept.name: concept for concept in concepts}
         self.threads, self.whole, self.packed = threads, whole, packed
-        self._studies: dict[str, Study] = {}
-        self._whole: dict[str, Chain] = {}
-        self._searches: dict[str, Kept[base_vectors.Base]] = {}
+        self._studies, self._whole = dict[str, Study](), dict[str, Chain]()
+        self._searches = dict[str, Kept[base_vectors.Base]]()
         torch.set_num_threads(threads)
 
     @cached_property
@@ -133,8 +111,8 @@ class Worker:
             require_products(self.config.eval_products, device, self.model.dtype)
             fingerprints["fingerprint"] = self.model.fingerprint()
         checks = selfcheck(self.model, [*self.concepts.values()], self.config, self.whole)
-        told = {"role": "evaluator" if self.whole else "chain", "host": socket.gethostname(), "device": name}
-        return told | {"fingerprints": fingerprints, "checks": checks}
+        told = {"role": "evaluator" if self.whole else "chain", "fingerprints": fingerprints, "checks": checks}
+        return told | {"host": socket.gethostname(), "device": name}
 
     def find_base(self, concept: str) -> str | None:
         """Do one stage of the search for a concept's base; returns what is done, or None once the base is stored.
@@ -150,7 +128,8 @@ class Worker:
         finally:
             torch.set_num_threads(self.threads)
         if done is None:
-            self._store_base(concept, search.found)
+            with contextlib.suppress(FileExistsError):  # another worker was first; the base that it stored counts
+                self.run.commit(Unit.base(concept), base_tables(self.run_id, search.found), exclusive=True)
         else:
             self._searches[concept] = search
         return done
@@ -158,10 +137,6 @@ class Worker:
     def _search(self, concept: str) -> Kept[base_vectors.Base]:
         begin = partial(base_vectors.base_search, self._slice([concept]), self.concepts[concept], self.config)
         return Kept(begin, self.run.storage, f"stages/{concept}")
-
-    def _store_base(self, concept: str, base: base_vectors.Base) -> None:
-        with contextlib.suppress(FileExistsError):  # another worker was first; the base that it stored counts
-            self.run.commit(Unit.base(concept), base_tables(self.run_id, base), exclusive=True)
 
     def chains(self, concepts: Sequence[str]) -> Iterator[Found]:
         """Continue the chains of several concepts from their stored state; each vector is stored before it is yielded.

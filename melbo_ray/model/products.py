@@ -31,7 +31,7 @@ def require_products(products: str, device: torch.device, dtype: torch.dtype) ->
     if products == FLOAT32:
         return
     if dtype != torch.float32:
-        raise UserError(f"--eval-products {products}: expected float32 weights, and these are {dtype}: leave it out")
+        raise UserError(f"`eval_products` {products}: expected float32 weights, and these are {dtype}: leave it out")
     if products == TF32:
         has = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         expected = "an NVIDIA GPU of compute capability 8.0 or more"
@@ -40,7 +40,7 @@ def require_products(products: str, device: torch.device, dtype: torch.dtype) ->
         expected = "a CPU with AVX-512 BF16 or AMX"
     if not has:
         where = "this GPU" if device.type == "cuda" else "this processor"
-        raise UserError(f"--eval-products {products}: expected {expected}, and {where} is none: use float32")
+        raise UserError(f"`eval_products` {products}: expected {expected}, and {where} is none: use float32")
 
 
 def _multiplies_bfloat16() -> bool:

@@ -165,10 +165,9 @@ class StudyRun:
 
     def announce(self, driver: Driver) -> None:
         """Print what is new of the self-checks of the driver's workers."""
-        for reason in checks.reasons(driver.checks):
-            if reason not in self._announced:
-                self._announced.add(reason)
-                self.display.say(f"self-check: {reason}")
+        for reason in [each for each in checks.reasons(driver.checks) if each not in self._announced]:
+            self._announced.add(reason)
+            self.display.say(f"self-check: {reason}")
 
     def _update_manifest(self, driver: Driver) -> None:
         """Copy the driver's state into the manifest; not safe while a publication is running."""
@@ -256,6 +255,6 @@ def _described(manifest: Manifest, checked: Checked) -> Manifest:
     manifest.config, manifest.definitions = recorded(checked.config), defined(checked.concepts)
     manifest.prompts = prompts(checked.concepts)
     installed = {d.name.replace("-", "_"): d.version for d in importlib.metadata.distributions()}
-    versions = {name: installed[name] for name in _PACKAGES if name in installed}
-    manifest.versions = versions | {"python": platform.python_version()}
+    known = {name: installed[name] for name in _PACKAGES if name in installed}
+    manifest.versions = known | {"python": platform.python_version()}
     return manifest

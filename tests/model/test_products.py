@@ -77,7 +77,7 @@ def test_tf32_is_allowed_within_the_context_only():
 @pytest.mark.parametrize(
     ("asked", "device", "dtype", "said"),
     [
-        (TF32, CPU, torch.float32, "tf32: expected an NVIDIA GPU of compute capability 8.0 or more"),
+        (TF32, CPU, torch.float32, "`eval_products` tf32: expected an NVIDIA GPU of compute capability 8.0 or more"),
         (BFLOAT16, CPU, torch.float32, "bfloat16: expected a CPU with AVX-512 BF16 or AMX, and this processor"),
         (BFLOAT16, GPU, torch.float32, "bfloat16: expected a CPU with AVX-512 BF16 or AMX, and this GPU"),
         (BFLOAT16, CPU, torch.bfloat16, "expected float32 weights, and these are torch.bfloat16: leave it out"),

@@ -133,10 +133,10 @@ def test_a_study_that_is_refused_before_it_has_begun_leaves_nothing_behind(tmp_p
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"eval_products": "tf32"}, "--eval-products tf32: expected an NVIDIA GPU .*: use float32"),
+        ({"eval_products": "tf32"}, "`eval_products` tf32: expected an NVIDIA GPU .*: use float32"),
         (
             {"eval_products": "bfloat16"},
-            "--eval-products bfloat16: expected a CPU with AVX-512 BF16 or AMX, .*: use float32",
+            "`eval_products` bfloat16: expected a CPU with AVX-512 BF16 or AMX, .*: use float32",
         ),
         ({"eval_products": "bfloat16", "dtype": "bfloat16"}, "expected float32 weights, .*: leave it out"),
     ],
