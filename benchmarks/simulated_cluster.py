@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 
 from benchmarks.simulated_ray import SimulatedRay, Takes
-from melbo_ray.cluster.worker import Evaluated, Found
+from melbo_ray.cluster.results import Evaluated, Found
 from melbo_ray.runs import schema
 from melbo_ray.runs.checks import EXACT
 from melbo_ray.runs.run_store import Run

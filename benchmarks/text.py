@@ -1,6 +1,7 @@
 """The evaluations' benchmarks: whole ones, steered logits and steered texts (see bench.py)."""
 
 import contextlib
+import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 from unittest import mock
@@ -12,9 +13,11 @@ from torch.nn.functional import normalize
 from benchmarks.reference import Bench, Row, timed
 from melbo_ray.concepts.loader import load_concept
 from melbo_ray.evals.context import Study, Vectors
+from melbo_ray.evals.rounding import rounding_error
 from melbo_ray.evals.runner import FUNCTIONS
 from melbo_ray.model import packed_linear
 from melbo_ray.model.hooks import steering
+from melbo_ray.model.products import BFLOAT16, FLOAT32, require_products
 from melbo_ray.model.sampling import Request, generate
 from melbo_ray.model.steering import Prompts
 
@@ -98,37 +101,44 @@ def evaluations(bench: Bench) -> Iterator[Row]:
 
 
 def rounded(bench: Bench) -> Iterator[Row]:
-    """Next-token logits on the CPU with bfloat16 products and float32 sums, and the error of KL from the base's."""
+    """Evaluations on the CPU with bfloat16 products (`--eval-products`), in CPU time, and the errors of their KLs."""
     if bench.model.device.type != "cpu":
         return
-    count = 4 if bench.quick else 24
-    prompts = Prompts(bench.model, [bench.tokens], bench.config.source_layer)
-    thetas, found = torch.cat([bench.base[None], _thetas(bench, count)]), {}
-    multiply: Any = packed_linear._packed
-    weights: dict[Tensor, Tensor] = {}
+    require_products(BFLOAT16, bench.model.device, bench.model.dtype)
+    studies = {
+        products: Study(
+            bench.model, bench.config.model_copy(update={"eval_products": products}), concept, "", bench.base
+        )
+        for concept in [load_concept("code")]
+        for products in (FLOAT32, BFLOAT16)
+    }
+    told = rounding_error(studies[BFLOAT16])["products"]
+    yield Row("rounded", "KL from the base, largest error", told["error"], "nats", note=told["reason"])
+    for name, counts in {"kl": (8, 8), "generations": (8, 2), "generalization": (3, 1)}.items():
+        thetas, found, seconds = _thetas(bench, counts[bench.quick]), {}, {}
+        vectors = Vectors("chain", range(1, len(thetas) + 1), thetas)
+        for products, study in studies.items():
+            FUNCTIONS[name](study, vectors.take([0]))
+            begin = time.process_time()
+            found[products] = FUNCTIONS[name](study, vectors)[name]
+            seconds[products] = (time.process_time() - begin) / len(thetas)
+        note = f"{len(thetas)} vectors; {_compared(*found.values())}"
+        for products, each in seconds.items():
+            ratio = seconds[FLOAT32] / each
+            yield Row("rounded", f"{name}, {products}", each, "s/vector", ratio, note=note if ratio != 1 else "")
 
-    def halved(x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
-        if weight not in weights:
-            weights[weight] = weight.bfloat16()
-        product = multiply(x.bfloat16(), weights[weight], None, *how).float()
-        return product if bias is None else product + bias
 
-    def run(name: str, product: Any) -> None:
-        with mock.patch.object(packed_linear, "_packed", product):
-            found[name] = torch.stack([part[-1] for part in prompts.logits(thetas)]).double().log_softmax(-1)
-
-    names = {"float32 products": multiply, "bfloat16 products": halved}
-    work = {name: lambda name=name, product=product: run(name, product) for name, product in names.items()}
-    median = timed(work, max(2, bench.repeats // 3), bench.model.device)
-    exact, rough = (_kl(logs[1:], logs[0]) for logs in found.values())
-    error, between = (rough - exact).abs(), _kl(*found.values())
-    note = (
-        f"KL from the base {float(exact.median()):.2g} nats (median), its error {float(error.median()):.2g} "
-        f"(median), {float(error.max()):.2g} (maximum); KL between both at most {float(between.max()):.2g}"
+def _compared(exact: list[dict[str, Any]], rounded: list[dict[str, Any]]) -> str:
+    """How far rows with rounded products are from exact ones: the errors of KLs from the base, or other texts."""
+    pairs = list(zip(exact, rounded, strict=True))
+    if "text" in exact[0]:
+        return f"{sum(one['text'] == other['text'] for one, other in pairs)} of {len(pairs)} texts the same"
+    kls = torch.tensor([[row["kl_from_base"] for row in pair] for pair in pairs], dtype=torch.float64)
+    errors = (kls[:, 0] - kls[:, 1]).abs()
+    return (
+        f"KL {float(kls[:, 0].median()):.2g} nats (median of {len(pairs)}), its error {float(errors.median()):.2g} "
+        f"(median), {float(errors.max()):.2g} (maximum)"
     )
-    for name, seconds in median.items():
-        ratio = median["float32 products"] / seconds
-        yield Row("rounded", name, len(thetas) / seconds, "vectors/s", ratio, note=note if name.startswith("b") else "")
 
 
 @contextlib.contextmanager
@@ -146,10 +156,6 @@ def _thetas(bench: Bench, count: int) -> Tensor:
     return normalize(normalize(bench.base, dim=-1) + 0.5 * normalize(noise, dim=-1), dim=-1) * float(
         bench.config.radius
     )
-
-
-def _kl(of: Tensor, beside: Tensor) -> Tensor:
-    return (of.exp() * (of - beside)).sum(-1)
 
 
 def _until_end(tokens: list[int], ends: list[int]) -> list[int]:

@@ -178,6 +178,10 @@ class EvaluationOptions(AnswerOptions):
     sample: PositiveInt | None = None
     """Number of vectors, evenly spread over the chain, that the per-vector evaluations other than `kl` and `greedy`
     cover; by default the whole chain."""
+    eval_products: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """Products of the model's layers in the evaluations of logits and texts (`kl`, `greedy`, `generations`,
+    `generalization`, `dose`, `rescaled`, `composition`, and in the nulls of these): `float32`, `tf32` on a GPU, or
+    `bfloat16` on a CPU with AVX-512 BF16 or AMX; the error in KL is measured and told. All else is float32."""
     eval_batch: PositiveInt = 8
     """Number of vectors per evaluation unit."""
     samples: PositiveInt = 1
@@ -199,9 +203,10 @@ class ClusterOptions(_Options):
     """Maximum number of evaluators; by default as many as fit on the cluster."""
     eval_gpus: NonNegativeFloat | None = None
     """GPUs per evaluator: 0.25 puts four on one GPU; above 1 the model's layers are spread over them; 0 means the CPU.
-    The default is 0.5 on a cluster with one GPU, and 1 on one with several."""
+    By default as many share a GPU as its memory holds, at most four."""
     chain_gpus: NonNegativeFloat | None = None
-    """GPUs per chain actor, at most 1; 0 means the CPU. The default is that of `eval_gpus`."""
+    """GPUs per chain actor, at most 1; 0 means the CPU. The default is 1, or on a cluster with one GPU what its memory
+    takes of it."""
 
 
 class Config(ClusterOptions, EvaluationOptions, ChainOptions, BaseOptions, ModelOptions, StudyOptions):

@@ -11,8 +11,9 @@ from melbo_ray.cluster.backlog import Backlog
 from melbo_ray.cluster.metrics import Metrics
 from melbo_ray.cluster.pool import ATTEMPTS, PROGRESS, Pool
 from melbo_ray.cluster.resources import Layout
+from melbo_ray.cluster.results import Found
 from melbo_ray.cluster.session import LOST, Deaths, WaitNotice, fetch
-from melbo_ray.cluster.worker import Found, Worker
+from melbo_ray.cluster.worker import Worker
 from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError
@@ -183,6 +184,8 @@ class Driver:
             self._enqueue(backlog.released(unit))
             self._evaluations += unit.last - unit.first + 1
             self.failures += result.failures
+            if result.checks:
+                checks.merge(self.checks, "evaluator", result.host, result.checks)
             self._record_peak("evaluator", result.peak_memory)
 
     def _collect_from_chain(self, chain: _ChainActor) -> None:

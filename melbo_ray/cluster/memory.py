@@ -15,6 +15,7 @@ from melbo_ray.evals.catalog import resolve
 from melbo_ray.evals.dose import DOSES
 from melbo_ray.evals.generalization import LENGTH
 from melbo_ray.model.language_model import LanguageModel
+from melbo_ray.model.products import BFLOAT16
 from melbo_ray.model.residual_slice import GRADIENT_TOKENS
 from melbo_ray.model.sampling import default_slots, slot_bytes, width
 from melbo_ray.model.steering import PASS_TOKENS, encode
@@ -23,6 +24,8 @@ from melbo_ray.model.steering import PASS_TOKENS, encode
 _PROCESS = 480 << 20
 # Norms, rotary embeddings and residual sums of a decoder layer keep this many times d_model values per token.
 _KEPT_BESIDE_PRODUCTS = 4
+USABLE = 0.9
+"""The part of a GPU's memory that workers may fill."""
 _FLOAT32 = 4
 
 
@@ -36,6 +39,7 @@ class Demand:
         packed: packed copies of the weights, made on the CPU if the layout allows.
         work: activations, basis, keys and values, logits, and cached results of evaluations, on the CPU.
         work_on_gpu: the same on a GPU, where the batch has more slots.
+        rounded: bfloat16 copies of the layers' weights for `eval_products`, on the CPU.
     """
 
     weights: int
@@ -43,10 +47,11 @@ class Demand:
     packed: int
     work: int
     work_on_gpu: int
+    rounded: int = 0
 
     def on_cpu(self, packed: bool) -> int:
         """Resident memory of a worker on the CPU, including its process."""
-        return _PROCESS + self.weights + max(self.loading, self.work + (self.packed if packed else 0))
+        return _PROCESS + self.weights + max(self.loading, self.work + self.rounded + (self.packed if packed else 0))
 
     @property
     def on_gpu(self) -> int:
@@ -105,8 +110,9 @@ def _evaluator(model: LanguageModel, config: Config, concepts: Sequence[Concept]
     if "shuffled" in resolve(config.evals):  # which optimises vectors as a chain actor does
         packed += _packed_slice(model, config)
     work = [max(search, _logits(model, config, concepts) + _texts(model, config, concepts, d)) for d in ("cpu", "cuda")]
+    rounded = _bytes(model.layers, products=True) // 2 if config.eval_products == BFLOAT16 else 0
     weights = _bytes([model.network])
-    return Demand(weights, int(share * weights), packed, *work)
+    return Demand(weights, int(share * weights), packed, *work, rounded)
 
 
 def _texts(model: LanguageModel, config: Config, concepts: Sequence[Concept], device: str) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from melbo_ray.cluster.memory import Demands
+from melbo_ray.cluster.memory import USABLE, Demand, Demands
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError
 from melbo_ray.runs.manifest import ALL_PACKED, Packed
@@ -14,6 +14,13 @@ from melbo_ray.runs.manifest import ALL_PACKED, Packed
 _MOST_THREADS = 8
 CHAIN, EVAL = "chain", "eval"
 """Values of the node label `role`: nodes of the chain actors, and of the evaluators."""
+
+GPU_MEMORY = "GPU_memory"
+"""The key of the memory of the cluster's smallest GPU, bytes, among its resources, where it is known."""
+# Processes on one GPU take turns at it, so more of them are not taken to be faster; and what CUDA itself holds of each.
+_MOST_ON_A_GPU, _CONTEXT = 4, 0.5 * 2**30
+# Ray counts GPUs to four decimals.
+_PARTS = 10_000
 
 Resources = Mapping[str, float]
 """Resources of several nodes: `CPU`, `GPU`, `memory` (bytes); of the largest node as `largest_node_CPU`, …."""
@@ -58,7 +65,7 @@ def lay_out(
     """The layout of a run on a cluster.
 
     On the CPU a chain actor gets half of a node's cores and an evaluator one core. On GPUs the shares are those of the
-    configuration; by default an actor gets half of a single GPU, or one GPU of several or where nodes have roles.
+    configuration, by default those of `shares`.
     Weights are packed if that displaces no actor, the chain's first, because every step of a chain runs through them.
 
     Args:
@@ -75,7 +82,7 @@ def lay_out(
     """
     for_chains, for_evaluators = _places(cluster, roles)
     cpus = for_chains.get("CPU", 1.0)
-    chain_gpus, eval_gpus = shares(config, cluster.get("GPU", 0.0), bool(roles))
+    chain_gpus, eval_gpus = shares(config, cluster.get("GPU", 0.0), bool(roles), demands, cluster.get(GPU_MEMORY))
     if chain_gpus:
         free = for_chains.get("GPU", 0.0) - (0 if roles else config.min_evaluators * eval_gpus)
         actors = min(concepts, max(1, int(free // chain_gpus)))
@@ -163,20 +170,42 @@ def _room(chain: Mapping[str, Any], evaluator: Mapping[str, Any], cluster: Resou
     ):
         return 0
     return min(
-        int((cluster.get(have, 0.0) - taken * chain.get(what, 0)) // evaluator[what])
+        math.floor((cluster.get(have, 0.0) - taken * chain.get(what, 0)) / evaluator[what] + 1e-6)
         for what, have in (("num_cpus", "CPU"), ("num_gpus", "GPU"), ("memory", "memory"))
         if evaluator.get(what)
     )
 
 
-def shares(config: Config, gpus: float, roles: bool) -> tuple[float, float]:
-    """The GPUs of a chain actor and of an evaluator; with roles the two share no node, and so no GPU."""
+def shares(
+    config: Config, gpus: float, roles: bool, demands: Demands | None = None, memory: float | None = None
+) -> tuple[float, float]:
+    """The GPUs of a chain actor and of an evaluator; with roles the two share no node, and so no GPU.
+
+    By default a chain actor has a GPU of its own, or what its memory takes of a cluster's single one, and as many
+    evaluators as fit divide a GPU, or what is left of the single one. Where the GPUs' `memory` is unknown or too small
+    for both, it is a half of a single GPU each, and else a whole one.
+    """
     asked = config.chain_gpus or config.eval_gpus
     if config.device.startswith("cuda") and not gpus and not asked:
         raise UserError("CUDA was asked for and the cluster has no GPU: use `device` cpu or auto")
     share = 0.0 if config.device == "cpu" or not (gpus or asked) else 0.5 if gpus == 1 and not roles else 1.0
     chain, evaluator = (share if given is None else given for given in (config.chain_gpus, config.eval_gpus))
+    if share and demands and memory:
+        alone = share == 1
+        if config.chain_gpus is None and not alone:
+            chain = math.ceil(_PARTS * _part(demands.chain, memory)) / _PARTS
+        rest = 1.0 if alone else 1 - chain
+        fitting = min(_MOST_ON_A_GPU, int(rest / _part(demands.evaluator, memory)))
+        if fitting < 1:
+            return shares(config, gpus, roles)
+        if config.eval_gpus is None:
+            evaluator = int(_PARTS * rest / fitting + 1e-6) / _PARTS
     return chain, evaluator
+
+
+def _part(demand: Demand, memory: float) -> float:
+    """The part of a GPU that a worker fills."""
+    return (demand.on_gpu + _CONTEXT) / (USABLE * memory)
 
 
 def _check_room(chain: Mapping[str, Any], evaluator: Mapping[str, Any], cluster: Resources) -> None:

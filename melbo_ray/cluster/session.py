@@ -11,14 +11,15 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from melbo_ray.cluster.nodes import nodes_alive
 from melbo_ray.cluster.resources import Resources, Roles
 from melbo_ray.errors import Terminated, UserError, first_line
 from melbo_ray.host import cores
 
-_QUIET, _LOOK_EVERY = 10.0, 1.0
+_QUIET, _LOOK_EVERY, _PROBED_FOR = 10.0, 1.0, 60.0
 _OBJECT_STORE = 512 << 20
 _USELESS = (torch.AcceleratorError, torch.OutOfMemoryError)
 LOST = (RayActorError, ObjectLostError, OutOfMemoryError, *_USELESS)
@@ -61,6 +62,30 @@ def connected() -> Generator[bool]:
 def resources() -> tuple[Resources, Roles]:
     """The resources of the nodes that are alive: of all, and by role."""
     return nodes_alive(ray.nodes())
+
+
+def gpu_memory() -> float | None:
+    """The memory of the cluster's smallest GPU, bytes; None if there is none, or a node does not tell within a minute.
+
+    Ray does not know it, so a task that takes nothing asks torch on one node of each type of GPU.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    kinds = {
+        frozenset(name for name in node["Resources"] if name.startswith("accelerator_type:")): node for node in nodes
+    }
+    probe = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(_least_gpu_memory)
+    places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in kinds.values()]
+    asked = [probe.options(scheduling_strategy=place).remote() for place in places]
+    if not asked or len(ray.wait(asked, num_returns=len(asked), timeout=_PROBED_FOR)[0]) < len(asked):
+        return None
+    try:
+        return min(ray.get(asked))
+    except (RayError, ValueError):  # a node that is lost, or whose torch sees no GPU
+        return None
+
+
+def _least_gpu_memory() -> float:
+    return min(float(torch.cuda.get_device_properties(i).total_memory) for i in range(torch.cuda.device_count()))
 
 
 def wait_for_nodes(

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -16,15 +15,18 @@ import numpy as np
 import torch
 
 from melbo_ray.cluster.base_tables import base_tables
+from melbo_ray.cluster.results import Evaluated, Found
 from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError
 from melbo_ray.evals import runner
 from melbo_ray.evals.context import Chain, Study, Vectors
+from melbo_ray.evals.rounding import rounding_error
 from melbo_ray.evals.self_check import selfcheck, take_prompts
 from melbo_ray.host import cores, progress, resident_peak
 from melbo_ray.model.language_model import BALANCED, LanguageModel
 from melbo_ray.model.partial import lower, lower_fingerprint
+from melbo_ray.model.products import require_products
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.runs import schema
 from melbo_ray.runs.run_store import Run
@@ -32,27 +34,9 @@ from melbo_ray.runs.work_unit import Unit
 from melbo_ray.search import base_vectors
 from melbo_ray.search.chain import chains
 from melbo_ray.search.stages import Kept
-from melbo_ray.search.vectors import SteeringVector, row, stored_vectors
+from melbo_ray.search.vectors import row, stored_vectors
 
 _STUDIES = 2
-
-
-@dataclass(frozen=True)
-class Found:
-    """A result of a chain: a vector, or the reason why it stopped; and its worker's peak memory, bytes."""
-
-    concept: str
-    vector: SteeringVector | None
-    stop_reason: str | None = None
-    peak_memory: int = 0
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """The result of a unit: its number of failures, and its worker's peak memory, bytes."""
-
-    failures: int
-    peak_memory: int
 
 
 class Worker:
@@ -81,9 +65,8 @@ class Worker:
         self.run, self.run_id, self.config = Run.open(url), run_id, config
         self.concepts = {concept.name: concept for concept in concepts}
         self.threads, self.whole, self.packed = threads, whole, packed
-        self._studies: dict[str, Study] = {}
-        self._whole: dict[str, Chain] = {}
-        self._searches: dict[str, Kept[base_vectors.Base]] = {}
+        self._studies, self._whole = dict[str, Study](), dict[str, Chain]()
+        self._searches = dict[str, Kept[base_vectors.Base]]()
         torch.set_num_threads(threads)
 
     @cached_property
@@ -111,8 +94,8 @@ class Worker:
         """Load the model and run the self-check; returns what the driver registers of this worker.
 
         Raises:
-            UserError: the model cannot be loaded, the worker does not see the driver's storage, or the self-check fails
-                (`selfcheck`).
+            UserError: the model cannot be loaded, the worker does not see the driver's storage, its device lacks the
+                products of `eval_products`, or the self-check fails (`selfcheck`).
         """
         if self.run.storage.get("run.json") is None:
             raise UserError(
@@ -125,12 +108,11 @@ class Worker:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {self.threads} threads"
         fingerprints = {"lower_fingerprint": lower_fingerprint(self.model, self.config.target_layer + 1)}
         if self.whole:
+            require_products(self.config.eval_products, device, self.model.dtype)
             fingerprints["fingerprint"] = self.model.fingerprint()
         checks = selfcheck(self.model, [*self.concepts.values()], self.config, self.whole)
-        role = "evaluator" if self.whole else "chain"
-        return {
-            "fingerprints": fingerprints, "host": socket.gethostname(), "device": name, "role": role, "checks": checks,
-        }  # fmt: skip
+        told = {"role": "evaluator" if self.whole else "chain", "fingerprints": fingerprints, "checks": checks}
+        return told | {"host": socket.gethostname(), "device": name}
 
     def find_base(self, concept: str) -> str | None:
         """Do one stage of the search for a concept's base; returns what is done, or None once the base is stored.
@@ -146,7 +128,8 @@ class Worker:
         finally:
             torch.set_num_threads(self.threads)
         if done is None:
-            self._store_base(concept, search.found)
+            with contextlib.suppress(FileExistsError):  # another worker was first; the base that it stored counts
+                self.run.commit(Unit.base(concept), base_tables(self.run_id, search.found), exclusive=True)
         else:
             self._searches[concept] = search
         return done
@@ -154,10 +137,6 @@ class Worker:
     def _search(self, concept: str) -> Kept[base_vectors.Base]:
         begin = partial(base_vectors.base_search, self._slice([concept]), self.concepts[concept], self.config)
         return Kept(begin, self.run.storage, f"stages/{concept}")
-
-    def _store_base(self, concept: str, base: base_vectors.Base) -> None:
-        with contextlib.suppress(FileExistsError):  # another worker was first; the base that it stored counts
-            self.run.commit(Unit.base(concept), base_tables(self.run_id, base), exclusive=True)
 
     def chains(self, concepts: Sequence[str]) -> Iterator[Found]:
         """Continue the chains of several concepts from their stored state; each vector is stored before it is yielded.
@@ -218,7 +197,9 @@ class Worker:
             vectors = Vectors(unit.kind, index, torch.from_numpy(theta.copy()))
             written = runner.evaluate(unit.evaluation, study, vectors, failed)
         self.run.commit(unit, written)
-        return Evaluated(len(written["failures"]), self._peak_memory())
+        return Evaluated(
+            len(written["failures"]), self._peak_memory(), socket.gethostname(), study.once(rounding_error)
+        )
 
     def _study(self, concept: str, base: np.ndarray) -> Study:
         """The study of a concept; of concepts before, one is kept, because each takes up to half a gigabyte."""

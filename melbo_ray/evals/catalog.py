@@ -4,6 +4,7 @@ The function of an evaluation is `run` in the module of its name in this folder.
 """
 
 import difflib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -33,6 +34,8 @@ SHUFFLED = 8
 """Maximum number of vectors that `shuffled` finds."""
 # Vectors per unit of a share that takes no pass through the model.
 _CHEAP = 64
+# Norms of a direction at which `dose` computes logits.
+_NORMS = 17
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ class Evaluation:
         shares: for scope `whole`: what it is cut into.
         why: whether it is of the group `WHY`, which takes many passes a vector.
         passes: for scope `whole`: the number of vectors evaluated by each evaluation of scope `vector` as part of it,
-            given the chain's length; None if the plan does not count it.
+            or in as many passes, given the chain's length; None if the plan does not count it.
+        searched: for scope `whole`: the number of vectors that it finds as a chain does, given the chain's length.
     """
 
     name: str
@@ -93,6 +97,7 @@ class Evaluation:
     shares: tuple[Share, ...] = ()
     why: bool = False
     passes: Callable[[int], dict[str, int]] | None = None
+    searched: Callable[[int], int] = lambda chain: 0
 
 
 def evenly(total: int, count: int) -> list[int]:
@@ -139,6 +144,21 @@ def _of_rescaled(chain: int) -> dict[str, int]:
     return {"kl": (chain + 1) // 2}
 
 
+def _of_composed(chain: int) -> dict[str, int]:
+    """A text of every row, and its logits along the continuations, as `dose` has them at 17 norms; its null's, too."""
+    rows = len(_of_subsets(chain))
+    return {"greedy": rows, "dose": math.ceil(2 * rows / _NORMS)}
+
+
+def _of_nulls(chain: int) -> dict[str, int]:
+    return dict.fromkeys(("kl", "generalization"), len(_of_shuffled(chain)))
+
+
+def _of_none(chain: int) -> dict[str, int]:
+    """None: what it needs of the model has been measured by `kl`."""
+    return {}
+
+
 _CONTROL = (
     Share("random", _every, of_vectors=True),
     Share("spread", _of_few, of_vectors=True, batch=1, of_length=True),
@@ -170,9 +190,16 @@ EVALUATIONS = {
         Evaluation("dose", ("dose",)),
         Evaluation("presence", ("presence",)),
         Evaluation("control", _NULLS, WHOLE, shares=_CONTROL, passes=_of_control),
-        Evaluation("shuffled", ("vectors", "summary", "kl", "generalization"), WHOLE, shares=_SHUFFLED),
-        Evaluation("composition", ("composition",), WHOLE, shares=_COMPOSITION),
-        Evaluation("geometry", ("geometry", "summary"), WHOLE, shares=_GEOMETRY),
+        Evaluation(
+            "shuffled",
+            ("vectors", "summary", "kl", "generalization"),
+            WHOLE,
+            shares=_SHUFFLED,
+            passes=_of_nulls,
+            searched=lambda chain: len(_of_shuffled(chain)),
+        ),
+        Evaluation("composition", ("composition",), WHOLE, shares=_COMPOSITION, passes=_of_composed),
+        Evaluation("geometry", ("geometry", "summary"), WHOLE, shares=_GEOMETRY, passes=_of_none),
         Evaluation("rescaled", ("kl",), WHOLE, shares=_RESCALED, passes=_of_rescaled),
         Evaluation("convergence", ("convergence",), why=True),
         Evaluation("mediation", ("mediation",), why=True),

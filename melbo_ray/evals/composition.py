@@ -29,6 +29,7 @@ def run(study: Study, chain: Chain, share: str, items: Sequence[int]) -> Rows:
     The null has kind `random`: the row of the same index is the mean of the random directions (`control`) that
     correspond to the same members, with their norms, and has no text.
     """
+    study = study.rounded
     subsets, rows = _subsets(study, chain.vectors), []
     for place, scale in enumerate(COMPOSED):
         first = place * len(subsets)

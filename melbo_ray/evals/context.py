@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -76,6 +76,11 @@ class Study:
         """Log-probabilities of the next token after the training prompt, unsteered, float64."""
         return next(self.prompt.logits(torch.zeros_like(self.base)[None]))[0].double().log_softmax(-1)
 
+    @property
+    def rounded(self) -> "Study":
+        """The same study with the products of the option `eval_products`, for the evaluations that it names."""
+        return self if self.model.products == self.config.eval_products else self.once(_rounded)
+
     def tokens(self, prompt_id: str) -> Int[Tensor, " seq"]:
         """The tokens of the training prompt (`training`) or of a held-out prompt, by name."""
         prompt = self.concept.prompt if prompt_id == TRAINING else self.concept.held_out[prompt_id]
@@ -95,6 +100,10 @@ class Study:
     def row(self, kind: str, index: int, **columns: Any) -> dict[str, Any]:
         """One row of a table: its keys and `columns`."""
         return {"run_id": self.run_id, "kind": kind, "index": index, **columns}
+
+
+def _rounded(study: Study) -> Study:
+    return replace(study, model=study.model.multiplied(study.config.eval_products))
 
 
 @dataclass(frozen=True)

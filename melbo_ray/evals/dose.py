@@ -25,6 +25,7 @@ def run(study: Study, vectors: Vectors) -> Rows:
       grids, so a dip narrower than the grid is missed; `norm` is null if no dose reaches it.
     - `knee`: the α with the largest second difference of KL(P‖P_unsteered), where its plateau ends.
     """
+    study = study.rounded
     rows: list[Row] = []
     vectors = vectors.take([i for i, norm in enumerate(vectors.norms) if norm > 0])
     curves = []

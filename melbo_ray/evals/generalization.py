@@ -45,6 +45,7 @@ def run(study: Study, vectors: Vectors) -> Rows:
     `log_likelihood_ratio` (of the base's continuation) and `concept_score` (of the concept's first continuation) are
     steered minus unsteered, in nats per token.
     """
+    study = study.rounded
     held_out = study.once(_held_out)
     keys, figures = [], []
     for index, theta, norm in zip(vectors.index, vectors.theta, vectors.norms, strict=True):

@@ -19,6 +19,7 @@ def run(study: Study, vectors: Vectors) -> Rows:
     `samples` are drawn; the evaluation `greedy` writes the greedy text at the own norm. The seed of a row derives from
     its keys, so that every text can be reproduced alone.
     """
+    study = study.rounded
     held_out = list(study.concept.held_out)[: study.config.held_out_generations]
     wanted = [("own", prompt_id, vectors.theta) for prompt_id in (TRAINING, *held_out)]
     if vectors.kind != "unsteered":

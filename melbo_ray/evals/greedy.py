@@ -6,5 +6,6 @@ from melbo_ray.evals.generations import rows_of_texts
 
 def run(study: Study, vectors: Vectors) -> Rows:
     """Generate the greedy continuation of the training prompt, each vector at its own norm."""
+    study = study.rounded
     keys = [{"index": index, "prompt_id": TRAINING, "scale": "own", "sample": 0} for index in vectors.index]
     return rows_of_texts(study, vectors.kind, keys, list(vectors.theta))

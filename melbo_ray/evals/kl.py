@@ -16,6 +16,7 @@ KLS = ("kl_from_base", "kl_to_base", "kl_from_unsteered")
 
 def run(study: Study, vectors: Vectors) -> Rows:
     """Evaluate each vector at the last token of the training prompt, at its own norm and rescaled to the radius."""
+    study = study.rounded
     scales = {"own": vectors.theta, "radius": at_norm(vectors.theta, study.radius)}
     rows = []
     for scale, thetas in scales.items():

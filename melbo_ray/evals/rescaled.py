@@ -8,6 +8,7 @@ from melbo_ray.evals.kl import at_norm, next_token
 
 def run(study: Study, chain: Chain, share: str, items: Sequence[int]) -> Rows:
     """Write rows of `kl` at scale `median` for the vectors with the indices `items`."""
+    study = study.rounded
     vectors, norm = chain.vectors.at(items), chain.median_norm
     keys = {"prompt_id": TRAINING, "scale": "median", "norm": norm}
     columns = next_token(study, at_norm(vectors.theta, norm)) if len(vectors) else []

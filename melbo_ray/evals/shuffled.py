@@ -47,12 +47,14 @@ def run(study: Study, chain: Chain, share: str, items: Sequence[int]) -> Rows:
     z(0) and equally reachable for the model. If they fit their targets as closely, a difference of the chain's KL and
     effect from theirs is due to the base's effect, and not to the solver, the norms, or the distance of the target.
 
-    Only the indices `items` are returned. Those before them are read from the run, and found again where it lacks them.
+    Only the indices `items` are returned. Those before them are read from the run, and found again where it lacks them;
+    so is a whole block of which a vector has failed, as its vectors depend on each other.
     `vectors` holds their certificates, with losses relative to their own targets; `summary` holds each target's
     `target_norm`, `target_displacement` and `target_cos_base`.
     """
     found, summary = [], []
-    for target, vector in shuffled_chain(study, study.once(_slice), max(items), _stored(chain, min(items))):
+    earlier, last = _before(chain, items, study.config.block)
+    for target, vector in shuffled_chain(study, study.once(_slice), last, earlier):
         if vector.index in items:
             norm = float(target.theta.norm())
             figures = {"norm": norm, "displacement": target.displacement, "cos_base": target.cos_base}
@@ -67,6 +69,15 @@ def run(study: Study, chain: Chain, share: str, items: Sequence[int]) -> Rows:
 
 def _slice(study: Study) -> Slice:
     return Slice(study.model, [study.tokens(TRAINING)], study.config.source_layer, study.config.target_layer)
+
+
+def _before(chain: Chain, items: Sequence[int], block: int) -> tuple[list[Float[Tensor, " d_model"]], int]:
+    """The stored vectors that a search for `items` goes on from, and the index at which their last block ends."""
+    first, last = min(items), max(items)
+    begin, end = (first - 1) // block * block, -(-last // block) * block
+    own = (pc.field("evaluation") == "shuffled") & (pc.field("index") > begin) & (pc.field("index") <= end)
+    failed = len(chain.stored("failures").filter(own)) > 0
+    return _stored(chain, begin + 1 if failed else first), max(last, min(end, SHUFFLED, chain.length))
 
 
 def _stored(chain: Chain, before: int) -> list[Float[Tensor, " d_model"]]:

@@ -20,6 +20,7 @@ from melbo_ray.model.compiled_step import Recorded, agree
 from melbo_ray.model.hooks import logits_at, steering
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.packed_linear import onednn
+from melbo_ray.model.products import multiplying
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,8 @@ class Batch:
         tokens = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(self.theta.device)
         last = torch.arange(len(texts)), torch.tensor([len(text) - 1 for text in texts])
         theta, ablated = self.theta[slots], self.ablated[slots]
-        with steering(self.model, self.source, theta, ablated), logits_at(self.model, last), onednn():
+        steered = steering(self.model, self.source, theta, ablated)
+        with steered, logits_at(self.model, last), onednn(), multiplying(self.model):
             output = self.model.network(input_ids=tokens, past_key_values=cache, use_cache=cache is not None)
         return output.logits[0].float()
 
@@ -197,7 +199,7 @@ class Batch:
     def _decode(self, tokens: Tensor, positions: Tensor, theta: Tensor, ablated: Tensor) -> tuple[Tensor]:
         self.cache.positions = positions
         columns, here = torch.arange(self.shape[1], device=positions.device)[None], positions[:, None]
-        with steering(self.model, self.source, theta, ablated):
+        with steering(self.model, self.source, theta, ablated), multiplying(self.model):
             output = self.model.network(
                 input_ids=tokens[:, None],
                 attention_mask=masks(self.model.network, (columns <= here)[:, None], here, columns),

@@ -1,5 +1,6 @@
 """Language models: loading, tokenising prompts, decoder layers, fingerprints."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from melbo_ray.model.fingerprint import fingerprint
 from melbo_ray.model.loading import EMBEDDED, locate, pick_device
 
 BALANCED = "balanced"
+_EPSILON = {"tf32": 2.0**-10, "bfloat16": torch.finfo(torch.bfloat16).eps}
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class LanguageModel:
         name: the name given to `load`.
         revision: the requested hub revision, if any.
         packed: whether to make packed copies of the weights for products on the CPU; None allows up to 4 GiB of them.
+        products: how the layers multiply in logits and texts: `float32`, `tf32` or `bfloat16` (`products.multiplying`).
         kept: a cache of objects that depend on the model alone, such as the batch of `generate`.
     """
 
@@ -38,6 +41,7 @@ class LanguageModel:
     name: str = ""
     revision: str | None = None
     packed: bool | None = None
+    products: str = "float32"
     kept: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @classmethod
@@ -109,6 +113,18 @@ class LanguageModel:
         network.eval().requires_grad_(False)
         name = name or str(network.config.name_or_path)
         return cls(network, tokenizer, decoder_layers(network, layers), name, revision)
+
+    def multiplied(self, products: str) -> "LanguageModel":
+        """The same weights and rendered prompts with other products in logits and texts; made once."""
+        if products not in self.kept:
+            other = self.kept[products] = dataclasses.replace(self, products=products)
+            other.kept["rendered"] = self.kept.setdefault("rendered", {})
+        return self.kept[products]
+
+    @property
+    def epsilon(self) -> float:
+        """The relative rounding of its products."""
+        return _EPSILON.get(self.products, torch.finfo(self.dtype).eps)
 
     @property
     def d_model(self) -> int:

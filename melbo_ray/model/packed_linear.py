@@ -30,11 +30,22 @@ _library = torch.library.Library("melbo_ray", "DEF")
 _library.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def available() -> bool:
+    """Whether torch is built with oneDNN."""
+    return _packed is not None
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The product x Wᵀ + bias by oneDNN; `weight` may be a `packed_copy`, and all are of one dtype."""
     return _packed(x.contiguous(), weight, bias, "none", [], "")
 
 
-_library.impl("product", _product, "CompositeExplicitAutograd")
+def packed_copy(weight: Tensor, rows: int) -> Tensor:
+    """A copy of a weight in the layout that oneDNN prefers for so many rows."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+
+
+_library.impl("product", product, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "melbo_ray::product", lambda x, weight, bias: x.new_empty(len(x), len(weight)), lib=_library
 )
@@ -49,13 +60,13 @@ class onednn(TorchFunctionMode):  # noqa: N801 - used as a context manager
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Compute a linear layer with oneDNN if possible, and call every other function unchanged."""
-        if func is torch.nn.functional.linear and not kwargs and _suits(*args):
-            x, weight, *bias = args
-            return _packed(x.contiguous(), weight, bias[0] if bias else None, "none", [], "")
+        if func is torch.nn.functional.linear and not kwargs and suits(*args):
+            return product(*args)
         return func(*args, **(kwargs or {}))
 
 
-def _suits(x: Tensor, weight: Tensor, *_: Any) -> bool:
+def suits(x: Tensor, weight: Tensor, *_: Any) -> bool:
+    """Whether oneDNN computes this product: float32 on the CPU, without gradients."""
     both = (x, weight)
     plain = all(part.dtype == torch.float32 and part.device.type == "cpu" and part.numel() for part in both)
     return _packed is not None and plain and weight.is_contiguous() and not torch.is_grad_enabled()
@@ -195,7 +206,7 @@ def _place(module: GraphModule, node: Node, product: _Product, name: str) -> Non
     """Replace `node` by the packed product."""
     graph, rows = module.graph, product.inputs[0].meta["val"].shape[0]
     weight = product.weight().detach().t().contiguous()
-    module.register_buffer(f"weight{name}", torch.ops.mkldnn._reorder_linear_weight(weight, rows))
+    module.register_buffer(f"weight{name}", packed_copy(weight, rows))
     with graph.inserting_before(node):
         x, bias = product.inputs[0], None
         if len(product.inputs) > 1:
@@ -204,8 +215,8 @@ def _place(module: GraphModule, node: Node, product: _Product, name: str) -> Non
             module.register_buffer(f"bias{name}", product.bias.detach())
             bias = graph.get_attr(f"bias{name}")
         x = graph.call_function(_aten.contiguous.default, (x,))
-        packed = graph.call_function(_packed, (x, graph.get_attr(f"weight{name}"), bias, "none", [], ""))
-    node.replace_all_uses_with(packed)
+        ours = graph.call_function(_packed, (x, graph.get_attr(f"weight{name}"), bias, "none", [], ""))
+    node.replace_all_uses_with(ours)
     _erase(graph, node)
 
 

@@ -33,7 +33,7 @@ def sound(
         return compared > 0
     expected = list(plain())
     try:
-        if not all(map(functools.partial(_same, model.dtype), ours(), expected)):
+        if not all(map(functools.partial(_same, model.epsilon), ours(), expected)):
             raise RuntimeError("this model's logits would be others")
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
@@ -62,7 +62,7 @@ def require_steerable(model: LanguageModel, tokens: Int[Tensor, " seq"]) -> None
     followed = _logits(model, torch.cat([tokens, tokens.flip(0)])[: model.max_length])[: len(tokens)]
     gaps = (followed - alone).norm(dim=-1) / alone.norm(dim=-1)
     # The median, because rounding may flip the choice of experts or keys at single positions.
-    if bool(gaps.median() > torch.finfo(model.dtype).eps ** 0.5):
+    if bool(gaps.median() > model.epsilon**0.5):
         raise UserError("the model is not causal: what follows a token changes what it says there; take a decoder")
     model.kept["steerable"] = True
 
@@ -75,7 +75,7 @@ def _require_stream(model: LanguageModel, _layer: nn.Module, _args: tuple, outpu
     stream(output, 1, model.d_model)
 
 
-def _same(dtype: torch.dtype, ours: Float[Tensor, "kept vocab"], theirs: Float[Tensor, "kept vocab"]) -> bool:
-    """Whether the logits agree row by row to half of the digits of `dtype`, up to a constant per row."""
+def _same(epsilon: float, ours: Float[Tensor, "kept vocab"], theirs: Float[Tensor, "kept vocab"]) -> bool:
+    """Whether the logits agree row by row to half of the digits of the products, up to a constant per row."""
     gap, size = (part - part.mean(-1, keepdim=True) for part in (ours - theirs, theirs))
-    return bool((gap.norm(dim=-1) <= torch.finfo(dtype).eps ** 0.5 * size.norm(dim=-1)).all())
+    return bool((gap.norm(dim=-1) <= epsilon**0.5 * size.norm(dim=-1)).all())

@@ -17,6 +17,7 @@ from melbo_ray.model.architecture import masks, stream
 from melbo_ray.model.hooks import logits_at, reaching, skipping, steering
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.packed_linear import onednn
+from melbo_ray.model.products import multiplying
 from melbo_ray.model.rows import Prefix, lay_out_rows
 from melbo_ray.model.soundness import require_steerable, sound
 
@@ -170,7 +171,7 @@ class Prompts:
                 "past_key_values": prefix,
             }
         tokens = layout.tokens[rows, start:width].to(self.model.device)
-        with onednn():
+        with onednn(), multiplying(self.model):
             return self.model.network(input_ids=tokens, use_cache=prefix is not None, **arguments).logits
 
     def _prefix(self, theta: Float[Tensor, " d_model"]) -> Prefix:

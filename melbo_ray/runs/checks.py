@@ -4,16 +4,20 @@ from typing import NotRequired
 
 from typing_extensions import TypedDict  # pydantic asks for it below Python 3.12
 
-EXACT, PLAIN = "exact", "plain way"
+EXACT, PLAIN, ROUNDED = "exact", "plain way", "rounded"
 
 
 class Check(TypedDict):
-    """The result of one check; errors are relative, except for `texts`, where `error` and `compared` count tokens."""
+    """The result of one check; errors are relative, except for two.
+
+    Of `texts`, `error` and `compared` count tokens. Of `products`, `error` is that of a KL, nats, `tolerance` the KL
+    of the unsteered model, and `compared` counts KLs.
+    """
 
     error: float
     tolerance: float
     compared: int
-    verdict: str  # `exact` or `plain way`
+    verdict: str  # `exact`, `plain way` or `rounded`
     reason: str
     role: NotRequired[str]
     host: NotRequired[str]
@@ -47,14 +51,15 @@ def line(checks: Checks) -> str:
 
 
 def reasons(checks: Checks) -> list[str]:
-    """One line for each computation that is done the plain way, with the reason."""
-    return [f"{name} by the plain way: {c['reason']}" for name, c in worst(checks).items() if c["verdict"] == PLAIN]
+    """One line for each computation that is done the plain way or rounded, with the reason."""
+    told = {PLAIN: "{} by the plain way: {}", ROUNDED: "{}: {}"}
+    return [told[c["verdict"]].format(name, c["reason"]) for name, c in worst(checks).items() if c["verdict"] in told]
 
 
 def _told(name: str, check: Check) -> str:
     same = f"{check['compared'] - check['error']:.0f} of {check['compared']} tokens"
     told = same if name == "texts" else f"{check['error']:.0e}".replace("e-0", "e-")
-    return told if check["verdict"] == EXACT else f"{told} (the plain way)"
+    return told + {EXACT: "", PLAIN: " (the plain way)", ROUNDED: " nats"}[check["verdict"]]
 
 
 def _badness(check: Check) -> tuple[bool, float, int]:

@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 from transformers import AutoModelForCausalLM
 
 from melbo_ray.config import Config
+from melbo_ray.errors import UserError
 from melbo_ray.evals.catalog import EVALUATIONS, PER_VECTOR
 from melbo_ray.evals.context import Study, Vectors
 from melbo_ray.evals.runner import evaluate
@@ -16,6 +17,7 @@ from melbo_ray.model.architecture import truncate
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.loading import load_config, pick_device
 from melbo_ray.model.partial import sketch
+from melbo_ray.model.products import require_products
 from melbo_ray.study.preflight import Checked
 
 # Layers of the two timed models, whose difference gives the time per layer.
@@ -65,6 +67,10 @@ def _evaluations(checked: Checked, model: LanguageModel, device: torch.device) -
     few, more = (int(min(layers, depth, room)) for layers in _DEPTHS)
     if few >= more:
         return {}, f"no evaluation was timed: {_DEPTHS[0]} and more layers are too large for this machine"
+    try:
+        require_products(config.eval_products, device, model.dtype)
+    except UserError as error:  # the machines of the cluster may have them
+        return {}, f"no evaluation was timed: {error}"
     batch = config.eval_batch if device.type == "cuda" else _CPU_BATCH
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

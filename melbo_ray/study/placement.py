@@ -7,8 +7,8 @@ from functools import partial
 from rich.console import Console
 
 from melbo_ray.cluster.nodes import awaited
-from melbo_ray.cluster.resources import Layout, grown, lay_out
-from melbo_ray.cluster.session import resources, wait_for_nodes
+from melbo_ray.cluster.resources import GPU_MEMORY, Layout, grown, lay_out
+from melbo_ray.cluster.session import gpu_memory, resources, wait_for_nodes
 from melbo_ray.config import Config
 from melbo_ray.runs.manifest import Packed
 from melbo_ray.study.preflight import Checked
@@ -32,7 +32,16 @@ def place(checked: Checked, chains: int, fixed: bool, allowed: Packed, console: 
 
     if not fixed:
         wait_for_nodes(partial(awaited, checked.config, chains), say)
-    layout = lay_out(checked.config, chains, checked.demands, *resources(), fixed=fixed, allowed=allowed)
+    cluster, roles = resources()
+    unsaid = checked.config.device != "cpu" and None in (checked.config.chain_gpus, checked.config.eval_gpus)
+    if unsaid and cluster.get("GPU") and (memory := gpu_memory()) is not None:
+        cluster = {**cluster, GPU_MEMORY: memory}
+    layout = lay_out(checked.config, chains, checked.demands, cluster, roles, fixed=fixed, allowed=allowed)
+    if GPU_MEMORY in cluster:
+        say(
+            f"the smallest GPU has {cluster[GPU_MEMORY] / 1e9:.0f} GB: a chain actor takes "
+            f"{layout.chain['num_gpus']:g} of one, an evaluator {layout.evaluator['num_gpus']:g}"
+        )
     if layout.packed != allowed:
         say(_unpacked_line(layout.packed))
     if not fixed and _on_cpus_unasked(checked.config, layout):

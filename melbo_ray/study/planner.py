@@ -8,7 +8,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from melbo_ray.cluster.memory import Demand
+from melbo_ray.cluster.memory import USABLE, Demand
 from melbo_ray.config import Config
 from melbo_ray.evals.catalog import CONTROLS, EVALUATIONS, SAMPLED
 from melbo_ray.host import cores
@@ -18,7 +18,6 @@ from melbo_ray.study.display import duration
 from melbo_ray.study.preflight import Checked
 
 _GPU_SIZES = (24, 48, 80, 141)
-_USABLE = 0.9
 # From a synthetic run of 1,000 vectors (tests/cluster/figures.py storage): the rows of the evaluations, bytes a vector.
 _ROW_BYTES = 2_000
 _VECTOR_BYTES = 4.3
@@ -51,7 +50,7 @@ def plan(checked: Checked, machine: Machine | None = None) -> Table:
         f"{_gpus(evaluator.on_gpu)}{_span(config, evaluator.on_gpu)}",
         "a step of the chain": f"at least {1000 * step:.2g} ms on {machine.device} (concepts in it: {len(lengths)})",
         "the chain": f"{vectors} vectors, {steps} steps at most: {duration(steps * step)}",
-        "the evaluations": _evaluations(config, machine, vectors, len(lengths)),
+        "the evaluations": _evaluations(config, machine, vectors, len(lengths), step / len(lengths)),
         "storage": f"{size / 1e6:.0f} MB",
         "this machine": f"{machine.flops / 1e12:.2f} TFLOP/s, {machine.bandwidth / 1e9:.0f} GB/s on {machine.device}",
     }.items():
@@ -70,7 +69,7 @@ def _on_cpu(demand: Demand) -> str:
 
 def _gpus(needed: float, most: int = 8) -> str:
     """The number of GPUs of each size that hold `needed` bytes, for sizes that need at most `most` GPUs."""
-    counts = {size: math.ceil(needed / (_USABLE * size * 1e9)) for size in _GPU_SIZES}
+    counts = {size: math.ceil(needed / (USABLE * size * 1e9)) for size in _GPU_SIZES}
     fitting = " or ".join(f"{count} x {size} GB" for size, count in counts.items() if count <= most)
     return fitting or f"more than {most} x {_GPU_SIZES[-1]} GB"
 
@@ -78,22 +77,32 @@ def _gpus(needed: float, most: int = 8) -> str:
 def _span(config: Config, needed: float) -> str:
     if config.eval_gpus is not None and config.eval_gpus > 1:
         return f"; spread over {config.eval_gpus:g} (--eval-gpus)"
-    return "; --eval-gpus spreads it over several" if needed > _USABLE * _GPU_SIZES[-1] * 1e9 else ""
+    return "; --eval-gpus spreads it over several" if needed > USABLE * _GPU_SIZES[-1] * 1e9 else ""
 
 
-def _evaluations(config: Config, machine: Machine, vectors: int, concepts: int) -> str:
-    """The evaluations' time on one evaluator and on this machine's maximum, and the evaluations not included."""
+def _evaluations(config: Config, machine: Machine, vectors: int, concepts: int, step: float) -> str:
+    """The evaluations' time on one evaluator and on this machine's maximum, and the evaluations not included.
+
+    `step` is the time of a chain's step, s, for the vectors that an evaluation finds itself.
+    """
     if not machine.evaluations:
         return machine.measured
     runs = runs_of_evaluations(config.evals, vectors // concepts, config.sample)
-    total = concepts * sum(machine.evaluations[name] * count for name, count in runs.items())
+    searched = sum(EVALUATIONS[name].searched(vectors // concepts) for name in config.evals)
+    each = sum(machine.evaluations[name] * count for name, count in runs.items())
+    total = concepts * (each + searched * config.max_evaluations * step)
     room = cores() if machine.device == "cpu" else int(torch.cuda.device_count() // max(1.0, config.eval_gpus or 0.0))
     evaluators = config.max_evaluators or max(1, room)
-    left_out = [name for name in config.evals if not runs_of_evaluations([name], 1)]
+    left_out = [name for name in config.evals if not counted(name)]
     return (
         f"{duration(total)} on one evaluator like this machine, {duration(total / evaluators)} on {evaluators}; "
         f"from {machine.measured}; not counted: {', '.join(left_out) or 'none'}"
     )
+
+
+def counted(name: str) -> bool:
+    """Whether the time of an evaluation is counted."""
+    return EVALUATIONS[name].scope == "vector" or EVALUATIONS[name].passes is not None
 
 
 def runs_of_evaluations(names: Iterable[str], vectors: int, sample: int | None = None) -> Counter[str]:

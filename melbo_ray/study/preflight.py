@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from melbo_ray.cluster.memory import Demands, demands
@@ -18,6 +19,7 @@ from melbo_ray.evals.catalog import resolve
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.loading import load_config, pick_device
 from melbo_ray.model.partial import reads_whole, sketch
+from melbo_ray.model.products import require_products
 from melbo_ray.model.residual_slice import check_layers
 from melbo_ray.runs.manifest import Manifest, Rendered, RenderedPrompt
 from melbo_ray.runs.run_store import Run
@@ -77,9 +79,10 @@ def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
     if config.eval_gpus is not None and config.eval_gpus > 1 and (config.device == "cpu" or config.eval_gpus % 1):
         raise UserError(f"--eval-gpus is {config.eval_gpus:g}: above 1 whole GPUs are expected, and no --device cpu")
     _check_storage(config.storage)
-    if not os.environ.get("RAY_ADDRESS"):
-        pick_device(config.device)
     shape = sketch(config)
+    if not os.environ.get("RAY_ADDRESS"):
+        device = pick_device(config.device)
+        require_products(config.eval_products, torch.device("cpu") if config.eval_gpus == 0 else device, shape.dtype)
     check_layers(config.source_layer, config.target_layer, len(shape.layers))
     _check_base(config, names, shape.d_model)
     if config.num_vectors >= shape.d_model:

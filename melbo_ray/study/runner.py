@@ -99,7 +99,7 @@ class StudyRun:
         driver, finished = self.driver(Driver, layout, chains), False
         try:
             driver.drive()
-            self._announce(checks.reasons(driver.checks))
+            self.announce(driver)
             finished = True
         finally:
             self.conclude(driver, finished)
@@ -150,7 +150,7 @@ class StudyRun:
                     self.display.say(_base_line(name, figures))
         if time.monotonic() > self._next_look:  # at every worker's checks: not in every turn of the driver's loop
             self._next_look = time.monotonic() + _LOOK_EVERY
-            self._announce(checks.reasons(driver.checks))
+            self.announce(driver)
         driver.layout = self._growth.follow(driver.layout)
         self.display.update(driver.backlogs, driver.last, driver.pool.ready)
         if (line := driver.wait_notice()) is not None:
@@ -163,11 +163,11 @@ class StudyRun:
             self._update_manifest(driver)
             self._publishing = self._publisher.submit(self._publish)
 
-    def _announce(self, reasons: list[str]) -> None:
-        for reason in reasons:
-            if reason not in self._announced:
-                self._announced.add(reason)
-                self.display.say(f"self-check: {reason}")
+    def announce(self, driver: Driver) -> None:
+        """Print what is new of the self-checks of the driver's workers."""
+        for reason in [each for each in checks.reasons(driver.checks) if each not in self._announced]:
+            self._announced.add(reason)
+            self.display.say(f"self-check: {reason}")
 
     def _update_manifest(self, driver: Driver) -> None:
         """Copy the driver's state into the manifest; not safe while a publication is running."""
@@ -255,6 +255,6 @@ def _described(manifest: Manifest, checked: Checked) -> Manifest:
     manifest.config, manifest.definitions = recorded(checked.config), defined(checked.concepts)
     manifest.prompts = prompts(checked.concepts)
     installed = {d.name.replace("-", "_"): d.version for d in importlib.metadata.distributions()}
-    versions = {name: installed[name] for name in _PACKAGES if name in installed}
-    manifest.versions = versions | {"python": platform.python_version()}
+    known = {name: installed[name] for name in _PACKAGES if name in installed}
+    manifest.versions = known | {"python": platform.python_version()}
     return manifest

@@ -125,6 +125,10 @@ class _Study:
             self._held.close()
             raise
 
+    def announce(self) -> None:
+        """Print what its last workers have told of their self-checks."""
+        self._books.announce(self.member)
+
     def end(self, finished: bool) -> None:
         """Publish what is left, and give the lease back; a finished study gets its report."""
         with self._held:
@@ -170,6 +174,7 @@ class _Sweep:
 
     def _end(self, member: Member) -> None:
         study = self._open.pop(member.run_id)
+        study.announce()
         self._ending.append((study, self._finisher.submit(study.end, True)))
 
     def _tick(self, fleet: Fleet) -> None:

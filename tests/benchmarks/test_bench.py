@@ -14,6 +14,7 @@ from melbo_ray.search.lockstep import value_and_grad
 from melbo_ray.search.solvers import adam
 from melbo_ray.search.subspace import Subspace
 from tests.families import directions, tiny
+from tests.model.test_products import multiplies
 
 
 @pytest.fixture(autouse=True)
@@ -46,10 +47,10 @@ def test_the_reference_takes_the_steps_that_our_adam_takes(small):
         torch.testing.assert_close(published.theta.detach(), ours, rtol=1e-4, atol=1e-5)
 
 
-PARTS = ["step", "beside", "equal-loss", "chain", "growth", "precision", "evaluations", "texts", "logits", "rounded"]
+PARTS = ["step", "beside", "equal-loss", "chain", "growth", "precision", "evaluations", "texts", "logits"]
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", [*PARTS, pytest.param("rounded", marks=multiplies)])
 def test_every_part_measures_something(small, part, monkeypatch):
     width = growth._width
     monkeypatch.setattr(growth, "_width", lambda bench, _d_model, generator: width(bench, 64, generator))

@@ -15,9 +15,11 @@ from melbo_ray.config import Config
 from melbo_ray.host import resident_peak
 from melbo_ray.model.kv_cache import Request
 from melbo_ray.model.partial import lower, sketch
+from melbo_ray.model.products import BFLOAT16, TF32
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.model.sampling import generate
 from tests.families import directions, every_family, tiny
+from tests.model.test_products import multiplies
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,6 +68,18 @@ def test_packed_copies_of_an_evaluator_are_those_of_every_layer_and_the_head_and
     texts = demanded(model, evals=["kl", "generations"])
     assert texts.evaluator.packed == pytest.approx(4 * packed_values(model.kept["batch"].decode), rel=0.01)
     assert demanded(model).evaluator.packed == texts.evaluator.packed + texts.chain.packed
+
+
+@multiplies
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_rounded_copies_are_those_of_every_layer_for_an_evaluator_alone(family):
+    model = tiny(family).multiplied(BFLOAT16)
+    generate(model, [Request(torch.arange(40, 60), directions(1)[0])] * 2, 1, max_new_tokens=6)
+    found, plain = demanded(model, eval_products=BFLOAT16), demanded(model)
+    copies = sum(weight.nbytes for weight in model.kept["rounded weights"].values())
+    assert (found.evaluator.rounded, found.chain.rounded, plain.evaluator.rounded) == (copies, 0, 0)
+    assert found.evaluator.on_cpu(False) == plain.evaluator.on_cpu(False) + copies
+    assert demanded(model, eval_products=TF32) == plain
 
 
 @every_family

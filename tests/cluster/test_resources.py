@@ -51,6 +51,46 @@ def test_gpus_are_used_where_there_are_any_unless_the_cpu_is_asked_for():
     assert layout(BIG, device="cpu").chain["num_gpus"] == 0
 
 
+# Of weights of 4 GiB a chain actor takes 6 GiB of a GPU and an evaluator 8, each half a GiB more for CUDA itself.
+@pytest.mark.parametrize(
+    ("gigabytes", "chain", "evaluator", "beside"),
+    [
+        (80, 0.0903, 0.2274, 4),  # no more than four, whatever fits
+        (32, 0.2257, 0.3871, 2),
+        (24, 0.301, 0.699, 1),
+        (17, 0.4249, 0.5751, 1),
+        (16, 0.5, 0.5, 1),  # both do not fit: as where nothing is known
+        (None, 0.5, 0.5, 1),
+    ],
+)
+def test_evaluators_divide_what_the_chain_leaves_of_a_single_gpu(gigabytes, chain, evaluator, beside):
+    cluster = ONE_GPU | ({"GPU_memory": gigabytes * GIB} if gigabytes else {})
+    found = layout(cluster, weights=4 * GIB)
+    assert (found.chain["num_gpus"], found.evaluator["num_gpus"]) == pytest.approx((chain, evaluator), abs=1e-4)
+    assert found.most_beside_chains == beside
+    if gigabytes not in (16, None):
+        usable = 0.9 * gigabytes
+        assert found.chain["num_gpus"] * usable >= 6.5
+        assert found.evaluator["num_gpus"] * usable >= 8.5
+        assert found.chain["num_gpus"] + beside * found.evaluator["num_gpus"] <= 1
+
+
+def test_of_several_gpus_a_chain_has_its_own_and_evaluators_share_the_others():
+    found = layout(BIG | {"GPU_memory": 24 * GIB}, weights=4 * GIB)
+    assert (found.chain["num_gpus"], found.evaluator["num_gpus"]) == (1, 0.5)
+    assert (found.most_beside_chains, found.most_evaluators) == (14, 16)
+    roles = layout(ONE_GPU | {"GPU_memory": 24 * GIB}, weights=4 * GIB, roles={"chain": ONE_GPU, "eval": ONE_GPU})
+    assert (roles.chain["num_gpus"], roles.evaluator["num_gpus"]) == (1, 0.5)
+
+
+def test_shares_that_are_given_stand_whatever_a_gpu_holds():
+    found = layout(ONE_GPU | {"GPU_memory": 80 * GIB}, weights=4 * GIB, chain_gpus=0.5)
+    assert (found.chain["num_gpus"], found.evaluator["num_gpus"]) == (0.5, 0.125)
+    found = layout(ONE_GPU | {"GPU_memory": 80 * GIB}, weights=4 * GIB, eval_gpus=0.3)
+    assert found.evaluator["num_gpus"] == 0.3
+    assert layout(ONE_GPU | {"GPU_memory": 80 * GIB}, device="cpu").evaluator["num_gpus"] == 0
+
+
 def test_as_many_evaluators_as_memory_holds():
     assert layout({"CPU": 64.0, "memory": 22.0 * GIB}, weights=5 * GIB).most_evaluators == 2
 

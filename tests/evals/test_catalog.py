@@ -11,10 +11,10 @@ import pytest
 import melbo_ray.evals
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError
-from melbo_ray.evals import runner
+from melbo_ray.evals import catalog, dose, runner
 from melbo_ray.evals.catalog import EVALUATIONS, PER_VECTOR, SAMPLED, resolve
 
-SHARED = {"catalog", "context", "runner", "self_check", "__init__"}
+SHARED = {"catalog", "context", "rounding", "runner", "self_check", "__init__"}
 
 
 def test_an_evaluation_is_the_module_of_its_name():
@@ -56,6 +56,10 @@ def test_an_unknown_name_is_answered_with_the_nearest_or_with_all(name, hint):
 
 def test_a_sample_limits_all_that_is_asked_of_single_vectors_but_kl_and_greedy_texts():
     assert set(PER_VECTOR) - set(SAMPLED) == {"kl", "greedy"}
+
+
+def test_the_norms_of_a_dose_are_those_that_composition_is_counted_in():
+    assert catalog._NORMS == dose.DOSES + dose._HALVINGS
 
 
 def test_what_is_counted_of_the_control_is_what_it_does(study, chain, monkeypatch):

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from melbo_ray.evals.runner import evaluate
+from melbo_ray.evals.context import Chain
+from melbo_ray.evals.runner import evaluate, evaluate_share
 from melbo_ray.evals.shuffled import random_target, shuffled_chain
 from melbo_ray.model.residual_slice import Slice
+from melbo_ray.runs import schema
 from melbo_ray.search.chain import chain as base_chain
 from melbo_ray.search.subspace import Subspace
 from tests.evals import reference
@@ -129,3 +131,30 @@ def test_its_rows_are_of_their_own_kind_and_no_more_than_the_chain_has(study, ch
         }  # fmt: skip
     again = evaluate("shuffled", study, chain.take([0, 1]))
     assert again["kl"].equals(written["kl"])
+
+
+@pytest.mark.parametrize("failed", [[2], [1, 2], [3], [1, 4]])
+def test_what_failed_of_a_block_is_found_again_as_it_was(study, chain, failed):
+    blocks = with_options(study, block=2)
+    whole = {row["index"]: row for row in evaluate("shuffled", blocks, chain.take(range(4)))["vectors"].to_pylist()}
+    stored = {
+        "vectors": schema.table("vectors", [row for index, row in whole.items() if index not in failed]),
+        "failures": schema.table(
+            "failures",
+            [study.row("shuffled", i, evaluation="shuffled", error="", attempts=1) for i in failed],
+        ),
+    }
+    resumed = Chain(study.base, chain.take(range(4)), stored.__getitem__)
+    for index in failed:
+        (again,) = evaluate_share("shuffled", "shuffled", [index], blocks, resumed)["vectors"].to_pylist()
+        assert again == whole[index]
+
+
+def test_a_chain_that_grows_keeps_the_vectors_of_a_block_that_was_cut_short(study, chain):
+    blocks = with_options(study, block=4)
+    short = evaluate("shuffled", blocks, chain.take([0, 1]))
+    grown = Chain(study.base, chain, lambda name: short.get(name, schema.table(name, [])))
+    added = evaluate_share("shuffled", "shuffled", [3, 4], blocks, grown)["vectors"].to_pylist()
+    thetas = torch.tensor([row["vector"] for row in [*short["vectors"].to_pylist(), *added]]).double()
+    cosines = torch.cosine_similarity(thetas[:, None], thetas[None], dim=-1)
+    assert float((cosines - torch.eye(4)).abs().max()) < 1e-6

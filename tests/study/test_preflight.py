@@ -128,3 +128,21 @@ def test_a_study_that_is_refused_before_it_has_begun_leaves_nothing_behind(tmp_p
     with pytest.raises(UserError, match="no room"):
         end(Run.open(f"{tmp_path}/runs/study"), begun)
     assert (tmp_path / "runs" / "study").exists() == begun
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"eval_products": "tf32"}, "`eval_products` tf32: expected an NVIDIA GPU .*: use float32"),
+        (
+            {"eval_products": "bfloat16"},
+            "`eval_products` bfloat16: expected a CPU with AVX-512 BF16 or AMX, .*: use float32",
+        ),
+        ({"eval_products": "bfloat16", "dtype": "bfloat16"}, "expected float32 weights, .*: leave it out"),
+    ],
+)
+def test_products_that_this_machine_lacks_are_refused(options, tmp_path, asked, said, monkeypatch):
+    monkeypatch.setattr("melbo_ray.model.products._multiplies_bfloat16", lambda: False)
+    with pytest.raises(UserError, match=said):
+        check(Config(**options, **asked, device="cpu"))
+    assert not (tmp_path / "runs").exists()
