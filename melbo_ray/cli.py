@@ -79,7 +79,7 @@ def parse(description: str, args: list[str], program: str = "melbo-ray run") -> 
     described = {"__doc__": description, "__module__": __name__, "model_config": {"cli_prog_name": program}}
     command = type("Config", (Config,), described)
     try:
-        return Config(**CliApp.run(command, cli_args=args, **_read_toml(args)).model_dump())
+        return Config(**CliApp.run(command, cli_args=args, **_read_toml(args)).model_dump(exclude_unset=True))
     except ValidationError as error:
         raise UserError(_describe(error)) from None
     except SettingsError as error:

@@ -80,7 +80,8 @@ class ModelOptions(_Options):
     automatically."""
 
     source_layer: NonNegativeInt = 8
-    """Source layer, to whose output θ is added; counted from 0."""
+    """Source layer, to whose output θ is added; counted from 0. Where neither layer is given and the model has no layer
+    16, source and target are the layers at a third and two thirds of its depth."""
     target_layer: NonNegativeInt = 16
     """Target layer, whose output is compared; counted from 0."""
 

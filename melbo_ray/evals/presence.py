@@ -109,9 +109,8 @@ def contrast(study: Study) -> Float[Tensor, " d_model"]:
     without sinks.
     """
     if study.concept.contrast:
-        return base_vectors.contrast(study.model, study.concept, study.config.source_layer, study.config.system_prompt)[
-            0
-        ]
+        config = study.config
+        return base_vectors.contrast(study.model, study.concept, config.source_layer, config.system_prompt)[0]
     concept, neutral = next(iter(study.once(text_sets).values()))
     return concept.activations("dropped").mean(0) - neutral.activations("dropped").mean(0)
 

@@ -41,6 +41,7 @@ def import_run(config: Config) -> Run:
         raise UserError(f"--base is {config.base!r}: expected a file of vectors, or URL#concept/index")
     options = config.model_copy(update={"evals": [], "num_vectors": 1})
     checked = check(options)
+    config = checked.config
     if len(checked.concepts) != 1:
         raise UserError(f"--concepts has {len(checked.concepts)}: the vectors of a file belong to one")
     model = LanguageModel.load(

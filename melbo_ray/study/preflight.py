@@ -83,6 +83,7 @@ def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
     if not os.environ.get("RAY_ADDRESS"):
         device = pick_device(config.device)
         require_products(config.eval_products, torch.device("cpu") if config.eval_gpus == 0 else device, shape.dtype)
+    config = _at_depth(config, len(shape.layers))
     check_layers(config.source_layer, config.target_layer, len(shape.layers))
     _check_base(config, names, shape.d_model)
     if config.num_vectors >= shape.d_model:
@@ -115,6 +116,13 @@ def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
     rendered = _rendered(shape, config, concepts)
     named = config.model_copy(update={"run_id": run_id, "evals": evals})
     return Checked(named, concepts, needed, rendered, naming)
+
+
+def _at_depth(config: Config, depth: int) -> Config:
+    """The configuration with the layers at a third and two thirds of `depth`, if the default ones lie beyond it."""
+    if config.target_layer < depth or config.model_fields_set & {"source_layer", "target_layer"}:
+        return config
+    return config.model_copy(update={"source_layer": depth // 3, "target_layer": 2 * depth // 3})
 
 
 def prompts(concepts: Sequence[Concept]) -> dict[str, dict[str, str]]:

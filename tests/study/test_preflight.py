@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from melbo_ray.cli import parse
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError
 from melbo_ray.evals.catalog import resolve
@@ -43,6 +44,19 @@ def options(tmp_path):
         "model": str(tmp_path / "model"), "base": str(tmp_path / "base.npy"), "source_layer": 1, "target_layer": 2,
         "storage": str(tmp_path / "runs"), "run_id": "run",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [{}, {"source_layer": 1}, {"target_layer": 9}])
+def test_a_shallow_model_takes_layers_at_a_third_and_two_thirds_of_its_depth_unless_some_are_given(options, given):
+    layers = {name: options.pop(name) for name in ("source_layer", "target_layer")}
+    if given:
+        with pytest.raises(UserError, match="are out of range: the model has 4"):
+            check(Config(**options, **given))
+        return
+    config = check(parse("", [f"--{name.replace('_', '-')}={value}" for name, value in options.items()])).config
+    assert (config.source_layer, config.target_layer) == tuple(layers.values())
+    # A study resumes with the layers that it has recorded.
+    assert check(Config(**recorded(config))).config == config
 
 
 @pytest.mark.parametrize("stored", [True, False])
