@@ -215,7 +215,7 @@ def test_a_contrast_is_judged_at_rising_norms_from_a_calibrated_radius_on(monkey
 
     r = calibrate(a_slice(), derive_seed(0, CONCEPT.name, 0, "radius")).radius
     monkeypatch.setattr("melbo_ray.search.base_vectors._judged", judged)
-    found = base_vector(a_slice(), CONCEPT, Config(base="contrast", **OPTIONS | {"radius": "auto"}))
+    found = base_vector(a_slice(), CONCEPT, Config(**OPTIONS | {"base": "contrast", "radius": "auto"}))
     np.testing.assert_allclose([c.radius / r for c in found.candidates], np.repeat([1, 2**0.5, 2], 2), rtol=1e-5)
     np.testing.assert_allclose(found.theta.norm(), 2 * r, rtol=1e-5)
 

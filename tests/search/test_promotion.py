@@ -51,7 +51,7 @@ def test_the_ascent_keeps_the_norm_and_promotes_more_than_the_gradient_at_0_and_
 
 def test_a_base_is_promoted_at_rising_norms_from_a_calibrated_radius_on_and_at_a_given_one():
     """Nothing that a tiny random model writes shows the concept, so all norms are tried."""
-    found = base_vector(a_slice(), CONCEPT, Config(base="promotion", **OPTIONS | {"radius": "auto"}))
+    found = base_vector(a_slice(), CONCEPT, Config(**OPTIONS | {"base": "promotion", "radius": "auto"}))
     assert found.calibration is not None
     norms = [candidate.radius / found.calibration.radius for candidate in found.candidates]
     assert norms == pytest.approx([1, 2**0.5, 2, 2**1.5, 4], rel=1e-5)
