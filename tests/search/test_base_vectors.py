@@ -23,6 +23,7 @@ CONCEPT = Concept(
     neutral=["abcd", "bcda e"], held_out={"one": "dcba", "two": "e bcd"}, neutral_texts=[],
 )  # fmt: skip
 OPTIONS: dict[str, Any] = {"source_layer": 1, "target_layer": 3, "radius": 4.0, "candidates": 5, "max_new_tokens": 4}
+CALIBRATED: dict[str, Any] = OPTIONS | {"radius": "auto"}
 
 
 def a_slice():
@@ -215,7 +216,7 @@ def test_a_contrast_is_judged_at_rising_norms_from_a_calibrated_radius_on(monkey
 
     r = calibrate(a_slice(), derive_seed(0, CONCEPT.name, 0, "radius")).radius
     monkeypatch.setattr("melbo_ray.search.base_vectors._judged", judged)
-    found = base_vector(a_slice(), CONCEPT, Config(**OPTIONS | {"base": "contrast", "radius": "auto"}))
+    found = base_vector(a_slice(), CONCEPT, Config(base="contrast", **CALIBRATED))
     np.testing.assert_allclose([c.radius / r for c in found.candidates], np.repeat([1, 2**0.5, 2], 2), rtol=1e-5)
     np.testing.assert_allclose(found.theta.norm(), 2 * r, rtol=1e-5)
 

@@ -8,7 +8,7 @@ from melbo_ray.model.steering import Prompts, continuation_score, encode
 from melbo_ray.search.base_vectors import base_vector
 from melbo_ray.search.promotion import promote
 from tests.families import directions, every_family, plain_logits, tiny
-from tests.search.test_base_vectors import CONCEPT, OPTIONS, a_slice
+from tests.search.test_base_vectors import CALIBRATED, CONCEPT, OPTIONS, a_slice
 
 
 def log_probability(model, theta):
@@ -51,7 +51,7 @@ def test_the_ascent_keeps_the_norm_and_promotes_more_than_the_gradient_at_0_and_
 
 def test_a_base_is_promoted_at_rising_norms_from_a_calibrated_radius_on_and_at_a_given_one():
     """Nothing that a tiny random model writes shows the concept, so all norms are tried."""
-    found = base_vector(a_slice(), CONCEPT, Config(**OPTIONS | {"base": "promotion", "radius": "auto"}))
+    found = base_vector(a_slice(), CONCEPT, Config(base="promotion", **CALIBRATED))
     assert found.calibration is not None
     norms = [candidate.radius / found.calibration.radius for candidate in found.candidates]
     assert norms == pytest.approx([1, 2**0.5, 2, 2**1.5, 4], rel=1e-5)
