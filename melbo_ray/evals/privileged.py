@@ -17,7 +17,7 @@ from melbo_ray.evals.context import Row, Rows, Study, Vectors
 from melbo_ray.evals.control import more_directions
 from melbo_ray.evals.convergence import with_null
 from melbo_ray.evals.linear import z_of
-from melbo_ray.search import base_vectors
+from melbo_ray.search.contrast import contrast as mean_difference
 from melbo_ray.seeds import derive_seed
 
 _ANGLES = (0, 45, 90)
@@ -55,7 +55,7 @@ def _partners(study: Study, kind: str, index: int, unit: Float[Tensor, " d_model
         partners["base"] = study.base
     elif study.concept.contrast:
         config = study.config
-        direction = base_vectors.contrast(study.model, study.concept, config.source_layer, config.system_prompt)
+        direction = mean_difference(study.model, study.concept, config.source_layer, config.system_prompt)
         partners["contrast"] = direction
     return {name: normalize(other - (other @ unit) * unit, dim=0) for name, other in partners.items()}
 

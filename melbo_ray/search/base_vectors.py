@@ -18,12 +18,12 @@ from melbo_ray.config import BaseOptions
 from melbo_ray.errors import UserError
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.search.candidates import Candidate, judge, rank
-from melbo_ray.search.contrast import contrast, pairs
+from melbo_ray.search.given import avoided, given, singular
 from melbo_ray.search.power import power
 from melbo_ray.search.radius import Calibration, calibrate
 from melbo_ray.search.sink import target_shares
 from melbo_ray.search.stages import Once, Stages, compute, finish
-from melbo_ray.search.vector_io import named_vectors, names_vectors
+from melbo_ray.search.vector_io import names_vectors
 from melbo_ray.seeds import derive_seed
 
 _STEP = 0.05
@@ -43,12 +43,14 @@ class Base:
         theta: θ₀, (d_model,) float32 on the CPU, of norm R.
         candidates: all candidates, ranked.
         calibration: the calibration of R; None if R was given, or a vector from a file keeps its norm.
+        avoided: what the chain avoids besides θ₀ (`given.avoided`).
         shares: composition of the target displacement (`sink.target_shares`).
     """
 
     theta: Float[Tensor, " d_model"]
     candidates: list[Candidate]
     calibration: Calibration | None
+    avoided: Float[Tensor, "k d_model"]
     shares: dict[str, float]
 
 
@@ -62,28 +64,24 @@ def base_vector(slice: Slice, concept: Concept, options: BaseOptions) -> Base:
             texts under each (`candidates.rank`).
 
     Raises:
-        UserError: an index out of range, a file that cannot be read or has another width, a vector of norm 0 or not
-            finite, or no usable radius.
+        UserError: an index out of range, vectors that cannot be had (`given`), or no usable radius.
     """
     return finish(base_search(slice, concept, options))
 
 
 def base_search(slice: Slice, concept: Concept, options: BaseOptions, once: Once = compute) -> Stages[Base]:
     """`base_vector` in stages; with the same `once` another call continues where this one was interrupted."""
-    given, first = None if options.base == "melbo" else _given(slice, concept, options), 0
+    fixed, first = None if options.base == "melbo" else _fixed(slice, concept, options), 0
     calibration, wanted = None, options.base_index
     if options.radius == "auto" and not names_vectors(options.base):
         seed = derive_seed(options.seed, concept.name, 0, "radius")
         calibration = Calibration(**once("radius", lambda: asdict(calibrate(slice, seed))))
         yield f"R is {calibration.radius:.3g}"
     radius = calibration.radius if calibration else options.radius
-    if given is None:
+    if fixed is None:
         found, unsteered_shows = yield from _until_one_shows(slice, concept, options, float(radius), once)
     else:
-        norms = given.norm(dim=-1, keepdim=True)
-        if not (torch.isfinite(norms) & (norms > 0)).all():
-            raise UserError(f"the base {options.base!r} has a vector of norm 0 or not finite: leave it out")
-        thetas = given if radius == "auto" else given / norms * radius
+        thetas = fixed if radius == "auto" else fixed / fixed.norm(dim=-1, keepdim=True) * radius
         if wanted is not None and wanted < len(thetas) and names_vectors(options.base):
             # A foreign chain may have a thousand vectors, and judging each by its texts takes hours.
             thetas, first = thetas[wanted : wanted + 1], wanted
@@ -92,21 +90,15 @@ def base_search(slice: Slice, concept: Concept, options: BaseOptions, once: Once
         raise UserError(f"base index {wanted} is out of range: there are {len(found)} candidates, from 0")
     ranked = rank(found, wanted, unsteered_shows)
     theta = next(candidate.theta for candidate in ranked if candidate.taken)
-    return Base(theta, ranked, calibration, target_shares(slice, theta))
+    out_of_bounds = avoided(slice, concept, options, theta)
+    return Base(theta, ranked, calibration, out_of_bounds, target_shares(slice, theta))
 
 
-def _given(slice: Slice, concept: Concept, options: BaseOptions) -> Float[Tensor, "n d_model"]:
-    """The vectors of a base that is not sought by ascent, at any norm."""
-    model = slice.model
-    if options.base == "contrast":
-        return contrast(model, concept, slice.source, options.system_prompt)[None]
-    if options.base == "power":
-        leading, _ = power(slice, -(-options.candidates // 2), options.melbo_from, options.seed)
-        # A singular vector has no sign.
-        return torch.stack([leading, -leading], 1).flatten(0, 1)
-    if not names_vectors(options.base):
-        return pairs(model, options.base, slice.source, options.system_prompt)[None]
-    return named_vectors(options.base, model.d_model, slice.source)
+def _fixed(slice: Slice, concept: Concept, options: BaseOptions) -> Float[Tensor, "n d_model"]:
+    """The candidates of a base that is not sought by ascent, at any norm."""
+    found = given(slice, concept, options)
+    # A singular vector has no sign.
+    return found if singular(options, "base") is None else torch.stack([found, -found], 1).flatten(0, 1)
 
 
 def _until_one_shows(
