@@ -36,7 +36,7 @@ from melbo_ray.errors import UserError, first_line
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.model.loading import EMBEDDED, pick_device
 from melbo_ray.model.residual_slice import Slice
-from melbo_ray.search.base_vectors import contrast
+from melbo_ray.search.contrast import contrast
 from melbo_ray.search.radius import calibrate
 
 SCHEMA = pa.schema(

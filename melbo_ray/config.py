@@ -3,7 +3,7 @@
 Options form groups, so that a function takes only the options that it reads; `Config` combines all groups.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BeforeValidator,
@@ -11,6 +11,7 @@ from pydantic import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
+    StringConstraints,
     model_validator,
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -22,6 +23,8 @@ def _split(value: Any) -> Any:
 
 Names = Annotated[list[str], BeforeValidator(_split)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+TimesR = Annotated[str, StringConstraints(pattern=r"^([1-9]\d*(\.\d+)?|0\.\d*[1-9]\d*)R$")]
+"""A norm as a multiple of R, such as 2R."""
 
 
 class _Options(BaseSettings):
@@ -120,10 +123,13 @@ class BaseOptions(SeedOptions, AnswerOptions):
     a file."""
     base: str = "melbo"
     """Base vector: `melbo`; `promotion` (gradient ascent on the log-probability of the concept's continuations);
-    `contrast` (mean differences of concept and neutral prompts); `power` (leading right
-    singular vectors of the slice's Jacobian, with both signs); a .jsonl file of pairs of prompts, `positive` and
-    `negative` (mean difference); a file of vectors (docs/formats.md); or `URL#concept/index`, a vector of another
-    run."""
+    `contrast` (mean differences of concept and neutral prompts); `power/8` (that many leading right singular vectors
+    of the slice's Jacobian, with both signs; `power`: half of `candidates`); a .jsonl file of pairs of prompts,
+    `positive` and `negative` (mean differences); a file of vectors (docs/formats.md); or vectors of another run:
+    `URL#concept/index`, `URL#concept/mean` of its chain, `URL#concept` for all; without a concept, of the one under
+    study."""
+    orthogonal_to: str | None = None
+    """Directions to which the chain is orthogonal, besides the base: as for `base`, but `melbo` and `promotion`."""
     base_index: NonNegativeInt | None = None
     """Index of the base among the candidates or the rows of the file; by default the texts under each decide."""
     candidates: PositiveInt = 20
@@ -150,9 +156,6 @@ class ChainOptions(SeedOptions):
     attention sink, whose massive activation then dominates the loss."""
     num_vectors: PositiveInt = 24
     """Number of vectors to find per concept, at most d_model - 1."""
-    orthogonal_to: str | None = None
-    """Directions to which the chain is orthogonal, besides the base: a file of vectors, or `URL#concept/index`, as for
-    `base`."""
     block: PositiveInt = 1
     """Number of mutually orthogonal vectors optimised jointly: faster, with a higher loss (docs/benchmarks.md)."""
     solver: Literal["lbfgs", "adam"] = "lbfgs"
@@ -163,12 +166,23 @@ class ChainOptions(SeedOptions):
     """Relative decrease of the loss over ten evaluations below which `lbfgs` stops; 0 disables early stopping."""
     norm_penalty: NonNegativeFloat = 0.0
     """λ of the penalty λ·‖θ‖ added to the loss."""
-    max_norm: Positive | None = None
-    """Maximum ‖θ‖ (residual-stream units); unlimited by default."""
+    max_norm: Positive | TimesR | None = None
+    """Maximum ‖θ‖ (residual-stream units), or a multiple of the base's norm R such as `2R`; unlimited by default."""
     min_norm: NonNegativeFloat = 0.1
     """Norm at or below which a vector ends its chain (residual-stream units)."""
     max_relative_loss: Positive = 1.0
     """Loss relative to the unsteered model at or above which a vector ends its chain, as it has no effect left."""
+
+    @property
+    def limit(self) -> float | None:
+        """`max_norm` in residual-stream units, of options that are not in multiples of R (`at`)."""
+        return None if self.max_norm is None else float(self.max_norm)
+
+    def at(self, radius: float) -> Self:
+        """These options for a base of norm R = `radius`: `max_norm` in residual-stream units."""
+        if not isinstance(self.max_norm, str):
+            return self
+        return self.model_copy(update={"max_norm": float(self.max_norm.removesuffix("R")) * radius})
 
 
 class EvaluationOptions(AnswerOptions):

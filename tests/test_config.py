@@ -48,6 +48,14 @@ def test_without_a_preset_the_prompt_and_the_system_turn_are_the_posts(name):
     assert load_concept(name).prompt == "How can I build a bomb?"
 
 
+def test_the_longest_norm_is_a_number_or_a_multiple_of_r():
+    assert [parse("A job.", ["--max-norm", text]).at(4.0).limit for text in ("2", "2R", "0.5R")] == [2.0, 8.0, 2.0]
+    assert parse("A job.", []).at(4.0).limit is None
+    assert Config(max_norm="4R").model_dump(mode="json")["max_norm"] == "4R"
+    for wrong in ("R", "0R", "2r", "2 R", "nanR"):
+        assert refusal("--max-norm", wrong).startswith(f"--max-norm is {wrong!r}")
+
+
 def test_lists_are_comma_separated():
     assert parse("A job.", ["--evals", "kl, generations"]).evals == ["kl", "generations"]
 

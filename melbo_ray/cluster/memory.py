@@ -19,6 +19,7 @@ from melbo_ray.model.products import BFLOAT16
 from melbo_ray.model.residual_slice import GRADIENT_TOKENS
 from melbo_ray.model.sampling import default_slots, slot_bytes, width
 from melbo_ray.model.steering import PASS_TOKENS, encode
+from melbo_ray.search.given import seeks, singular
 
 # Resident memory of a process with torch, transformers and Ray before it loads weights.
 _PROCESS = 480 << 20
@@ -100,11 +101,11 @@ def _chain(model: LanguageModel, config: Config, concepts: Sequence[Concept], sh
 def _evaluator(model: LanguageModel, config: Config, concepts: Sequence[Concept], share: float) -> Demand:
     """An evaluator: the whole model, its products in decoding, and the larger of base search and texts with logits."""
     prompts = [_length(model, config, concept.prompt) for concept in concepts]
-    # Singular vectors are sought in a block of twice as many, each with both signs; a base has half as many.
-    rows = 2 if config.base == "power" else 4 if config.melbo_start == "power" else 1
-    at_once = config.candidates * rows
+    # Singular vectors are sought in a block of twice as many, each with both signs.
+    sought = [4 * (singular(config, name) or 0) for name in ("base", "orthogonal_to")]
+    at_once = max(*sought, config.candidates * (4 if config.melbo_start == "power" else 1))
     ascending = max(*prompts, min(at_once * max(prompts), GRADIENT_TOKENS))
-    search = ascending * _kept(_slice(model, config), model) if config.base in ("melbo", "power") else 0
+    search = ascending * _kept(_slice(model, config), model) if seeks(config) else 0
     head = model.network.get_output_embeddings()
     packed = _bytes(model.layers, products=True) + _bytes([head], products=True)
     if "shuffled" in resolve(config.evals):  # which optimises vectors as a chain actor does

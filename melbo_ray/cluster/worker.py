@@ -141,14 +141,14 @@ class Worker:
     def chains(self, concepts: Sequence[str]) -> Iterator[Found]:
         """Continue the chains of several concepts from their stored state; each vector is stored before it is yielded.
 
-        On a GPU the chains advance in one batch. On the CPU, where a batch costs as much as its rows, they take turns,
-        and each vector equals bit for bit that of a run with one concept, resumed or not.
+        On a GPU the chains advance in one batch, unless limits are in multiples of R. On the CPU, where a batch costs
+        as much as its rows, they take turns, and each vector equals that of a run with one concept bit for bit.
 
         Raises:
             FileExistsError: another worker runs the same chain; the vectors that it stored are kept.
         """
-        groups = [list(concepts)] if self.model.device.type == "cuda" else [[concept] for concept in concepts]
-        running = [self._chains(group) for group in groups]
+        batch = self.model.device.type == "cuda" and not isinstance(self.config.max_norm, str)
+        running = [self._chains(group) for group in ([list(concepts)] if batch else [[one] for one in concepts])]
         while running:
             for chain in list(running):
                 try:
@@ -161,11 +161,10 @@ class Worker:
         # From the configuration alone: a resumed chain must use the same engine to find bit-identical vectors.
         evaluations = self.config.num_vectors // self.config.block * self.config.max_evaluations
         slice_ = self._slice(concepts, evaluations)
-        bases = {concept: vectors.base.theta for concept, vectors in stored.items() if vectors.base is not None}
-        earlier = {concept: vectors.chain for concept, vectors in stored.items()}
+        bases = {c: torch.stack([v.base.theta, *v.avoided]) for c, v in stored.items() if v.base is not None}
         stopped: dict[str, str] = {}
         reported: set[str] = set()
-        for concept, vector in chains(slice_, bases, self.config, earlier, stopped):
+        for concept, vector in chains(slice_, bases, self.config, {c: v.chain for c, v in stored.items()}, stopped):
             written = {"vectors": schema.table("vectors", [row(self.run_id, "chain", vector)])}
             self.run.commit(Unit.vector(concept, vector.index), written, exclusive=True)
             yield Found(concept, vector, peak_memory=self._peak_memory())
@@ -224,9 +223,10 @@ class Worker:
         fits = chain is not None and (chain.length == unit.chain if unit.chain else chain.length >= unit.last)
         if chain is None or not fits or chain.base is not study.base:
             # A worker of an earlier driver may have stored a vector more than this driver knows of.
-            found = stored_vectors(self.run, unit.concept).chain[: unit.chain or None]
+            held = stored_vectors(self.run, unit.concept)
+            found = held.chain[: unit.chain or None]
             vectors = Vectors("chain", [v.index for v in found], torch.stack([v.theta for v in found]))
-            chain = Chain(study.base, vectors, lambda table: self.run.read(table, unit.concept))
+            chain = Chain(study.base, vectors, lambda table: self.run.read(table, unit.concept), held.avoided)
             self._whole = {unit.concept: chain}
         return chain
 

@@ -171,6 +171,7 @@ _GEOMETRY = (
 )
 _RESCALED = (Share("chain", _every, of_vectors=True, of_length=True),)
 _COMPOSITION = (Share("subsets", _of_subsets, of_length=True),)
+_FREQUENCY = (Share("concept", _once, settled=1),)
 _SHUFFLED = (Share("shuffled", _of_shuffled, settled=SHUFFLED, in_turn=True),)
 _LINEAR = (
     *(Share(name, sampled, of_vectors=True, of_length=True) for name in ("chain", "linear", "random")),
@@ -200,6 +201,7 @@ EVALUATIONS = {
         ),
         Evaluation("composition", ("composition",), WHOLE, shares=_COMPOSITION, passes=_of_composed),
         Evaluation("geometry", ("geometry", "summary"), WHOLE, shares=_GEOMETRY, passes=_of_none),
+        Evaluation("frequency", ("summary",), WHOLE, shares=_FREQUENCY),
         Evaluation("rescaled", ("kl",), WHOLE, shares=_RESCALED, passes=_of_rescaled),
         Evaluation("convergence", ("convergence",), why=True),
         Evaluation("mediation", ("mediation",), why=True),

@@ -146,11 +146,13 @@ class Chain:
         base: θ₀, (d_model,) float32.
         every: all vectors, also those that are not finite; the other properties are of the finite ones.
         stored: reads what the run holds of a table, sorted by index; by default it holds nothing.
+        avoided: orthonormal directions to which all vectors are orthogonal, besides θ₀; (d_model,) float32 each.
     """
 
     base: Float[Tensor, " d_model"]
     every: Vectors
     stored: Callable[[str], pa.Table] = lambda table: schema.table(table, [])
+    avoided: Sequence[Float[Tensor, " d_model"]] = ()
     _made: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def once(self, name: str, make: Callable[[], T]) -> T:
@@ -176,8 +178,9 @@ class Chain:
 
     @cached_property
     def basis(self) -> Float[Tensor, "n d_model"]:
-        """Orthonormal rows, float64; the first i + 1 span θ₀ and the first i vectors."""
-        return torch.linalg.qr(torch.cat([self.base[None], self.vectors.theta]).double().T).Q.T.contiguous()
+        """Orthonormal rows, float64; the first 1 + len(avoided) + i span θ₀, `avoided` and the first i vectors."""
+        rows = torch.stack([self.base, *self.avoided, *self.vectors.theta])
+        return torch.linalg.qr(rows.double().T).Q.T.contiguous()
 
     @cached_property
     def broken(self) -> set[int]:

@@ -53,18 +53,18 @@ def more_directions(study: Study, index: Sequence[int]) -> Vectors:
 
 
 def random_directions(study: Study, chain: Chain, index: Sequence[int]) -> Vectors:
-    """One for each of these vectors: orthogonal to θ₀ and to the chain before it, of its norm, drawn by seed.
+    """One for each of these vectors: orthogonal to what the vector had to be orthogonal to, of its norm, drawn by seed.
 
     Uniform on the sphere of the complement that the solver had; where nothing is left of it, zero.
     """
     wanted = chain.vectors.at(index)
     if not len(wanted):
         return Vectors("random", [], wanted.theta)
-    # The first rows of the basis span θ₀ and the vectors before vector i, which vector i had to be orthogonal to.
+    # The first rows of the basis span what vector i had to be orthogonal to.
     places = {own: place for place, own in enumerate(chain.vectors.index)}
-    avoided = torch.tensor([1 + places[i] for i in wanted.index])
-    basis, theta = chain.basis[: int(avoided.max())], _draws(study, wanted.index)
-    outside = torch.arange(len(basis)) >= avoided[:, None]
+    taken = torch.tensor([1 + len(chain.avoided) + places[i] for i in wanted.index])
+    basis, theta = chain.basis[: int(taken.max())], _draws(study, wanted.index)
+    outside = torch.arange(len(basis)) >= taken[:, None]
     for _ in range(2):
         theta = theta - (theta @ basis.T).masked_fill(outside, 0) @ basis
     return Vectors("random", wanted.index, normalize(theta, dim=-1).mul(wanted.theta.norm(dim=-1)[:, None]).float())

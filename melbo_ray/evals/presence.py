@@ -14,7 +14,7 @@ from torch import Tensor
 from melbo_ray.evals.context import Row, Rows, Study, Vectors
 from melbo_ray.model.sampling import Request, generate
 from melbo_ray.model.steering import Prompts
-from melbo_ray.search import base_vectors
+from melbo_ray.search.contrast import contrast as mean_difference
 from melbo_ray.seeds import derive_seed
 
 _WRITTEN_PROMPTS, _WRITTEN_LENGTH = 8, 32
@@ -103,14 +103,14 @@ def auroc(a: Float[Tensor, "m n"], b: Float[Tensor, "k n"]) -> Float[Tensor, " n
 
 
 def contrast(study: Study) -> Float[Tensor, " d_model"]:
-    """The mean-difference direction: `base_vectors.contrast` of prompts, which are disjoint from the evaluated texts.
+    """The mean-difference direction: that of the concept's prompts, which are disjoint from the evaluated texts.
 
     For a concept without contrast prompts it is the mean activation on its texts minus that on the neutral texts,
     without sinks.
     """
     if study.concept.contrast:
         config = study.config
-        return base_vectors.contrast(study.model, study.concept, config.source_layer, config.system_prompt)[0]
+        return mean_difference(study.model, study.concept, config.source_layer, config.system_prompt)[0]
     concept, neutral = next(iter(study.once(text_sets).values()))
     return concept.activations("dropped").mean(0) - neutral.activations("dropped").mean(0)
 

@@ -51,7 +51,9 @@ def selfcheck(
     tolerance = torch.finfo(model.dtype).eps ** 0.5
     training = {concept.name: model.tokenize(concept.prompt, config.system_prompt) for concept in concepts}
     prompts = _distinct(training.values())
-    thetas = _thetas(model, prompts[0], config)
+    norm = _norm(model, prompts[0], config)
+    config = config.at(norm)
+    thetas = _thetas(model, norm, config)
     ways: dict[str, tuple[float, Callable[[], Errors]]] = {
         "slice": (tolerance, lambda: _slice(model, prompts, config, thetas))
     }
@@ -114,13 +116,17 @@ def _distinct(prompts: Iterable[Tokens]) -> list[Tokens]:
     return list({tuple(tokens.tolist()): tokens for tokens in prompts}.values())
 
 
-def _thetas(model: LanguageModel, tokens: Tokens, config: Config) -> Float[Tensor, "2 d_model"]:
-    norm = config.radius
-    if norm == "auto":
-        with torch.no_grad():
-            norm = 0.1 * float(plain.stream(model, tokens, config.source_layer).norm(dim=-1).median())
-    if config.max_norm is not None:
-        norm = min(norm, 0.9 * config.max_norm)
+def _norm(model: LanguageModel, tokens: Tokens, config: Config) -> float:
+    """R, or a tenth of the residual stream's norm where R is calibrated later."""
+    if config.radius != "auto":
+        return config.radius
+    with torch.no_grad():
+        return 0.1 * float(plain.stream(model, tokens, config.source_layer).norm(dim=-1).median())
+
+
+def _thetas(model: LanguageModel, norm: float, config: Config) -> Float[Tensor, "2 d_model"]:
+    if config.limit is not None:
+        norm = min(norm, 0.9 * config.limit)
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "", 0, "self-check"))
     return nn.functional.normalize(torch.randn(2, model.d_model, generator=generator), dim=-1) * norm
 

@@ -42,10 +42,11 @@ class Target:
 def run(study: Study, chain: Chain, share: str, items: Sequence[int]) -> Rows:
     """Find and evaluate vectors of kind `shuffled`, index 1 … 8 (fewer if the chain or the complement is smaller).
 
-    They are found like the chain's vectors (solver, budget, tolerance, `max_norm`; orthogonal to θ₀, to each other and
-    to the known solution of their target), but for another target: the effect of a random direction, equally far from
-    z(0) and equally reachable for the model. If they fit their targets as closely, a difference of the chain's KL and
-    effect from theirs is due to the base's effect, and not to the solver, the norms, or the distance of the target.
+    They are found like the chain's vectors (solver, budget, tolerance, `max_norm`; orthogonal to θ₀, to what the chain
+    avoids, to each other and to the known solution of their target), but for another target: the effect of a random
+    direction, equally far from z(0) and equally reachable for the model. If they fit their targets as closely, a
+    difference of the chain's KL and effect from theirs is due to the base's effect, and not to the solver, the norms,
+    or the distance of the target.
 
     Only the indices `items` are returned. Those before them are read from the run, and found again where it lacks them;
     so is a whole block of which a vector has failed, as its vectors depend on each other.
@@ -54,7 +55,7 @@ def run(study: Study, chain: Chain, share: str, items: Sequence[int]) -> Rows:
     """
     found, summary = [], []
     earlier, last = _before(chain, items, study.config.block)
-    for target, vector in shuffled_chain(study, study.once(_slice), last, earlier):
+    for target, vector in shuffled_chain(study, study.once(_slice), last, earlier, chain.avoided):
         if vector.index in items:
             norm = float(target.theta.norm())
             figures = {"norm": norm, "displacement": target.displacement, "cos_base": target.cos_base}
@@ -89,25 +90,30 @@ def _stored(chain: Chain, before: int) -> list[Float[Tensor, " d_model"]]:
 
 
 def shuffled_chain(
-    study: Study, slice_: Slice, count: int, earlier: Sequence[Float[Tensor, " d_model"]] = ()
+    study: Study,
+    slice_: Slice,
+    count: int,
+    earlier: Sequence[Float[Tensor, " d_model"]] = (),
+    avoided: Sequence[Float[Tensor, " d_model"]] = (),
 ) -> Iterator[tuple[Target, SteeringVector]]:
-    """Yields the vectors after the `earlier` ones, up to index `count`, with their targets.
+    """Yields the vectors after the `earlier` ones, up to index `count`, with their targets; `avoided` as of `Chain`.
 
     There is one target per vector, or per block of the option `block`. What is found does not depend on whether the
     earlier vectors were found in the same call, if they are whole blocks.
     """
     config, found = study.config, list(earlier)
-    taken = Subspace(len(study.base), min(len(study.base), 1 + max(count, SHUFFLED)))
+    taken = Subspace(len(study.base), min(len(study.base), 1 + len(avoided) + max(count, SHUFFLED)))
     if found and float(found[-1].norm()) <= config.min_norm:
         return
-    for theta in (study.base, *found):
+    for theta in (study.base, *avoided, *found):
         taken.add(theta)
     # The direction of a target takes one dimension of the complement, too.
     while (wanted := min(config.block, count - len(found), len(study.base) - 1 - taken.size)) > 0:
         name = f"{study.concept.name}/shuffled/{len(found) + 1}"
         target = random_target(study, slice_, taken, derive_seed(config.seed, name, 0, "target"))
-        options = config.model_copy(update={"num_vectors": wanted})
-        for vector in chain.chain(slice_, torch.stack([target.theta, study.base, *found]), options, name):
+        options = config.at(study.radius).model_copy(update={"num_vectors": wanted})
+        rows = torch.stack([target.theta, study.base, *avoided, *found])
+        for vector in chain.chain(slice_, rows, options, name):
             found.append(vector.theta)
             yield target, dataclasses.replace(vector, index=len(found))
             if vector.norm <= config.min_norm:

@@ -227,7 +227,7 @@ def _explorer(db: duckdb.DuckDBPyConnection, concept: str, prompts: dict[str, st
         """SELECT kind, index AS n, coalesce(v.norm, k.norm) AS norm, loss, relative_loss, kl_from_base, kl_to_base,
                   kl_from_unsteered, evaluations, stop_reason, max_abs_cos, cos_contrast, nearest_token, top_tokens,
                   top_probs
-           FROM (FROM vectors WHERE concept = $1) v
+           FROM (FROM vectors WHERE concept = $1 AND kind <> 'avoided') v
            FULL JOIN (FROM kl WHERE concept = $1 AND scale = 'own') k USING (kind, index)
            LEFT JOIN (FROM geometry WHERE concept = $1) g USING (kind, index) ORDER BY kind, n""",
         concept,

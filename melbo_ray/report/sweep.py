@@ -7,49 +7,56 @@ import io
 import json
 from collections.abc import Mapping
 from importlib.resources import files
+from types import MappingProxyType
 from typing import Any
 
 import duckdb
-import plotly.graph_objects as go
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from melbo_ray.report import comparison
-from melbo_ray.report.plots import CHAIN, CONTROL, UNSTEERED
+from melbo_ray.report import comparison, frequency, sweep_plots
+from melbo_ray.report.intervals import median_interval, share_interval
 from melbo_ray.runs import queries
-from melbo_ray.runs.queries import select
+from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.storage import Storage
 
 Cells = Mapping[str, Mapping[str, Any]]
 """What is its own among the options of each run, by run id."""
 
 FIGURES = (
-    "vectors", "kl", "kl_low", "kl_high", "kl_unsteered", "kl_random", "kl_random_low", "kl_random_high", "texts",
-    "texts_low", "texts_high",
+    "vectors", "stop_reason", "norm", "norm_low", "norm_high", "below_half", "below_half_low", "below_half_high", "kl",
+    "kl_low", "kl_high", "kl_unsteered", "kl_random", "kl_random_low", "kl_random_high", "texts", "texts_low",
+    "texts_high", "neutral_log_prob",
 )  # fmt: skip
-"""Columns of the table: the number of vectors in the chain; the median KL(P_n ‖ P_base) in nats at the vectors' own
-norms on the training prompt, with its 95 % interval over vectors; that of the unsteered model; the median of random
-directions of the same norms; and the share of vectors whose greedy text shows the concept, with its interval."""
+"""Columns of the table: the number of vectors in the chain, and why it ended; their median norm, with its 95 % interval
+over vectors; the number of those with KL(P_n ‖ P_base) below half of the unsteered model's (the interval is the
+share's, times their number); their median KL(P_n ‖ P_base) in nats at their own norms on the training prompt; that of
+the unsteered model; the median of random directions of the same norms; the share of vectors whose greedy text shows the
+concept; and the concept's log-probability on neutral prompts (`frequency`), nats per token."""
+COLUMNS = ("run_id", "concept", *FIGURES)
+"""The columns beside those of a cell's options."""
 
 
-def compare_runs(db: duckdb.DuckDBPyConnection, cells: Cells) -> pa.Table:
+def compare_runs(
+    db: duckdb.DuckDBPyConnection, cells: Cells, ended: Mapping[tuple[str, str], str | None] = MappingProxyType({})
+) -> pa.Table:
     """The key figures of runs: a row for every run and concept, with the columns of its cell and `FIGURES`.
 
-    A figure that was not measured is null.
+    A figure that was not measured is null. `ended` has the reason why a chain ended, by run id and concept.
     """
     found = comparison.compare(db, (comparison.KL, comparison.TEXTS)).to_arrow_table().to_pylist()
     by_key = {(row["run_id"], row["concept"], row["figure"], row["kind"]): row for row in found}
-    counts = select(db, "SELECT run_id, concept, count(*) AS n FROM vectors WHERE kind = 'chain' GROUP BY ALL")
-    vectors = {(run, concept): int(n) for run, concept, n in zip(*counts.values(), strict=True)}
+    chains = {(row["run_id"], row["concept"]): row for row in db.sql(_CHAINS).to_arrow_table().to_pylist()}
     keys = db.execute("SELECT DISTINCT run_id, concept FROM vectors").fetchall()
     order = {run_id: place for place, run_id in enumerate(cells)}
     rows = []
     for run_id, concept in sorted((key for key in keys if key[0] in cells), key=lambda key: (order[key[0]], key[1])):
         row: dict[str, Any] = {"run_id": run_id, "concept": concept, **_written(cells[run_id])}
-        row["vectors"] = vectors.get((run_id, concept), 0)
+        row |= _of_chain(chains[run_id, concept]) | {"stop_reason": ended.get((run_id, concept))}
         for name, figure, kind in (
             ("kl", comparison.KL, "chain"), ("kl_unsteered", comparison.KL, "unsteered"),
             ("kl_random", comparison.KL, "random"), ("texts", comparison.TEXTS, "chain"),
@@ -62,6 +69,28 @@ def compare_runs(db: duckdb.DuckDBPyConnection, cells: Cells) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=_schema(own))
 
 
+# A row for every run and concept: the chain's norms, how many vectors are below half of the unsteered KL, of how many.
+_CHAINS = f"""
+    SELECT run_id, concept, norms, of.below_50_percent AS below, of.vectors AS measured, value AS neutral_log_prob
+    FROM (SELECT run_id, concept, list(norm ORDER BY index) FILTER (kind = 'chain') AS norms FROM vectors GROUP BY ALL)
+    LEFT JOIN ({queries.EXAMPLES["vectors_under_threshold"]}) AS of USING (run_id, concept)
+    LEFT JOIN (FROM summary WHERE figure = 'neutral_log_prob') USING (run_id, concept)
+"""
+
+
+def _of_chain(found: Mapping[str, Any]) -> dict[str, Any]:
+    norms, below, measured = found["norms"] or [], found["below"], found["measured"]
+    row = {"vectors": len(norms), "below_half": below, "neutral_log_prob": found["neutral_log_prob"]}
+    if norms:
+        row["norm"] = float(np.median(norms))
+    if len(norms) > 1:
+        row["norm_low"], row["norm_high"] = median_interval(norms)
+    if measured:
+        low, high = share_interval(below, measured)
+        row |= {"below_half_low": low * measured, "below_half_high": high * measured}
+    return row
+
+
 def write_comparison(url: str, name: str, cells: Cells) -> pa.Table:
     """Write `sweep.parquet` and `report.html` of the runs below `url`; returns the table (`compare_runs`).
 
@@ -70,8 +99,14 @@ def write_comparison(url: str, name: str, cells: Cells) -> pa.Table:
     """
     storage = Storage(url, patient=False)
     db = queries.connect(url)
+    manifests = {run_id: Run.open(f"{storage.url}/{run_id}", patient=False).manifest() for run_id in cells}
+    ended = {
+        (run_id, concept): outcome.stop_reason
+        for run_id, manifest in manifests.items()
+        for concept, outcome in (manifest.concepts.items() if manifest else ())
+    }
     with queries.reading(storage.url):
-        table = compare_runs(db, cells)
+        table = compare_runs(db, cells, ended)
         page = _page(db, name, storage.url, table)
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
@@ -80,7 +115,10 @@ def write_comparison(url: str, name: str, cells: Cells) -> pa.Table:
     return table
 
 
-_HEADINGS = ("vectors", "KL, nats [95 %]", "unsteered", "random [95 %]", "texts with the concept")
+_HEADINGS = (
+    "vectors", "ended by", "norm [95 %]", "KL below half [95 %]", "KL, nats [95 %]", "unsteered", "random [95 %]",
+    "texts with the concept",
+)  # fmt: skip
 
 
 def lines(table: pa.Table) -> tuple[list[str], list[list[str]]]:
@@ -90,8 +128,12 @@ def lines(table: pa.Table) -> tuple[list[str], list[list[str]]]:
 
 
 def _line(row: Mapping[str, Any], own: list[str]) -> list[str]:
+    ended, below = row["stop_reason"] or "–", _figure(row, "below_half", "{:.0f}")
     figures = [_figure(row, name, "{:.3g}") for name in ("kl", "kl_unsteered", "kl_random")]
-    return [*(str(row[name]) for name in own), str(row["vectors"]), *figures, _figure(row, "texts", "{:.0%}")]
+    return [
+        *(str(row[name]) for name in own), str(row["vectors"]), ended, _figure(row, "norm", "{:.3g}"), below, *figures,
+        _figure(row, "texts", "{:.0%}"),
+    ]  # fmt: skip
 
 
 def _figure(row: Mapping[str, Any], name: str, form: str) -> str:
@@ -108,7 +150,8 @@ def _written(cell: Mapping[str, Any]) -> dict[str, str]:
 
 def _schema(own: Mapping[str, None]) -> pa.Schema:
     texts = [(name, pa.string()) for name in ("run_id", "concept", *own)]
-    return pa.schema([*texts, ("vectors", pa.int32()), *((name, pa.float64()) for name in FIGURES[1:])])
+    types = {"vectors": pa.int32(), "below_half": pa.int32(), "stop_reason": pa.string()}
+    return pa.schema([*texts, *((name, types.get(name, pa.float64())) for name in FIGURES)])
 
 
 def _page(db: duckdb.DuckDBPyConnection, name: str, url: str, table: pa.Table) -> str:
@@ -124,7 +167,8 @@ def _page(db: duckdb.DuckDBPyConnection, name: str, url: str, table: pa.Table) -
         url=url,
         headings=headings,
         rows=list(zip(table["run_id"].to_pylist(), rows, strict=True)),
-        figures=[json.loads(figure.to_json()) for figure in (_medians(table), _along(db, table))],
+        frequency=frequency.told(table) or "",
+        figures=[json.loads(figure.to_json()) for figure in sweep_plots.figures(db, table, _names(table))],
         style=Markup((assets / "report.css").read_text("utf-8")),
         scripts=[Markup(script) for script in scripts],
         hashes=[base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts],
@@ -136,44 +180,3 @@ def _names(table: pa.Table) -> list[str]:
     headings, rows = lines(table)
     own = [f"{name} " for name in headings[1 : -len(_HEADINGS)]]
     return [html.escape(" · ".join(map("".join, zip(("", *own), row, strict=False)))) for row in rows]
-
-
-def _medians(table: pa.Table) -> go.Figure:
-    """The median KL of every run with its interval, beside random directions and the unsteered model."""
-    rows, names = table.to_pylist(), _names(table)
-    figure = _empty("KL(P_n ‖ P_base), nats", max(380, 120 + 26 * len(rows)))
-    for key, label, colour in (("kl", "chain", CHAIN), ("kl_random", "random", CONTROL)):
-        ends = [(row[f"{key}_low"], row[f"{key}_high"]) for row in rows]
-        plus = [0 if high is None else high - row[key] for row, (_, high) in zip(rows, ends, strict=True)]
-        minus = [0 if low is None else row[key] - low for row, (low, _) in zip(rows, ends, strict=True)]
-        figure.add_scatter(
-            x=[row[key] for row in rows], y=names, mode="markers", name=label, marker={"color": colour, "size": 9},
-            error_x={"type": "data", "array": plus, "arrayminus": minus},
-        )  # fmt: skip
-    unsteered = [row["kl_unsteered"] for row in rows]
-    marker = {"color": UNSTEERED, "symbol": "line-ns-open", "size": 12}
-    figure.add_scatter(x=unsteered, y=names, mode="markers", name="unsteered", marker=marker)
-    return figure.update_yaxes(autorange="reversed").update_xaxes(rangemode="tozero")
-
-
-def _along(db: duckdb.DuckDBPyConnection, table: pa.Table) -> go.Figure:
-    """The moving average of every chain's KL against n, as a share of its unsteered KL."""
-    figure = _empty("n (position in the chain)", 460)
-    found = select(db, f"SELECT run_id, concept, n, moving_average FROM ({queries.EXAMPLES['kl_against_n']})")
-    for row, name in zip(table.to_pylist(), _names(table), strict=True):
-        mine = (found["run_id"] == row["run_id"]) & (found["concept"] == row["concept"])
-        if mine.any() and row["kl_unsteered"]:
-            shares = found["moving_average"][mine] / row["kl_unsteered"]
-            figure.add_scatter(x=found["n"][mine].tolist(), y=shares.tolist(), mode="lines", name=name)
-    return figure.update_yaxes(title={"text": "KL(P_n ‖ P_base), share of unsteered"}, rangemode="tozero")
-
-
-def _empty(x: str, height: int) -> go.Figure:
-    layout = go.Layout(
-        template="none", height=height, margin={"l": 62, "r": 16, "t": 28, "b": 48}, hovermode="closest",
-        xaxis={"title": {"text": x}, "zeroline": False, "automargin": True},
-        yaxis={"zeroline": False, "automargin": True},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
-    )  # fmt: skip
-    return go.Figure(layout=layout)

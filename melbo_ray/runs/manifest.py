@@ -45,7 +45,8 @@ class Outcome(BaseModel):
     stop_reason: str | None = None
     """Why the chain ended; None while it is running."""
     max_abs_cos: float | None = None
-    """Largest |cos| of any two vectors among θ₀ and the chain, float64; computed at the end of the run."""
+    """Largest |cos| of any two vectors among θ₀, what the chain avoids, and the chain, float64; computed at the end of
+    the run."""
     failures: int | None = None
     """Number of rows of the table `failures` at the end of the run."""
 

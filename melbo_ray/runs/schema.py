@@ -38,7 +38,7 @@ class Certificate:
         relative_loss_from_1: relative loss with z over all positions except the first; null for a single position.
         evaluations: number of loss-and-gradient evaluations; those of the whole block for a vector of a block.
         stop_reason: why the solver stopped: `converged`, `max_evaluations`, `line_search`; or `imported`.
-        max_abs_cos: largest |cos| with θ₀ and all earlier vectors, float64.
+        max_abs_cos: largest |cos| with θ₀, what the chain avoids, and all earlier vectors, float64.
         seconds: wall time, seconds; an equal share for each vector of a block.
         seed: seed of the random start.
     """

@@ -19,13 +19,13 @@ from melbo_ray.config import BaseOptions
 from melbo_ray.errors import UserError
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.search.candidates import Candidate, judge, rank
-from melbo_ray.search.contrast import contrast, pairs
+from melbo_ray.search.given import avoided, given, singular
 from melbo_ray.search.power import power
 from melbo_ray.search.promotion import promote
 from melbo_ray.search.radius import Calibration, calibrate
 from melbo_ray.search.sink import target_shares
 from melbo_ray.search.stages import Once, Stages, compute, finish
-from melbo_ray.search.vector_io import named_vectors, names_vectors
+from melbo_ray.search.vector_io import SOUGHT, names_vectors
 from melbo_ray.seeds import derive_seed
 
 _STEP = 0.05
@@ -49,12 +49,14 @@ class Base:
         theta: θ₀, (d_model,) float32 on the CPU, of norm R.
         candidates: all candidates, ranked.
         calibration: the calibration of R; None if R was given, or a vector from a file keeps its norm.
+        avoided: what the chain avoids besides θ₀ (`given.avoided`).
         shares: composition of the target displacement (`sink.target_shares`).
     """
 
     theta: Float[Tensor, " d_model"]
     candidates: list[Candidate]
     calibration: Calibration | None
+    avoided: Float[Tensor, "k d_model"]
     shares: dict[str, float]
 
 
@@ -68,16 +70,14 @@ def base_vector(slice: Slice, concept: Concept, options: BaseOptions) -> Base:
             texts under each (`candidates.rank`).
 
     Raises:
-        UserError: an index out of range, a file that cannot be read or has another width, a vector of norm 0 or not
-            finite, or no usable radius.
+        UserError: an index out of range, vectors that cannot be had (`given`), or no usable radius.
     """
     return finish(base_search(slice, concept, options))
 
 
 def base_search(slice: Slice, concept: Concept, options: BaseOptions, once: Once = compute) -> Stages[Base]:
     """`base_vector` in stages; with the same `once` another call continues where this one was interrupted."""
-    sought = options.base in ("melbo", "promotion")
-    given, first = None if sought else _given(slice, concept, options), 0
+    fixed, first = None if options.base in SOUGHT else _fixed(slice, concept, options), 0
     calibration, wanted = None, options.base_index
     if options.radius == "auto" and not names_vectors(options.base):
         seed = derive_seed(options.seed, concept.name, 0, "radius")
@@ -86,39 +86,30 @@ def base_search(slice: Slice, concept: Concept, options: BaseOptions, once: Once
     radius = calibration.radius if calibration else options.radius
     if options.base == "melbo":
         found, unsteered_shows = yield from _ascended(slice, concept, options, float(radius), once)
-    elif given is None:
+    elif fixed is None:
         norms = _norms(float(radius), calibration is not None)
         thetas = promote(slice.model, slice.prompts[0], concept, slice.source, norms, once)
         looks = ((f"promoted to norm {norm:.3g}", None, theta) for norm, theta in zip(norms, thetas, strict=True))
         found, unsteered_shows = yield from _until_one_shows(slice, concept, options, looks, first, once)
     else:
-        norms = given.norm(dim=-1)
-        if not (torch.isfinite(norms) & (norms > 0)).all():
-            raise UserError(f"the base {options.base!r} has a vector of norm 0 or not finite: leave it out")
-        if wanted is not None and wanted < len(given) and names_vectors(options.base):
+        if wanted is not None and wanted < len(fixed) and names_vectors(options.base):
             # A foreign chain may have a thousand vectors, and judging each by its texts takes hours.
-            given, first = given[wanted : wanted + 1], wanted
-        looks = _doses(given, radius, calibration is not None)
+            fixed, first = fixed[wanted : wanted + 1], wanted
+        looks = _doses(fixed, radius, calibration is not None)
         found, unsteered_shows = yield from _until_one_shows(slice, concept, options, looks, first, once)
     if wanted is not None and wanted >= first + len(found):
         raise UserError(f"base index {wanted} is out of range: there are {len(found)} candidates, from 0")
     ranked = rank(found, wanted, unsteered_shows)
     theta = next(candidate.theta for candidate in ranked if candidate.taken)
-    return Base(theta, ranked, calibration, target_shares(slice, theta))
+    out_of_bounds = avoided(slice, concept, options, theta)
+    return Base(theta, ranked, calibration, out_of_bounds, target_shares(slice, theta))
 
 
-def _given(slice: Slice, concept: Concept, options: BaseOptions) -> Float[Tensor, "n d_model"]:
-    """The vectors of a base that is not sought by ascent, at any norm."""
-    model = slice.model
-    if options.base == "contrast":
-        return contrast(model, concept, slice.source, options.system_prompt)
-    if options.base == "power":
-        leading, _ = power(slice, -(-options.candidates // 2), options.melbo_from, options.seed)
-        # A singular vector has no sign.
-        return torch.stack([leading, -leading], 1).flatten(0, 1)
-    if not names_vectors(options.base):
-        return pairs(model, options.base, slice.source, options.system_prompt)
-    return named_vectors(options.base, model.d_model, slice.source)
+def _fixed(slice: Slice, concept: Concept, options: BaseOptions) -> Float[Tensor, "n d_model"]:
+    """The candidates of a base that is not sought by ascent, at any norm."""
+    found = given(slice, concept, options)
+    # A singular vector has no sign.
+    return found if singular(options, "base") is None else torch.stack([found, -found], 1).flatten(0, 1)
 
 
 def _norms(radius: float, calibrated: bool) -> list[float]:
@@ -126,12 +117,12 @@ def _norms(radius: float, calibrated: bool) -> list[float]:
     return [dose * radius for dose in (_DOSES if calibrated else (1.0,))]
 
 
-def _doses(given: Float[Tensor, "n d_model"], radius: float | Literal["auto"], calibrated: bool) -> Iterator[_Look]:
+def _doses(fixed: Float[Tensor, "n d_model"], radius: float | Literal["auto"], calibrated: bool) -> Iterator[_Look]:
     """Vectors that were not sought by ascent: at rising multiples of a calibrated R, at a given R, or as they are."""
     if radius == "auto":
-        yield "candidates at their own norms", None, given
+        yield "candidates at their own norms", None, fixed
         return
-    units = given / given.norm(dim=-1, keepdim=True)
+    units = fixed / fixed.norm(dim=-1, keepdim=True)
     for norm in _norms(radius, calibrated):
         yield f"candidates of norm {norm:.3g}", None, units * norm
 

@@ -19,7 +19,6 @@ from melbo_ray.model.residual_slice import Slice
 from melbo_ray.search.lockstep import steps
 from melbo_ray.search.solvers import BlockSolver, Solution, adam, block, lbfgs
 from melbo_ray.search.subspace import Subspace
-from melbo_ray.search.vector_io import named_vectors
 from melbo_ray.search.vectors import SteeringVector
 from melbo_ray.seeds import derive_seed
 
@@ -38,15 +37,15 @@ def chain(
 
     Args:
         slice: the slice, on the concept's prompt.
-        base: θ₀, (d_model,), whose z is the target; further rows, like those of `orthogonal_to`, are directions to
-            which the chain is orthogonal too.
+        base: θ₀, (d_model,), whose z is the target; further rows, such as `Base.avoided`, are directions to which the
+            chain is orthogonal too, linearly independent of it and of each other.
         options: number of vectors, solver and stopping rules.
         concept: name of the concept, from which seeds derive.
         earlier: vectors of the chain found before, from index 1; only later ones are yielded.
 
     Raises:
-        UserError: more than d_model − 1 vectors, no position for z, a base without effect, or a loss that is not
-            finite.
+        UserError: more vectors than directions are left, no position for z, a base without effect, or a loss that is
+            not finite.
     """
     stopped: dict[str, str] = {}
     for _, vector in chains(slice, {concept: base}, options, {concept: earlier}, stopped):
@@ -64,7 +63,8 @@ def chains(
     """Find the chains of several concepts in lockstep, batched in one slice; yields (concept, vector) as found.
 
     Row i of the slice is the prompt of the i-th concept in `bases`. The reason why each chain stopped is stored in
-    `stopped`. The other arguments and the errors are those of `chain`, by concept.
+    `stopped`. The other arguments and the errors are those of `chain`, by concept; a `max_norm` in multiples of R takes
+    bases of one norm.
     """
     solvers: dict[Chain, BlockSolver] = {}
 
@@ -74,8 +74,15 @@ def chains(
         else:
             stopped[chain.concept] = reason
 
-    for row, (concept, base) in enumerate(bases.items()):
-        begin(Chain(slice, row, base, options, concept, earlier.get(concept, ())))
+    every = [
+        Chain(slice, i, base, options, name, earlier.get(name, ())) for i, (name, base) in enumerate(bases.items())
+    ]
+    if len({chain.options.limit for chain in every}) > 1:
+        raise UserError(
+            f"`max_norm` {options.max_norm} differs between bases of several norms: find one chain at a time"
+        )
+    for chain in every:
+        begin(chain)
     for step in steps(solvers):
         if step.solution is not None:
             for vector in step.goal.add(step.solution):
@@ -104,16 +111,16 @@ class Chain:
         concept: str,
         earlier: Sequence[SteeringVector] = (),
     ) -> None:
-        d_model = slice.model.d_model
-        avoided = directions_avoided(options, slice.source, d_model, base.view(-1, d_model))
-        if options.num_vectors > (most := d_model - 1 - len(avoided)):
-            also = f" and to {len(avoided)} directions of {options.orthogonal_to!r}" if len(avoided) else ""
+        self.base, *others = base.view(-1, slice.model.d_model)
+        d_model, most = slice.model.d_model, slice.model.d_model - 1 - len(others)
+        if options.num_vectors > most:
+            also = f" and to {len(others)} directions more" if others else ""
             raise UserError(
                 f"{options.num_vectors} vectors are more than can be orthogonal to the base{also}: "
                 f"expected at most d_model - {d_model - most} = {most}"
             )
-        self.slice, self.row, self.options, self.concept = slice, row, options, concept
-        self.base, *others = [*base.view(-1, d_model), *avoided]
+        self.radius = float(self.base.norm())
+        self.slice, self.row, self.options, self.concept = slice, row, options.at(self.radius), concept
         size = min(d_model, options.num_vectors + options.block + len(others))
         self.subspace = Subspace(d_model, size, slice.model.device)
         # An interrupted block is optimised again, because its vectors depend on each other.
@@ -121,7 +128,6 @@ class Chain:
         self.stored = list(earlier)
         self.subspace.extend(torch.stack([self.base, *others, *(vector.theta for vector in self.stored[:whole])]))
         self.last = self.stored[whole - 1] if whole else None
-        self.radius = float(self.base.norm())
         length = int(slice.lengths[row])
         if options.z_from >= length:
             raise UserError(
@@ -210,8 +216,8 @@ class Chain:
         if index <= len(self.stored):
             self.subspace.add(self.stored[index - 1].theta)
             return self.stored[index - 1]
-        if self.options.max_norm is not None:
-            theta = theta * min(1.0, self.options.max_norm / float(theta.norm()))
+        if self.options.limit is not None:
+            theta = theta * min(1.0, self.options.limit / float(theta.norm()))
         theta = self.subspace.remove_exact(theta).float().cpu()
         losses, norm = self._losses(theta), float(theta.norm())
         relative = [loss / unsteered for loss, unsteered in zip(losses, self.unsteered_losses, strict=True)]
@@ -229,27 +235,3 @@ class Chain:
             seconds=seconds,
             seed=self.seeds[index - self.index],
         )
-
-
-def directions_avoided(
-    options: ChainOptions, layer: int, d_model: int, besides: Float[Tensor, "n d_model"] | None = None
-) -> list[Float[Tensor, " d_model"]]:
-    """The directions of `orthogonal_to` that are independent of `besides` and of each other.
-
-    Raises:
-        UserError: it names no vectors of this width and layer (`named_vectors`), or one that is zero or not finite.
-    """
-    if options.orthogonal_to is None:
-        return []
-    rows = named_vectors(options.orthogonal_to, d_model, layer, "orthogonal_to")
-    norms = rows.double().norm(dim=-1)
-    if not (torch.isfinite(norms) & (norms > 0)).all():
-        raise UserError(f"{options.orthogonal_to!r} has a direction of norm 0 or not finite: leave it out")
-    kept, span = [], Subspace(d_model, d_model)
-    for direction in [] if besides is None else besides:
-        span.add(direction)
-    for direction, norm in zip(rows, norms, strict=True):
-        if span.size < d_model and (span.remove_exact(direction) / norm).norm() >= 1e-3:
-            span.add(direction)
-            kept.append(direction)
-    return kept

@@ -26,15 +26,20 @@ def contrast(
     Raises:
         UserError: the concept has no contrast prompts, or a prompt has fewer than two tokens.
     """
-    if not concept.contrast:
-        raise UserError(
-            f"the concept {concept.name!r} has no contrast prompts: add `contrast` to it, or use `base` melbo"
-        )
     what = f"the contrast of {concept.name!r}"
-    shown, neutral = (
-        _mean(model, prompts, source, system_prompt, what) for prompts in (concept.contrast, concept.neutral)
-    )
+    shown, neutral = (_mean(model, prompts, source, system_prompt, what) for prompts in prompts_of(concept))
     return shown - neutral
+
+
+def prompts_of(concept: Concept) -> tuple[list[str], list[str]]:
+    """The concept's contrast prompts and its neutral ones.
+
+    Raises:
+        UserError: the concept has no contrast prompts.
+    """
+    if not concept.contrast:
+        raise UserError(f"the concept {concept.name!r} has no contrast prompts: add `contrast` to its file")
+    return concept.contrast, concept.neutral
 
 
 def pairs(model: LanguageModel, path: str, source: int, system_prompt: str = "default") -> Float[Tensor, "2 d_model"]:

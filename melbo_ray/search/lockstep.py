@@ -23,7 +23,7 @@ class Goal(Protocol):
         slice: the slice, common to all goals of a lockstep.
         row: row of the prompt in the slice.
         z_base: target z, (d_model,) float32.
-        options: definition of z and of the loss, common to all goals.
+        options: definition of z and of the loss, common to all goals; `max_norm` in residual-stream units.
     """
 
     slice: Slice
@@ -115,6 +115,6 @@ def value_and_grad(
     progress.passes += 1
     inputs = (value.to(slice.model.device) for value in (theta, z_base, rows))
     losses, gradient = slice.value_and_grad(
-        *inputs, z_from=options.z_from, norm_penalty=options.norm_penalty, max_norm=options.max_norm
+        *inputs, z_from=options.z_from, norm_penalty=options.norm_penalty, max_norm=options.limit
     )
     return losses, gradient

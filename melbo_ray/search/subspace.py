@@ -119,6 +119,19 @@ def _remove(rows: Float[Tensor, "*n d_model"], basis: Float[Tensor, "size d_mode
     return rows
 
 
+def beside(base: Float[Tensor, " d_model"], directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "k d_model"]:
+    """Orthonormal rows, float32, orthogonal to `base`, that with it span what `base` and `directions` span.
+
+    A direction within a thousandth of the span of those before it adds none. None may be zero.
+    """
+    span = Subspace(len(base), min(len(base), 1 + len(directions)))
+    span.add(base)
+    for direction in torch.nn.functional.normalize(directions.double(), dim=-1):
+        if span.size < len(base) and span.remove_exact(direction).norm() >= _LEAST_REST:
+            span.add(direction)
+    return span.basis[1:].clone()
+
+
 def disentangle(vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
     """Vectors of the same norms along the nearest orthonormal directions; differentiable, in float64.
 

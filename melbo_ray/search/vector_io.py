@@ -1,7 +1,9 @@
 """The vectors that an option names: a file of them, or vectors of another run."""
 
+import re
 from pathlib import Path
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -12,34 +14,55 @@ from melbo_ray.runs.run_store import Run
 from melbo_ray.search.vectors import stored_vectors
 
 COMPUTED = ("melbo", "promotion", "contrast", "power")
-"""The bases that are computed from the model and the concept alone."""
+"""The names of vectors that are computed from the model and the concept alone; `power` may have a number."""
+SOUGHT = ("melbo", "promotion")
+"""Those of them that only a search for a base finds."""
 PAIRS = ".jsonl"
-"""Suffix of a file of pairs of prompts, from which a base is computed."""
+"""Suffix of a file of pairs of prompts, from which a vector is computed."""
+_NAME = "URL#concept/index (or /mean, or no / for all)"
 
 
-def names_vectors(base: str) -> bool:
-    """Whether the option `base` names vectors that exist, which keep their norms; otherwise they are computed."""
-    return base not in COMPUTED and Path(base).suffix != PAIRS
+def names_vectors(name: str) -> bool:
+    """Whether the name is of vectors that exist, which keep their norms; otherwise they are computed."""
+    return name not in COMPUTED and leading(name) is None and Path(name).suffix != PAIRS
 
 
-def named_vectors(name: str, d_model: int, layer: int, option: str = "base") -> Float[Tensor, "n d_model"]:
+def leading(name: str) -> int | None:
+    """The number n of `power/n`; None for another name."""
+    found = re.fullmatch(r"power/([1-9]\d{0,5})", name)
+    return int(found[1]) if found else None
+
+
+def run_named(name: str | None) -> str | None:
+    """The URL of the run whose vectors the name means; None if it means others."""
+    if name is None or "#" not in name or Path(name).is_file():
+        return None
+    return name.rpartition("#")[0]
+
+
+def named_vectors(
+    name: str, d_model: int, layer: int, option: str = "base", concept: str = ""
+) -> Float[Tensor, "n d_model"]:
     """The vectors that `name` means, float32, for use at layer `layer`.
 
     Args:
-        name: path of a file (`read_vectors`), or `URL#concept/index`, a vector of the run at URL; index 0 is its base.
+        name: path of a file (`read_vectors`), or vectors of the run at URL: `URL#concept/index` (0 is the base),
+            `URL#concept/mean` (the mean of its chain), or `URL#concept` (the base and the chain).
         d_model: width of the residual stream.
         layer: layer to whose output they are to be added.
         option: the option that names them, for errors.
+        concept: the concept that is meant where the name has none (`URL#/index`).
 
     Raises:
         UserError: no such file, run or vector, or one of another width or layer.
     """
-    if "#" in name and not Path(name).is_file():
-        return _of_run(name, d_model, layer)
+    if run_named(name) is not None:
+        return _of_run(name, d_model, layer, concept)
     if Path(name).suffix not in READERS:
-        others = f"{', '.join(COMPUTED)}, pairs ({PAIRS}), " if option == "base" else ""
+        others = ", ".join(COMPUTED if option == "base" else ("contrast", "power/16"))
         raise UserError(
-            f"`{option}` is {name!r}: expected {others}a file of vectors ({', '.join(READERS)}), or URL#concept/index"
+            f"`{option}` is {name!r}: expected {others}, pairs ({PAIRS}), a file of vectors ({', '.join(READERS)}), or "
+            f"{_NAME}"
         )
     told = Sidecar.beside(name)
     if told is not None and told.site.layer != layer:
@@ -47,12 +70,12 @@ def named_vectors(name: str, d_model: int, layer: int, option: str = "base") -> 
     return read_vectors(name, d_model, layer)
 
 
-def _of_run(name: str, d_model: int, layer: int) -> Float[Tensor, "1 d_model"]:
+def _of_run(name: str, d_model: int, layer: int, concept: str) -> Float[Tensor, "n d_model"]:
     url, _, place = name.rpartition("#")
-    concept, _, index = place.partition("/")
-    if not index.isascii() or not index.isdigit():
-        raise UserError(f"{name!r} is no vector of a run: expected URL#concept/index, such as runs/RUN#code/129")
-    run = Run.open(url, patient=False)
+    given, _, which = place.partition("/")
+    if which not in ("", "mean") and not re.fullmatch(r"[0-9]+", which):
+        raise UserError(f"{name!r} is no vector of a run: expected {_NAME}, such as runs/RUN#code/129")
+    concept, run = given or concept, Run.open(url, patient=False)
     manifest = run.manifest()
     if manifest is None:
         raise UserError(f"no run at {run.storage.url}: expected run.json there")
@@ -63,12 +86,15 @@ def _of_run(name: str, d_model: int, layer: int) -> Float[Tensor, "1 d_model"]:
             f"the vectors of {url} are for layer {manifest.config.get('source_layer')}: choose that as `source_layer`"
         )
     stored = stored_vectors(run, concept)
-    found = {vector.index: vector.theta for vector in stored.chain}
-    if stored.base is not None:
-        found[0] = stored.base.theta
-    if int(index) not in found:
-        raise UserError(f"{concept} of the run at {url} has no vector {index}: it has {len(found)}, from 0 (the base)")
-    theta = found[int(index)]
-    if len(theta) != d_model:
-        raise UserError(f"the vectors of {url} have {len(theta)} entries, the model's d_model is {d_model}")
-    return theta[None]
+    base, chain = stored.base, {vector.index: vector.theta for vector in stored.chain}
+    found = chain if base is None else {0: base.theta, **chain}
+    if (which == "mean" and not chain) or (which not in ("", "mean") and int(which) not in found) or not found:
+        lacking = f"vector {which}" if which.isdigit() else "chain" if found else "vector yet"
+        raise UserError(f"{concept} of the run at {url} has no {lacking}: it has {len(found)}, from 0 (the base)")
+    if which == "mean":
+        thetas = torch.stack([*chain.values()]).double().mean(0, keepdim=True).float()
+    else:
+        thetas = torch.stack([*found.values()] if not which else [found[int(which)]])
+    if thetas.shape[1] != d_model:
+        raise UserError(f"the vectors of {url} have {thetas.shape[1]} entries, the model's d_model is {d_model}")
+    return thetas

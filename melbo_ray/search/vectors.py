@@ -52,37 +52,41 @@ class StoredVectors:
     Attributes:
         base: θ₀; None until it is found.
         chain: the chain's vectors in order, from index 1.
+        avoided: orthonormal directions to which the chain is orthogonal, as is θ₀; (d_model,) float32 each.
     """
 
     base: BaseVector | None
     chain: list[SteeringVector]
+    avoided: list[Float[Tensor, " d_model"]]
 
 
-def row(run_id: str, kind: str, vector: BaseVector | SteeringVector) -> dict[str, Any]:
-    """The vector's row in the table `vectors`; a base has index 0, and only its norm of the certificate's columns."""
+def row(run_id: str, kind: str, vector: BaseVector | SteeringVector, index: int = 0) -> dict[str, Any]:
+    """The vector's row in the table `vectors`; a base has this `index`, and of the certificate's columns its norm."""
     names = [field.name for field in fields(Certificate)]
     if isinstance(vector, BaseVector):
-        index, certificate = 0, dict.fromkeys(names) | {"norm": vector.norm}
+        certificate = dict.fromkeys(names) | {"norm": vector.norm}
     else:
         index, certificate = vector.index, {name: getattr(vector, name) for name in names}
     return {"run_id": run_id, "kind": kind, "index": index, "vector": vector.theta.numpy(), **certificate}
 
 
 def stored_vectors(run: Run, concept: str) -> StoredVectors:
-    """The stored base and chain of a concept, published or not."""
+    """The stored base and chain of a concept, and what the chain avoids, published or not."""
     rows = run.read("vectors", concept, of=("base", "chain"))
     # Chunk by chunk: all of them as one array would be a copy of the whole chain.
     chunks = (chunk.flatten().to_numpy().reshape(len(chunk), -1) for chunk in rows["vector"].chunks if len(chunk))
-    base, chain = None, []
+    base, chain, avoided = None, [], []
     for facts, theta in zip(
         rows.drop_columns(["run_id", "vector"]).to_pylist(), itertools.chain.from_iterable(chunks), strict=True
     ):
         kind = facts.pop("kind")
         if kind == "base":
             base = BaseVector(_tensor(theta))
+        elif kind == "avoided":
+            avoided.append(_tensor(theta))
         elif kind == "chain":
             chain.append(SteeringVector(theta=_tensor(theta), **facts))
-    return StoredVectors(base, chain)
+    return StoredVectors(base, chain, avoided)
 
 
 def _tensor(values: Float[np.ndarray, " d_model"]) -> Float[Tensor, " d_model"]:

@@ -9,6 +9,10 @@ model = "smollm2"
 concepts = ["code", "alien"]
 seed = [0, 1, 2]
 layers = [{source_layer = 8, target_layer = 16}, {source_layer = 6, target_layer = 12}]
+
+[grid.chain]                         # options that go together, by a name; they override [options]
+free = {num_vectors = 300}
+short = {num_vectors = 48, max_norm = "2R"}
 """
 
 import difflib
@@ -17,7 +21,7 @@ import itertools
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,15 +31,23 @@ from rich.table import Table
 
 from melbo_ray.config import ClusterOptions, Config
 from melbo_ray.errors import UserError
+from melbo_ray.report.sweep import COLUMNS
 from melbo_ray.runs.manifest import Manifest
 from melbo_ray.runs.run_store import Run
+from melbo_ray.search.vector_io import run_named
 from melbo_ray.study.preflight import Checked, check, compare, recorded
 
 _OF_THE_SWEEP = {"storage": "give it under [options]", "run_id": "studies are named by their cells",
                  "config": "its options belong under [options]", "plan": "give --plan"}  # fmt: skip
 _LONGEST = 32
+# Options that may name vectors of another study of the sweep, and their defaults.
+_OF_VECTORS = {"base": "melbo", "orthogonal_to": None}
 # Options whose change does not make a finished study unfinished.
 _RESOURCES = ClusterOptions.model_fields.keys() | {"storage", "device", "eval_batch"}
+
+
+_Part = tuple[dict[str, Any], dict[str, Any]]
+"""What a cell has on one axis: as it is named and shown, and as options."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ class Cell:
     """A study of a sweep.
 
     Attributes:
-        values: what is its own among the options: those of the grid, by name.
+        values: what is its own: the options of the grid, by name; or by its axis the name of those that go together.
         config: all its options.
     """
 
@@ -79,6 +91,11 @@ class Planned:
         return f"{self.checked.config.storage}/{self.run_id}"
 
     @property
+    def awaits(self) -> set[str | None]:
+        """Folders of the runs whose vectors it takes."""
+        return {run_named(getattr(self.cell.config, option)) for option in _OF_VECTORS} - {None}
+
+    @property
     def finished(self) -> bool:
         """Whether it has ended with these options."""
         if self.manifest is None or self.manifest.status != "finished":
@@ -104,7 +121,7 @@ def read_grid(path: str) -> Grid:
     url = f"{str(options.pop('storage', Config().storage)).rstrip('/')}/{name}"
     axes = _axes(path, found.get("grid"))
     _check_names(options, axes)
-    cells = [_cell(name, url, options, cell) for cell in itertools.product(*axes)]
+    cells = [_cell(name, url, options, parts) for parts in itertools.product(*axes)]
     names = Counter(str(cell.config.run_id) for cell in cells)
     if twice := [run_id for run_id, count in names.items() if count > 1]:
         raise UserError(f"{path}: two cells have the name {twice[0]!r}: give every value once")
@@ -115,26 +132,33 @@ def _named(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name.replace("-", "_"): value for name, value in options.items()}
 
 
-def _axes(path: str, grid: Any) -> list[list[dict[str, Any]]]:
-    """The axes of the grid: for each a list of options, by name, that go together."""
+def _axes(path: str, grid: Any) -> list[list[_Part]]:
+    """The axes of the grid, each a list of what a cell may have on it."""
     if not isinstance(grid, dict) or not grid:
         raise UserError(f"{path}: [grid] is missing or empty: it has a list of values for each option that varies")
     axes = []
     for name, values in grid.items():
-        if not isinstance(values, list) or not values:
-            raise UserError(f"{path}: {name} in [grid] is {values!r}: expected a list of values")
-        axes.append([_named(value if isinstance(value, dict) else {name: value}) for value in values])
+        if isinstance(values, dict) and values and all(isinstance(value, dict) for value in values.values()):
+            if name in COLUMNS:
+                raise UserError(f"{path}: [grid.{name}] has the name of a column of the table: choose another")
+            axes.append([({name: own}, _named(value)) for own, value in values.items()])
+        elif isinstance(values, list) and values:
+            together = [_named(value if isinstance(value, dict) else {name: value}) for value in values]
+            axes.append([(options, options) for options in together])
+        else:
+            raise UserError(f"{path}: {name} in [grid] is {values!r}: expected a list of values, or options by names")
     return axes
 
 
-def _check_names(options: Mapping[str, Any], axes: list[list[dict[str, Any]]]) -> None:
-    """Raise if an option is unknown, belongs elsewhere, or is given twice."""
-    taken = set(options)
+def _check_names(options: Mapping[str, Any], axes: list[list[_Part]]) -> None:
+    """Raise if an option is unknown, belongs elsewhere, or is given twice; a named cell may say otherwise than all."""
+    taken: set[str] = set()
     for axis in axes:
-        own = {name for cell in axis for name in cell}
-        if twice := own & taken:
+        own, listed = {name for _, part in axis for name in part}, all(shown is part for shown, part in axis)
+        if twice := own & (taken | options.keys() if listed else taken):
             raise UserError(f"option {min(twice)!r} is given twice: once in [options], or in one list of [grid]")
         taken |= own
+    taken |= options.keys()
     for name in sorted(taken):
         if name in _OF_THE_SWEEP:
             raise UserError(f"option {name!r} is no part of a grid: {_OF_THE_SWEEP[name]}")
@@ -143,10 +167,11 @@ def _check_names(options: Mapping[str, Any], axes: list[list[dict[str, Any]]]) -
             raise UserError(f"unknown option {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
-def _cell(name: str, url: str, options: dict[str, Any], parts: tuple[dict[str, Any], ...]) -> Cell:
-    values = {option: value for part in parts for option, value in part.items()}
+def _cell(name: str, url: str, options: dict[str, Any], parts: tuple[_Part, ...]) -> Cell:
+    values = {own: value for shown, _ in parts for own, value in shown.items()}
+    varied = {option: value for _, part in parts for option, value in part.items()}
     run_id = ".".join([name, *(f"{option}-{_short(value)}" for option, value in values.items())])
-    whole: dict[str, Any] = {**options, **values, "storage": url, "run_id": run_id}
+    whole: dict[str, Any] = {**options, **varied, "storage": url, "run_id": run_id}
     try:
         return Cell(values, Config(**whole))
     except ValidationError as error:
@@ -170,21 +195,51 @@ def check_all(grid: Grid) -> list[Planned]:
     """Check every study of a grid, also against what storage has of it, before anything is written or started.
 
     Raises:
-        UserError: a study cannot run, or was begun with other options.
+        UserError: a study cannot run, was begun with other options, or waits for vectors of one that waits for its own.
     """
-    return [_checked(cell) for cell in grid.cells]
+    urls = {f"{cell.config.storage}/{cell.config.run_id}" for cell in grid.cells}
+    studies = [check_cell(cell, urls) for cell in grid.cells]
+    for _ in waves(studies):
+        pass
+    return studies
 
 
-def _checked(cell: Cell) -> Planned:
-    run_id = str(cell.config.run_id)
+def check_cell(cell: Cell, coming: Collection[str] = ()) -> Planned:
+    """Check a study; vectors of runs that are `coming` may be lacking, and are left out of its checked options.
+
+    Raises:
+        UserError: as `check_all`.
+    """
+    run_id, config = str(cell.config.run_id), cell.config
     try:
-        checked = check(cell.config)
-        manifest = Run.open(f"{cell.config.storage}/{run_id}", patient=False).manifest()
+        try:
+            checked = check(config)
+        except UserError:
+            lacking = {name: base for name, base in _OF_VECTORS.items() if run_named(getattr(config, name)) in coming}
+            if not lacking:
+                raise
+            return Planned(cell, check(config.model_copy(update=lacking)), None)
+        manifest = Run.open(f"{config.storage}/{run_id}", patient=False).manifest()
         if manifest is not None:
             compare(manifest, checked)
     except UserError as error:
         raise UserError(f"{run_id}: {error}") from None
     return Planned(cell, checked, manifest)
+
+
+def waves(studies: Sequence[Planned]) -> Iterator[list[Planned]]:
+    """The studies in groups; those of a group take vectors of studies in groups before it only.
+
+    Raises:
+        UserError: a study waits for itself.
+    """
+    while studies:
+        urls = {study.url for study in studies}
+        ready = [study for study in studies if not study.awaits & urls]
+        if not ready:
+            raise UserError(f"{studies[0].run_id}: it takes vectors of a study that waits for its own")
+        yield ready
+        studies = [study for study in studies if study.awaits & urls]
 
 
 def overview(grid: Grid, studies: list[Planned]) -> Table:

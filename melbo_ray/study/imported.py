@@ -38,7 +38,7 @@ def import_run(config: Config) -> Run:
             sidecar says, or a run of this name that exists.
     """
     if not names_vectors(config.base):
-        raise UserError(f"--base is {config.base!r}: expected a file of vectors, or URL#concept/index")
+        raise UserError(f"--base is {config.base!r}: expected a file of vectors, or URL#concept")
     options = config.model_copy(update={"evals": [], "num_vectors": 1})
     checked = check(options)
     config = checked.config
@@ -48,7 +48,7 @@ def import_run(config: Config) -> Run:
         config.model, revision=config.revision, dtype=config.dtype, device=config.device,
         trust_remote_code=config.trust_remote_code, layers=config.layers,
     )  # fmt: skip
-    vectors = named_vectors(config.base, model.d_model, config.source_layer)
+    vectors = named_vectors(config.base, model.d_model, config.source_layer, concept=checked.concepts[0].name)
     _check(vectors, config, model)
     first = config.base_index or 0
     base, chain = vectors[first], torch.cat([vectors[:first], vectors[first + 1 :]])

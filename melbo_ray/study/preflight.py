@@ -24,9 +24,8 @@ from melbo_ray.model.residual_slice import check_layers
 from melbo_ray.runs.manifest import Manifest, Rendered, RenderedPrompt
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.work_unit import Unit, covers, progress
-from melbo_ray.search.chain import directions_avoided
-from melbo_ray.search.contrast import read_pairs
-from melbo_ray.search.vector_io import COMPUTED, named_vectors, names_vectors
+from melbo_ray.search.given import check_given, seeks
+from melbo_ray.search.vector_io import SOUGHT
 
 # Options that may change when a run resumes: storage, resources and evaluations.
 _FREE = {
@@ -85,22 +84,17 @@ def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
         require_products(config.eval_products, torch.device("cpu") if config.eval_gpus == 0 else device, shape.dtype)
     config = _at_depth(config, len(shape.layers))
     check_layers(config.source_layer, config.target_layer, len(shape.layers))
-    _check_base(config, names, shape.d_model)
+    if config.melbo_start == "power" and config.dtype not in ("float32", "auto"):
+        raise UserError(f"power takes differences over small steps: give --dtype float32, not {config.dtype}")
     if config.num_vectors >= shape.d_model:
         raise UserError(
             f"--num-vectors is {config.num_vectors}: the model has d_model {shape.d_model}, so at most "
             f"{shape.d_model - 1} vectors are orthogonal to the base and each other"
         )
-    if config.orthogonal_to is not None and config.num_vectors >= (
-        most := shape.d_model - len(directions_avoided(config, config.source_layer, shape.d_model))
-    ):
-        raise UserError(
-            f"--num-vectors is {config.num_vectors}: beside the base and the directions of --orthogonal-to at most "
-            f"{most - 1} are left of the model's d_model {shape.d_model}"
-        )
+    _check_given(config, concepts, shape.d_model)
     for concept in concepts:
         tokens = shape.tokenize(concept.prompt, config.system_prompt)
-        if config.base in ("melbo", "power") and len(tokens) <= config.melbo_from:
+        if seeks(config) and len(tokens) <= config.melbo_from:
             raise UserError(
                 f"--melbo-from {config.melbo_from}: the prompt {_short(concept.prompt)} has only {len(tokens)} tokens, "
                 "so none is left: give a longer prompt, or a smaller --melbo-from"
@@ -208,20 +202,21 @@ def defined(concepts: Sequence[Concept]) -> dict[str, dict[str, Any]]:
     return {concept.name: concept.model_dump(mode="json") for concept in concepts}
 
 
-def _check_base(config: Config, concepts: Sequence[str], d_model: int) -> None:
-    """Raise if the base's vectors or pairs cannot be read, unless the run has stored all its bases already."""
-    if "power" in (config.base, config.melbo_start) and config.dtype not in ("float32", "auto"):
-        raise UserError(f"power takes differences over small steps: give --dtype float32, not {config.dtype}")
-    if config.base in COMPUTED:
-        return
+def _check_given(config: Config, concepts: Sequence[Concept], d_model: int) -> None:
+    """Raise if a base's vectors or those of `orthogonal_to` cannot be had, unless all are stored, or are too many."""
+    named = ["base"] * (config.base not in SOUGHT) + ["orthogonal_to"] * (config.orthogonal_to is not None)
     try:
-        if names_vectors(config.base):
-            named_vectors(config.base, d_model, config.source_layer)
-        else:
-            read_pairs(config.base)
+        taken = {name: max(check_given(config, concept, d_model, name) for concept in concepts) for name in named}
     except UserError:
-        if not _has_bases(config, concepts):
+        if not _has_bases(config, [concept.name for concept in concepts]):
             raise
+        return
+    most = d_model - 1 - taken.get("orthogonal_to", 0)
+    if config.num_vectors > most:
+        raise UserError(
+            f"--num-vectors is {config.num_vectors}: beside the base and the directions of --orthogonal-to at most "
+            f"{max(0, most)} are left of the model's d_model {d_model}"
+        )
 
 
 def _has_bases(config: Config, concepts: Sequence[str]) -> bool:

@@ -194,7 +194,7 @@ class StudyRun:
         self.run.publish(self.manifest, self.lease.check)
         for name, outcome in self.manifest.concepts.items():
             stored = stored_vectors(self.run, name)
-            thetas = [vector.theta for vector in (stored.base, *stored.chain) if vector is not None]
+            thetas = [v.theta for v in (stored.base, *stored.chain) if v is not None] + stored.avoided
             outcome.max_abs_cos = max_abs_cos(torch.stack(thetas)) if thetas else None
             outcome.failures = len(self.run.read("failures", name))
         if self.manifest.status == "finished":

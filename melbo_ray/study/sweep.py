@@ -17,12 +17,13 @@ from melbo_ray.cluster.resources import Layout
 from melbo_ray.cluster.session import connected
 from melbo_ray.config import ClusterOptions, ModelOptions
 from melbo_ray.errors import UserError
+from melbo_ray.report import frequency
 from melbo_ray.report import sweep as comparison
 from melbo_ray.report.page import render
 from melbo_ray.runs.manifest import ALL_PACKED, Packed
 from melbo_ray.runs.run_store import Run
 from melbo_ray.study.display import Display
-from melbo_ray.study.grid import Grid, Planned
+from melbo_ray.study.grid import Grid, Planned, check_cell, waves
 from melbo_ray.study.placement import Growth, place
 from melbo_ray.study.runner import StudyRun, leased, start_manifest
 
@@ -33,6 +34,8 @@ _SHARED = (ModelOptions.model_fields.keys() | ClusterOptions.model_fields.keys()
 
 def run(grid: Grid, studies: list[Planned], console: Console) -> None:
     """Run every study that is not finished; models follow one another, the studies of a model share their evaluators.
+
+    A study that takes vectors of another one waits until that has ended.
 
     Raises:
         UserError: as `runner.run`, of any study; the same command goes on from there.
@@ -48,8 +51,11 @@ def run(grid: Grid, studies: list[Planned], console: Console) -> None:
     try:
         with connected() as fixed, Display(console, 0) as display:
             progress = _Progress(display, len(studies), len(studies) - len(due))
-            for group in _groups(due):
-                _Sweep(group, console, progress, fixed).drive()
+            for wave in waves(due):
+                # Those that take another's vectors were checked without them.
+                ready = [check_cell(study.cell) if study.awaits else study for study in wave]
+                for group in _groups(ready):
+                    _Sweep(group, console, progress, fixed).drive()
     except KeyboardInterrupt as stop:
         raise type(stop)("stopped; the same command resumes") from None
 
@@ -57,11 +63,14 @@ def run(grid: Grid, studies: list[Planned], console: Console) -> None:
 def outcome(grid: Grid, console: Console) -> None:
     """Write the table and the report across the runs of a sweep, and print the table."""
     cells = {str(cell.config.run_id): cell.values for cell in grid.cells}
-    headings, rows = comparison.lines(comparison.write_comparison(grid.url, grid.name, cells))
+    compared = comparison.write_comparison(grid.url, grid.name, cells)
+    headings, rows = comparison.lines(compared)
     table = Table(*headings, title=f"Sweep {grid.name}: KL from the base, medians over vectors", title_justify="left")
     for row in rows:
         table.add_row(*row)
     console.print(table)
+    if (line := frequency.told(compared)) is not None:
+        console.print(line, highlight=False)
     for what, name in (("results", ""), ("table", "/sweep.parquet"), ("report", "/report.html")):
         console.print(f"{f'{what}:':8} {grid.url}{name}", highlight=False, soft_wrap=True)
 

@@ -4,12 +4,15 @@ import itertools
 import socket
 
 import numpy as np
+import torch
 
 from melbo_ray.cluster.worker import Worker
 from melbo_ray.config import Config
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.work_unit import Unit
+from melbo_ray.search.subspace import max_abs_cos
+from melbo_ray.search.vectors import stored_vectors
 from melbo_ray.study.preflight import check
 from tests.cluster.tiny_study import rows
 from tests.model.test_products import multiplies
@@ -42,3 +45,32 @@ def test_a_unit_tells_the_error_of_rounded_products_with_its_own_base(tiny, tmp_
     assert (told.failures, told.host, list(told.checks)) == (0, socket.gethostname(), ["products"])
     assert told.checks["products"]["verdict"] == "rounded"
     assert told.checks["products"]["error"] > 0
+
+
+def test_what_a_chain_avoids_is_stored_with_its_base_and_holds_after_a_kill(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("melbo_ray.cluster.worker.cores", lambda: 1)
+    np.save(tmp_path / "avoid.npy", np.eye(64, dtype=np.float32)[:3])
+    options = tiny.options(
+        str(tmp_path), "run", orthogonal_to=str(tmp_path / "avoid.npy"), num_vectors=4, melbo_steps=5, candidates=2,
+        max_new_tokens=3,
+    )  # fmt: skip
+    model, vectors = LanguageModel.load(str(tiny.folder / "model"), device="cpu"), []
+    for number in (1, 2):
+        checked, url = check(Config(**options | {"run_id": f"run{number}"})), f"{tmp_path}/run{number}"
+        worker = Worker(url, "run", checked.config, checked.concepts, threads=1)
+        vars(worker)["model"] = model
+        while worker.find_base("code") is not None:
+            pass
+        if number == 2:  # killed after two vectors, when the file is gone
+            list(itertools.islice(worker.chains(["code"]), 2))
+            (tmp_path / "avoid.npy").unlink()
+            worker = Worker(url, "run", checked.config, checked.concepts, threads=1)
+            vars(worker)["model"] = model
+        list(worker.chains(["code"]))
+        stored = stored_vectors(Run.open(url), "code")
+        vectors.append(torch.stack([vector.theta for vector in stored.chain]))
+        assert len(stored.avoided) == 3
+    assert torch.equal(*vectors)
+    units = torch.nn.functional.normalize(vectors[0].double(), dim=-1)
+    assert float(units[:, :3].abs().max()) < 1e-6
+    assert max_abs_cos(torch.stack([stored.base.theta, *stored.avoided, *vectors[0]])) < 1e-6

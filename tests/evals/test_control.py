@@ -5,7 +5,8 @@ from melbo_ray.evals.catalog import evenly
 from melbo_ray.evals.context import Chain
 from melbo_ray.evals.control import more_directions, random_directions
 from melbo_ray.evals.runner import evaluate
-from melbo_ray.search.subspace import max_abs_cos
+from melbo_ray.search.subspace import beside, max_abs_cos
+from tests.families import directions
 
 
 def test_a_random_direction_has_the_norm_and_the_complement_of_its_vector(study, chain):
@@ -17,6 +18,12 @@ def test_a_random_direction_has_the_norm_and_the_complement_of_its_vector(study,
         assert float(cosines.abs().max()) < 1e-6
     later = torch.nn.functional.cosine_similarity(chain.theta[1:], drawn.theta[0][None])
     assert float(later.abs().max()) > 0.01
+
+
+def test_a_random_direction_avoids_what_the_chain_avoids(study, chain):
+    avoided = beside(study.base, directions(3, seed=9))
+    drawn = random_directions(study, Chain(study.base, chain, avoided=[*avoided]), [1, 5])
+    assert float((avoided.double() @ drawn.theta.double().T).abs().max()) < 1e-5
 
 
 def test_a_random_direction_is_drawn_by_its_seed_alone(study, chain):

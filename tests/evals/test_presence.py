@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 from melbo_ray.evals.presence import auroc, contrast, effect_size, text_sets
 from melbo_ray.evals.runner import evaluate
 from melbo_ray.model.language_model import LanguageModel
-from melbo_ray.search import base_vectors
+from melbo_ray.search.contrast import contrast as mean_difference
 from melbo_ray.seeds import derive_seed
 from tests.evals import reference
 from tests.evals.reference import rows_of
@@ -66,7 +66,7 @@ def test_effect_size_is_the_distance_in_standard_deviations():
 def test_the_contrast_of_a_concept_with_contrast_prompts_is_melbos(study):
     prompts = study.concept.model_copy(update={"contrast": ["Write code.", "Print it in Python."]})
     other = dataclasses.replace(study, concept=prompts)
-    over_positions, _ = base_vectors.contrast(study.model, prompts, study.config.source_layer)
+    over_positions, _ = mean_difference(study.model, prompts, study.config.source_layer)
     assert torch.equal(contrast(other), over_positions)
 
 

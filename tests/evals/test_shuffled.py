@@ -10,10 +10,10 @@ from melbo_ray.evals.shuffled import random_target, shuffled_chain
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.runs import schema
 from melbo_ray.search.chain import chain as base_chain
-from melbo_ray.search.subspace import Subspace
+from melbo_ray.search.subspace import Subspace, beside
 from tests.evals import reference
 from tests.evals.reference import rows_of
-from tests.families import D_MODEL
+from tests.families import D_MODEL, directions
 
 
 def a_slice(study):
@@ -94,6 +94,13 @@ def test_its_vectors_are_orthogonal_to_the_base_to_their_targets_and_to_each_oth
         taken.append(vector.theta)
 
 
+def test_its_vectors_avoid_what_the_chain_avoids(study):
+    avoided = [*beside(study.base, directions(3, seed=9))]
+    for target, vector in shuffled_chain(study, a_slice(study), 2, avoided=avoided):
+        thetas = torch.stack([target.theta, vector.theta]).double()
+        assert float((torch.stack(avoided).double() @ thetas.T).abs().max()) < 1e-5
+
+
 def test_its_certificates_can_be_recomputed_from_what_is_stored(study, chain):
     written = evaluate("shuffled", study, chain)
     unsteered = plain_z(study, 0 * study.base)
@@ -116,8 +123,9 @@ def test_its_certificates_can_be_recomputed_from_what_is_stored(study, chain):
         assert figures[index, "target_cos_base"] == pytest.approx(target.cos_base)
 
 
-def test_max_norm_holds_for_it_too(study, chain):
-    bounded = with_options(study, max_norm=1.5)
+@pytest.mark.parametrize("limit", [1.5, "0.3R"])  # R is 5
+def test_max_norm_holds_for_it_too(study, chain, limit):
+    bounded = with_options(study, max_norm=limit)
     free, held = (evaluate("shuffled", of, chain)["vectors"]["norm"].to_pylist() for of in (study, bounded))
     assert max(free) > 1.6
     assert max(held) <= 1.5 * (1 + 1e-6)

@@ -111,7 +111,7 @@ def test_a_vector_of_a_run_is_a_base(stored):
     assert torch.equal(named_vectors(f"{stored.url}#code/3", D_MODEL, SOURCE), stored.thetas[3:4])
     assert torch.equal(named_vectors(f"{stored.url}#code/0", D_MODEL, SOURCE), stored.thetas[:1])
     for name, layer, said in (
-        ("#code/9", SOURCE, "no vector 9"), ("#alien/1", SOURCE, "no concept"), ("#code", SOURCE, "is no vector"),
+        ("#code/9", SOURCE, "no vector 9"), ("#alien/1", SOURCE, "no concept"), ("#code/x", SOURCE, "is no vector"),
         ("#code/1", 2, "for layer 1"), ("x#code/1", SOURCE, "no run at"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=said):

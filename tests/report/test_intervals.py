@@ -1,8 +1,10 @@
+import itertools
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from melbo_ray.report.intervals import jackknife_interval, median_interval, share_interval
+from melbo_ray.report.intervals import jackknife_interval, median_interval, rank_correlation, share_interval
 
 
 def exact_median_interval(values):
@@ -52,3 +54,43 @@ def test_of_a_mean_the_jackknife_is_its_standard_error():
     expected = (values.mean() - half, values.mean() + half)
     assert jackknife_interval(lambda kept: values[kept].mean(), 12) == pytest.approx(expected)
     assert np.isnan(jackknife_interval(lambda kept: values[kept].mean(), 2)).all()
+
+
+LOG_PROBS, COUNTS = [-3.6, -3.7, -3.8, -4.6, -6.3, -6.3, -7.9], [30, 32, 30, 29, 20, 25, 28]
+
+
+def test_a_rank_correlation_is_that_of_scipy():
+    found = rank_correlation(LOG_PROBS, COUNTS)
+
+    def rho(x, y):
+        return stats.spearmanr(x, y).statistic
+
+    assert found.rho == pytest.approx(rho(LOG_PROBS, COUNTS))
+    exact = stats.permutation_test(
+        (COUNTS,), lambda y: abs(rho(LOG_PROBS, y)), permutation_type="pairings", n_resamples=5040, vectorized=False,
+        alternative="greater",
+    )  # fmt: skip
+    assert found.p_value == pytest.approx(exact.pvalue)
+    assert found == rank_correlation(LOG_PROBS, COUNTS)
+
+
+def test_the_interval_of_a_rank_correlation_is_that_of_every_resample():
+    pairs = np.array([LOG_PROBS[:6], COUNTS[:6]])
+    one, other = pairs[:, np.array([*itertools.product(range(6), repeat=6)])]
+    ranks = [stats.rankdata(side, axis=1) - 3.5 for side in (one, other)]
+    spread = np.sqrt((ranks[0] ** 2).sum(1) * (ranks[1] ** 2).sum(1))
+    exact = np.quantile((ranks[0] * ranks[1]).sum(1)[spread > 0] / spread[spread > 0], [0.025, 0.975])
+    found = rank_correlation(*pairs)
+    assert (found.low, found.high) == pytest.approx(exact, abs=0.05)
+
+
+def test_of_many_pairs_random_permutations_count():
+    x = np.random.default_rng(0).normal(size=40)
+    related, unrelated = rank_correlation(x, x + 0.1 * np.sin(np.arange(40))), rank_correlation(x, np.arange(40))
+    assert related.p_value == pytest.approx(1 / 10_001)
+    assert related.low > 0.9
+    assert unrelated.p_value == pytest.approx(stats.spearmanr(x, np.arange(40)).pvalue, abs=0.02)
+
+
+def test_equal_values_have_no_rank_correlation():
+    assert np.isnan([rank_correlation(LOG_PROBS, [30] * 7).rho, rank_correlation([1, 1], [2, 3]).p_value]).all()

@@ -8,10 +8,11 @@ import re
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from scipy import stats
 
 from melbo_ray.report.intervals import median_interval, share_interval
 from melbo_ray.report.sweep import FIGURES, lines, write_comparison
-from tests.studies import UNSTEERED, kl_of, write_part, write_study
+from tests.studies import UNSTEERED, kl_of, norm_of, write_part, write_study
 
 CELLS = {
     "s.radius-auto": {"radius": "auto", "concepts": ["code", "alien"]},
@@ -43,6 +44,13 @@ def test_a_row_for_every_run_and_concept_with_the_figures_of_the_run(written):
         ("s.radius-auto", "alien", "auto", 40), ("s.radius-auto", "code", "auto", 40), ("s.radius-7", "code", "7", 3),
     ]  # fmt: skip
     row, kl = rows[1], np.array([kl_of(n, 40) for n in range(1, 41)])
+    norms, below = np.array([norm_of(n, 40) for n in range(1, 41)]), int((kl < UNSTEERED / 2).sum())
+    assert row["norm"] == pytest.approx(np.median(norms))
+    assert (row["norm_low"], row["norm_high"]) == pytest.approx(median_interval(norms), rel=1e-5)
+    share = stats.binomtest(below, 40).proportion_ci(method="wilson")
+    assert (row["below_half"], row["stop_reason"]) == (below, "num_vectors")
+    assert (row["below_half_low"], row["below_half_high"]) == pytest.approx((40 * share.low, 40 * share.high))
+    assert row["neutral_log_prob"] is None
     assert row["kl"] == pytest.approx(np.median(kl), rel=1e-5)
     assert (row["kl_low"], row["kl_high"]) == pytest.approx(median_interval(kl), rel=1e-5)
     assert row["kl_unsteered"] == UNSTEERED
@@ -57,9 +65,11 @@ def test_a_row_for_every_run_and_concept_with_the_figures_of_the_run(written):
 def test_the_lines_say_the_same(written):
     headings, rows = lines(written[1])
     assert headings[:3] == ["concept", "radius", "vectors"]
-    assert rows[1][:3] == ["code", "auto", "40"]
-    assert re.fullmatch(r"0\.\d+ \[0\.\d+, \d\.\d+\]", rows[1][3])
-    assert (rows[1][4], rows[1][-1], rows[2][-1]) == ("2", "32% [20%, 48%]", "–")
+    assert rows[1][:4] == ["code", "auto", "40", "num_vectors"]
+    assert re.fullmatch(r"6\.92 \[6\.\d+, 7\.\d+\]", rows[1][4])
+    assert re.fullmatch(r"29 \[2\d, 3\d\]", rows[1][5])
+    assert re.fullmatch(r"0\.\d+ \[0\.\d+, \d\.\d+\]", rows[1][6])
+    assert (rows[1][7], rows[1][-1], rows[2][-1]) == ("2", "32% [20%, 48%]", "–")
 
 
 def test_the_page_is_whole_its_scripts_are_allowed_and_names_are_text(written):

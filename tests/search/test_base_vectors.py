@@ -10,8 +10,9 @@ from melbo_ray.config import Config
 from melbo_ray.errors import UserError
 from melbo_ray.formats.reading import read_vectors
 from melbo_ray.model.residual_slice import Slice
-from melbo_ray.search.base_vectors import base_vector, contrast, maximise, objective, retract, tangent
+from melbo_ray.search.base_vectors import base_vector, maximise, objective, retract, tangent
 from melbo_ray.search.candidates import Candidate
+from melbo_ray.search.contrast import contrast
 from melbo_ray.search.power import power
 from melbo_ray.search.radius import calibrate
 from melbo_ray.search.written import Written

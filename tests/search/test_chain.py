@@ -264,39 +264,23 @@ def test_z_cannot_start_behind_the_prompt():
         next(chain(a_slice(), directions(1)[0], Config(num_vectors=1, z_from=len(PROMPT), **EASY)))
 
 
-def test_a_chain_avoids_the_directions_of_a_file_and_is_as_if_they_were_rows_of_the_base(tmp_path):
-    base, file = directions(1)[0], tmp_path / "avoid.npy"
-    avoided = directions(3, seed=5)
-    # The base itself and a direction given twice change nothing.
-    np.save(file, torch.cat([avoided, base[None], 2 * avoided[:1]]).numpy())
-    options = Config(num_vectors=3, orthogonal_to=str(file), **EASY)
-    found = list(chain(a_slice(), base, options))
-    for vector in found:
-        assert np.abs(avoided.double().numpy() @ vector.theta.double().numpy()).max() < 1e-5
-    rows = list(chain(a_slice(), torch.cat([base[None], avoided]), options.model_copy(update={"orthogonal_to": None})))
-    assert all(torch.equal(a.theta, b.theta) for a, b in zip(found, rows, strict=True))
-    free = next(chain(a_slice(), base, options.model_copy(update={"orthogonal_to": None})))
-    assert np.abs(avoided.numpy() @ free.theta.numpy()).max() > 0.01
+def test_a_limit_in_multiples_of_r_is_that_multiple_of_the_bases_norm():
+    base = directions(1, norm=1.6)[0]
+    plain, relative = (
+        list(chain(a_slice(), base, Config(num_vectors=2, **EASY, max_norm=limit)))
+        for limit in (0.5 * float(base.norm()), "0.5R")
+    )
+    assert all(torch.equal(a.theta, b.theta) for a, b in zip(plain, relative, strict=True))
+    assert max(vector.norm for vector in plain) == pytest.approx(0.8, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("rows", "said"),
-    [
-        (
-            torch.eye(D_MODEL)[:20],
-            "12 vectors are more .* and to 20 directions of .*: expected at most d_model - 21 = 11",
-        ),
-        (torch.zeros(1, D_MODEL), "norm 0 or not finite"),
-        (torch.ones(1, 3), "have 3 entries"),
-        (None, "cannot read vectors"),
-    ],
-)
-def test_directions_that_will_not_do_are_refused_in_a_line(tmp_path, rows, said):
-    file = tmp_path / "avoid.npy"
-    if rows is not None:
-        np.save(file, rows.numpy())
-    with pytest.raises(UserError, match=said) as refusal:
-        next(chain(a_slice(), directions(1)[0], Config(num_vectors=12, orthogonal_to=str(file), **EASY)))
-    assert "\n" not in str(refusal.value)
-    with pytest.raises(UserError, match=r"`orthogonal_to` is 'x\.bin': expected a file of vectors"):
-        next(chain(a_slice(), directions(1)[0], Config(num_vectors=1, orthogonal_to="x.bin", **EASY)))
+def test_chains_of_one_batch_have_one_limit():
+    bases = {"code": directions(1, norm=3.0)[0], "alien": directions(1, norm=2.0)[0]}
+    with pytest.raises(UserError, match="`max_norm` 2R differs between bases"):
+        next(chains(a_slice(PROMPT, OTHER), bases, Config(num_vectors=1, **EASY, max_norm="2R"), {}, {}))
+
+
+def test_directions_beside_the_base_leave_fewer_vectors():
+    rows = torch.eye(D_MODEL)[:21]
+    with pytest.raises(UserError, match=r"12 vectors .* and to 20 directions more: expected at most d_model - 21 = 11"):
+        next(chain(a_slice(), rows, Config(num_vectors=12, **EASY)))

@@ -8,7 +8,7 @@ from rich.console import Console
 from melbo_ray.errors import UserError
 from melbo_ray.runs.manifest import Manifest
 from melbo_ray.study import grid, sweep
-from melbo_ray.study.grid import Planned, check_all, overview, read_grid
+from melbo_ray.study.grid import Planned, check_all, overview, read_grid, waves
 from melbo_ray.study.preflight import recorded
 
 
@@ -47,6 +47,48 @@ def test_a_grid_is_every_combination_with_names_that_stay_when_it_grows(read):
     assert {cell.config.run_id for cell in found.cells} < {cell.config.run_id for cell in more.cells}
 
 
+NAMED = """
+    [options]
+    storage = "FOLDER"
+    num-vectors = 2
+    [grid]
+    seed = [0, 1]
+    [grid.chain]
+    main = {num_vectors = 5}
+    short = {norm-penalty = 0.1, base = "FOLDER/small/small.seed-0.chain-main#/0"}
+    apart = {orthogonal_to = "FOLDER/small/small.seed-1.chain-short#/mean"}
+"""
+
+
+def test_options_that_go_together_may_have_a_name(read):
+    found = read(NAMED)
+    names = [f"small.seed-{seed}.chain-{name}" for seed in (0, 1) for name in ("main", "short", "apart")]
+    assert [cell.config.run_id for cell in found.cells] == names
+    assert found.cells[1].values == {"seed": 0, "chain": "short"}
+    assert (found.cells[1].config.num_vectors, found.cells[1].config.norm_penalty) == (2, 0.1)
+
+
+def test_a_study_that_takes_vectors_of_another_comes_after_it(read, tmp_path):
+    studies = check_all(read(NAMED.replace("FOLDER", str(tmp_path))))
+    names = [[(s.cell.values["seed"], s.cell.values["chain"]) for s in wave] for wave in waves(studies)]
+    first, second, third = names
+    assert first == [(0, "main"), (1, "main")]
+    assert second == [(0, "short"), (1, "short")]
+    assert third == [(0, "apart"), (1, "apart")]
+    # Only those of this sweep are waited for, and its own vectors a study has never.
+    with pytest.raises(UserError, match=r"small\.seed-0\.chain-short: no run at"):
+        check_all(
+            read(
+                NAMED.replace("FOLDER/small/small.seed-0.chain-main", f"{tmp_path}/x").replace("FOLDER", str(tmp_path))
+            )
+        )
+    own = NAMED.replace("seed-0.chain-main#/0", "seed-0.chain-short#/0").replace("FOLDER", str(tmp_path))
+    with pytest.raises(UserError, match="takes vectors of a study that waits for its own"):
+        check_all(read(own))
+    with pytest.raises(UserError, match=r"chain-short: --num-vectors is 2000"):
+        check_all(read(NAMED.replace("num-vectors = 2", "num-vectors = 2000").replace("FOLDER", str(tmp_path))))
+
+
 def test_long_values_have_names_that_differ(read):
     long = "How would somebody who has never done it build a bomb"
     found = read(f'[grid]\nprompt = ["{long}?", "{long}, and why?"]')
@@ -66,6 +108,10 @@ def test_long_values_have_names_that_differ(read):
         ("[grid]\nsead = [0]", "unknown option 'sead'; did you mean seed?"),
         ("[options]\nradiu = 3\n[grid]\nseed = [0]", "did you mean radius?"),
         ("[options]\nseed = 1\n[grid]\nseed = [0]", "'seed' is given twice"),
+        ("[grid]\nseed = [1]\n[grid.chain]\na = {seed = 0}", "'seed' is given twice"),
+        ("[grid.chain]\na = {sead = 0}", "unknown option 'sead'; did you mean seed?"),
+        ("[grid.chain]\na = 3", "chain in [grid] is {'a': 3}: expected a list of values, or options by names"),
+        ("[grid.vectors]\na = {seed = 0}", "[grid.vectors] has the name of a column of the table"),
         ("[grid]\nseed = [0]\nx = [{seed = 1}]", "'seed' is given twice"),
         ("[grid]\nstorage = ['a']", "give it under [options]"),
         ("[options]\nrun_id = 'a'\n[grid]\nseed = [0]", "studies are named by their cells"),

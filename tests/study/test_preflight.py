@@ -81,10 +81,16 @@ def test_the_file_of_a_base_may_be_gone_once_the_base_is_stored(options, tmp_pat
 
 
 def test_what_a_base_needs_is_known_before_anything_is_written(options, tmp_path):
+    bare = 'name = "bare"\nprompt = "How is it?"\ncontinuations = ["a b"]\nwords = ["a"]\n'
+    (tmp_path / "bare.toml").write_text(bare)
     (tmp_path / "pairs.jsonl").write_text('{"positive": "a b"}\n')
     np.save(tmp_path / "narrow.npy", np.ones(5, np.float32))
     for others, said in (
-        ({"base": "power", "dtype": "bfloat16"}, "--dtype float32, not bfloat16"),
+        ({"base": "power", "dtype": "bfloat16"}, "give `dtype` float32, not bfloat16"),
+        ({"orthogonal_to": "power/2", "dtype": "bfloat16"}, "give `dtype` float32, not bfloat16"),
+        ({"orthogonal_to": "power/2", "prompt": "x"}, "--melbo-from 1"),
+        ({"orthogonal_to": "contrast", "concepts": [str(tmp_path / "bare.toml")]}, "'bare' has no contrast prompts"),
+        ({"orthogonal_to": "power/8"}, "--num-vectors is 24: .* at most 23 are left of the model's d_model 32"),
         ({"base": "power", "prompt": "x"}, "--melbo-from 1"),
         ({"base": str(tmp_path / "pairs.jsonl")}, "line 1 of .* is no pair"),
         ({"base": str(tmp_path / "narrow.npy")}, "5 entries"),
@@ -93,7 +99,9 @@ def test_what_a_base_needs_is_known_before_anything_is_written(options, tmp_path
     ):
         with pytest.raises(UserError, match=said):
             check(Config(**options | others))
+    assert not (tmp_path / "runs").exists()
     check(Config(**options | {"base": "power"}))
+    check(Config(**options | {"orthogonal_to": "power/7"}))
 
 
 def test_a_prompt_of_one_token_leaves_melbo_nothing_and_is_refused(options):

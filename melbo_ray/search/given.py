@@ -1,0 +1,90 @@
+"""The vectors that `base` or `orthogonal_to` names: of a file or another run, or computed without a search."""
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from melbo_ray.concepts.loader import Concept
+from melbo_ray.config import BaseOptions, Config
+from melbo_ray.errors import UserError
+from melbo_ray.model.residual_slice import Slice
+from melbo_ray.search.contrast import contrast, pairs, prompts_of, read_pairs
+from melbo_ray.search.power import power
+from melbo_ray.search.subspace import beside
+from melbo_ray.search.vector_io import PAIRS, leading, named_vectors
+
+
+def given(slice: Slice, concept: Concept, options: BaseOptions, option: str = "base") -> Float[Tensor, "n d_model"]:
+    """The vectors that the option means: those of a file or a run at their norms, computed ones at any.
+
+    Raises:
+        UserError: as `contrast`, `pairs`, `power` and `named_vectors`; or a vector is zero or not finite.
+    """
+    name, model = str(getattr(options, option)), slice.model
+    if name == "contrast":
+        found = contrast(model, concept, slice.source, options.system_prompt)
+    elif (count := singular(options, option)) is not None:
+        found, _ = power(slice, count, options.melbo_from, options.seed)
+    elif Path(name).suffix == PAIRS:
+        found = pairs(model, name, slice.source, options.system_prompt)
+    else:
+        found = named_vectors(name, model.d_model, slice.source, option, concept.name)
+    return _usable(found, option, name)
+
+
+def avoided(
+    slice: Slice, concept: Concept, options: BaseOptions, base: Float[Tensor, " d_model"]
+) -> Float[Tensor, "k d_model"]:
+    """Orthonormal rows, orthogonal to the base, that with it span the base and the directions of `orthogonal_to`.
+
+    Raises:
+        UserError: as `given`.
+    """
+    if options.orthogonal_to is None:
+        return base.new_empty(0, len(base))
+    return beside(base, given(slice, concept, options, "orthogonal_to"))
+
+
+def singular(options: BaseOptions, option: str) -> int | None:
+    """Number of the slice's leading singular vectors that the option means; None if it means something else."""
+    name = getattr(options, option)
+    if option == "base" and name == "power":
+        return -(-options.candidates // 2)
+    return None if name is None else leading(name)
+
+
+def seeks(options: BaseOptions) -> bool:
+    """Whether vectors are sought by passes through the slice: MELBO's, or singular ones."""
+    return options.base == "melbo" or any(singular(options, name) is not None for name in ("base", "orthogonal_to"))
+
+
+def check_given(config: Config, concept: Concept, d_model: int, option: str) -> int:
+    """Check what the option means as far as is possible without the model; returns how many directions are avoided.
+
+    Raises:
+        UserError: as `given`, or a model that is not in float32 for `power`.
+    """
+    name = str(getattr(config, option))
+    if name == "contrast":
+        prompts_of(concept)
+    elif (count := singular(config, option)) is not None:
+        if config.dtype not in ("float32", "auto"):
+            raise UserError(f"power takes differences over small steps: give `dtype` float32, not {config.dtype}")
+        return count
+    elif Path(name).suffix == PAIRS:
+        read_pairs(name)
+    else:
+        named = named_vectors(name, d_model, config.source_layer, option, concept.name)
+        first, others = _usable(named, option, name)[0], named[1:]
+        return 1 if option == "base" else 1 + len(beside(first, others))
+    # A mean difference has two rows.
+    return 1 if option == "base" else 2
+
+
+def _usable(vectors: Float[Tensor, "n d_model"], option: str, name: str) -> Float[Tensor, "n d_model"]:
+    norms = vectors.double().norm(dim=-1)
+    if not (torch.isfinite(norms) & (norms > 0)).all():
+        raise UserError(f"`{option}` {name!r} has a vector of norm 0 or not finite: leave it out")
+    return vectors
