@@ -11,7 +11,6 @@ from pydantic import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
-    StringConstraints,
     model_validator,
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -23,7 +22,7 @@ def _split(value: Any) -> Any:
 
 Names = Annotated[list[str], BeforeValidator(_split)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-TimesR = Annotated[str, StringConstraints(pattern=r"^([1-9]\d*(\.\d+)?|0\.\d*[1-9]\d*)R$")]
+TimesR = Annotated[str, Field(pattern=r"^([1-9]\d*(\.\d+)?|0\.\d*[1-9]\d*)R$")]
 """A norm as a multiple of R, such as 2R."""
 
 

@@ -136,7 +136,7 @@ class Sleeper:
             time.sleep(5)
         time.sleep(self.script.seconds)
         self.run.commit(unit, {unit.evaluation: self._rows(unit)})
-        return SimpleNamespace(failures=0, peak_memory=1000 + unit.first)
+        return SimpleNamespace(failures=0, peak_memory=1000 + unit.first, host="here", checks={})
 
     def chains(self, concepts: Sequence[str]) -> Iterator[SimpleNamespace]:
         (self.url / f"share-{time.monotonic_ns()}").write_text(",".join(concepts))
