@@ -16,6 +16,7 @@ CHECKED = [f"melbo_ray.{name}" for name in ("search", "evals")]
 install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep a file's tests in one process (`--dist loadgroup`), with its fixtures; those of Ray share a cluster."""
     for item in items:
