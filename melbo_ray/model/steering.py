@@ -93,7 +93,7 @@ class Prompts:
         if prompts is None:
             prompts = torch.arange(len(theta)) if len(self.targets) > 1 else torch.zeros(len(theta), dtype=torch.long)
         for part in self._parts(len(theta)):
-            yield from self._chunk(theta[part.to(theta.device)], prompts.cpu()[part])
+            yield from self.chunk(theta[part.to(theta.device)], prompts.cpu()[part])
 
     @torch.no_grad()
     def under(self, theta: Float[Tensor, " d_model"]) -> Iterator[Float[Tensor, "kept vocab"]]:
@@ -105,16 +105,7 @@ class Prompts:
         prompts = torch.arange(len(self.targets))
         prefix = self._prefix(theta) if self._sharing() else None
         for part in self._parts(len(prompts), 0 if prefix is None else prefix.size):
-            yield from self._chunk(theta.expand(len(part), -1), prompts[part], prefix)
-
-    def gradient(self, theta: Float[Tensor, " d_model"]) -> tuple[float, Float[Tensor, " d_model"]]:
-        """The mean log-probability per token of a single prompt's continuations under θ, nats, and its gradient."""
-        with torch.enable_grad():
-            free = theta.detach().to(self.model.device).requires_grad_()
-            (logits,) = self._chunk(free[None], torch.zeros(1, dtype=torch.long))
-            value = target_log_probs(logits, self.targets[0]).mean()
-            (gradient,) = torch.autograd.grad(value, free)
-        return value.item(), gradient.to(theta.device)
+            yield from self.chunk(theta.expand(len(part), -1), prompts[part], prefix)
 
     def _parts(self, count: int, skipped: int = 0) -> Iterable[Tensor]:
         """The indices below `count`, split into one tensor per pass."""
@@ -123,7 +114,8 @@ class Prompts:
         most = _TOKENS_WHOLE if self.way == "whole" else PASS_TOKENS
         return torch.arange(count).split(max(1, most // (rows * width))) if count else []
 
-    def _chunk(self, theta: Tensor, prompts: Tensor, prefix: Prefix | None = None) -> tuple[Tensor, ...]:
+    def chunk(self, theta: Tensor, prompts: Tensor, prefix: Prefix | None = None) -> tuple[Tensor, ...]:
+        """`logits` in one pass, of which θ may ask for a gradient."""
         progress.passes += 1
         layout = self._rows
         of = [layout.of[prompt] for prompt in prompts.tolist()]
@@ -191,7 +183,7 @@ class Prompts:
         ends = torch.tensor([0, len(self.targets) - 1])
 
         def ours() -> tuple[Tensor, ...]:
-            return self._chunk(theta.expand(2, -1), ends, self._prefix(theta))
+            return self.chunk(theta.expand(2, -1), ends, self._prefix(theta))
 
         theta = _probe(self)
         plain = functools.partial(self.logits, theta.expand(2, -1), ends)

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import inf
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -19,7 +18,7 @@ from melbo_ray.config import BaseOptions
 from melbo_ray.errors import UserError
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.search.candidates import Candidate, judge, rank
-from melbo_ray.search.given import avoided, given, singular
+from melbo_ray.search.given import Look, at_norms, avoided, given, norms, singular
 from melbo_ray.search.power import power
 from melbo_ray.search.promotion import promote
 from melbo_ray.search.radius import Calibration, calibrate
@@ -33,12 +32,8 @@ _MOMENTUM = 0.7
 # Few candidates show a given concept (none to four of 20 on Qwen2.5-Coder-0.5B), hence several rounds. Candidates are
 # judged every `_LOOK` steps of the ascent.
 _ROUNDS, _LOOK = 3, 10
-# Multiples of R at which vectors that were not sought by ascent are judged: at R itself few of them show the concept.
-_DOSES = (1.0, 2**0.5, 2.0, 2**1.5, 4.0)
 # Steps of a stage; a divisor of `_LOOK`.
 _STAGE = 5
-_Look = tuple[str, int | None, Tensor]
-"""What is done, the number of ascent steps if there are any, and the candidates."""
 
 
 @dataclass(frozen=True)
@@ -87,15 +82,15 @@ def base_search(slice: Slice, concept: Concept, options: BaseOptions, once: Once
     if options.base == "melbo":
         found, unsteered_shows = yield from _ascended(slice, concept, options, float(radius), once)
     elif fixed is None:
-        norms = _norms(float(radius), calibration is not None)
-        thetas = promote(slice.model, slice.prompts[0], concept, slice.source, norms, once)
-        looks = ((f"promoted to norm {norm:.3g}", None, theta) for norm, theta in zip(norms, thetas, strict=True))
+        tried = norms(float(radius), calibration is not None)
+        thetas = promote(slice.model, slice.prompts[0], concept, slice.source, tried, once)
+        looks = ((f"promoted to norm {norm:.3g}", None, theta) for norm, theta in zip(tried, thetas, strict=True))
         found, unsteered_shows = yield from _until_one_shows(slice, concept, options, looks, first, once)
     else:
         if wanted is not None and wanted < len(fixed) and names_vectors(options.base):
             # A foreign chain may have a thousand vectors, and judging each by its texts takes hours.
             fixed, first = fixed[wanted : wanted + 1], wanted
-        looks = _doses(fixed, radius, calibration is not None)
+        looks = at_norms(fixed, radius, calibration is not None)
         found, unsteered_shows = yield from _until_one_shows(slice, concept, options, looks, first, once)
     if wanted is not None and wanted >= first + len(found):
         raise UserError(f"base index {wanted} is out of range: there are {len(found)} candidates, from 0")
@@ -110,21 +105,6 @@ def _fixed(slice: Slice, concept: Concept, options: BaseOptions) -> Float[Tensor
     found = given(slice, concept, options)
     # A singular vector has no sign.
     return found if singular(options, "base") is None else torch.stack([found, -found], 1).flatten(0, 1)
-
-
-def _norms(radius: float, calibrated: bool) -> list[float]:
-    """The norms at which vectors that were not sought by MELBO's ascent are judged."""
-    return [dose * radius for dose in (_DOSES if calibrated else (1.0,))]
-
-
-def _doses(fixed: Float[Tensor, "n d_model"], radius: float | Literal["auto"], calibrated: bool) -> Iterator[_Look]:
-    """Vectors that were not sought by ascent: at rising multiples of a calibrated R, at a given R, or as they are."""
-    if radius == "auto":
-        yield "candidates at their own norms", None, fixed
-        return
-    units = fixed / fixed.norm(dim=-1, keepdim=True)
-    for norm in _norms(radius, calibrated):
-        yield f"candidates of norm {norm:.3g}", None, units * norm
 
 
 def _ascended(
@@ -152,7 +132,7 @@ def _ascended(
 
 
 def _until_one_shows(
-    slice: Slice, concept: Concept, options: BaseOptions, looks: Iterable[_Look], first: int, once: Once
+    slice: Slice, concept: Concept, options: BaseOptions, looks: Iterable[Look], first: int, once: Once
 ) -> Stages[tuple[list[Candidate], bool]]:
     """Judge candidates look by look until a strong one shows the concept firmly.
 

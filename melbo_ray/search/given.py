@@ -1,6 +1,8 @@
 """The vectors that `base` or `orthogonal_to` names: of a file or another run, or computed without a search."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -14,6 +16,11 @@ from melbo_ray.search.contrast import contrast, pairs, prompts_of, read_pairs
 from melbo_ray.search.power import power
 from melbo_ray.search.subspace import beside
 from melbo_ray.search.vector_io import PAIRS, leading, named_vectors
+
+# Multiples of R at which vectors that were not sought by ascent are judged: at R itself few of them show the concept.
+_DOSES = (1.0, 2**0.5, 2.0, 2**1.5, 4.0)
+Look = tuple[str, int | None, Tensor]
+"""What is done, the number of ascent steps if there are any, and the candidates."""
 
 
 def given(slice: Slice, concept: Concept, options: BaseOptions, option: str = "base") -> Float[Tensor, "n d_model"]:
@@ -88,3 +95,18 @@ def _usable(vectors: Float[Tensor, "n d_model"], option: str, name: str) -> Floa
     if not (torch.isfinite(norms) & (norms > 0)).all():
         raise UserError(f"`{option}` {name!r} has a vector of norm 0 or not finite: leave it out")
     return vectors
+
+
+def norms(radius: float, calibrated: bool) -> list[float]:
+    """The norms at which vectors that were not sought by MELBO's ascent are judged."""
+    return [dose * radius for dose in (_DOSES if calibrated else (1.0,))]
+
+
+def at_norms(fixed: Float[Tensor, "n d_model"], radius: float | Literal["auto"], calibrated: bool) -> Iterator[Look]:
+    """Vectors that were not sought by ascent: at rising multiples of a calibrated R, at a given R, or as they are."""
+    if radius == "auto":
+        yield "candidates at their own norms", None, fixed
+        return
+    units = fixed / fixed.norm(dim=-1, keepdim=True)
+    for norm in norms(radius, calibrated):
+        yield f"candidates of norm {norm:.3g}", None, units * norm

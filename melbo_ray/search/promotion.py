@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from melbo_ray.concepts.loader import Concept
 from melbo_ray.model.language_model import LanguageModel
-from melbo_ray.model.steering import Prompts, encode
+from melbo_ray.model.steering import Prompts, encode, target_log_probs
 from melbo_ray.search.stages import Once, compute
 
 # As of MELBO's ascent.
@@ -41,13 +41,23 @@ def promote(
     for place, norm in enumerate(norms):
 
         def climb(start: Tensor = theta, norm: float = norm) -> Tensor:
-            start = start if start.any() else forced.gradient(start)[1]
+            start = start if start.any() else gradient_of(forced, start)[1]
             theta, velocity = norm * normalize(start, dim=0), torch.zeros_like(start)
             for _ in range(_STEPS):
-                _, gradient = forced.gradient(theta)
+                _, gradient = gradient_of(forced, theta)
                 velocity = _MOMENTUM * velocity + normalize(gradient - gradient @ theta / norm**2 * theta, dim=0)
                 theta = norm * normalize(theta + _STEP * norm * velocity, dim=0)
             return theta
 
         theta = once(f"promotion-{place}", climb)
         yield theta[None]
+
+
+def gradient_of(forced: Prompts, theta: Float[Tensor, " d_model"]) -> tuple[float, Float[Tensor, " d_model"]]:
+    """The mean log-probability per token of a single prompt's continuations under θ, nats, and its gradient."""
+    with torch.enable_grad():
+        free = theta.detach().to(forced.model.device).requires_grad_()
+        (logits,) = forced.chunk(free[None], torch.zeros(1, dtype=torch.long))
+        value = target_log_probs(logits, forced.targets[0]).mean()
+        (gradient,) = torch.autograd.grad(value, free)
+    return value.item(), gradient.to(theta.device)

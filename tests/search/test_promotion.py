@@ -6,7 +6,7 @@ import torch
 from melbo_ray.config import Config
 from melbo_ray.model.steering import Prompts, continuation_score, encode
 from melbo_ray.search.base_vectors import base_vector
-from melbo_ray.search.promotion import promote
+from melbo_ray.search.promotion import gradient_of, promote
 from tests.families import directions, every_family, plain_logits, tiny
 from tests.search.test_base_vectors import CALIBRATED, CONCEPT, OPTIONS, a_slice
 
@@ -26,7 +26,7 @@ def test_the_gradient_is_that_of_transformers_log_probabilities(family):
     """Compared along random directions, by central differences."""
     model, theta = tiny(family), directions(1)[0]
     forced = [[encode(model, text) for text in CONCEPT.continuations]]
-    value, gradient = Prompts(model, [model.tokenize(CONCEPT.prompt)], 1, forced).gradient(theta)
+    value, gradient = gradient_of(Prompts(model, [model.tokenize(CONCEPT.prompt)], 1, forced), theta)
     assert value == pytest.approx(float(log_probability(model, theta)), abs=1e-4)
     for direction in 0.01 * torch.nn.functional.normalize(directions(4), dim=-1):
         difference = log_probability(model, theta + direction) - log_probability(model, theta - direction)
@@ -41,7 +41,7 @@ def test_the_ascent_keeps_the_norm_and_promotes_more_than_the_gradient_at_0_and_
     again = torch.cat([*promote(model, tokens, CONCEPT, 1, norms)])
     assert torch.equal(thetas, again)
     forced = [[encode(model, text) for text in CONCEPT.continuations]]
-    steepest = Prompts(model, [tokens], 1, forced).gradient(torch.zeros(model.d_model))[1]
+    steepest = gradient_of(Prompts(model, [tokens], 1, forced), torch.zeros(model.d_model))[1]
     others = torch.cat([steepest[None], directions(20)])
     others = 4 * torch.nn.functional.normalize(others, dim=-1)
     scores = continuation_score(model, tokens, CONCEPT.continuations, 1, torch.cat([thetas, others]))
