@@ -17,7 +17,7 @@ run: $(VENV)/installed
 	$(BIN)/melbo-ray run --config smollm2 $(ARGS)
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not chaos" -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -m "not chaos" -n 2 --dist loadfile $(ARGS)
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

@@ -5,8 +5,6 @@ On one thread since what a test computes is tiny, and its figures then do not de
 
 import os
 
-import pytest
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from jaxtyping import install_import_hook
@@ -14,10 +12,3 @@ from jaxtyping import install_import_hook
 CHECKED = [f"melbo_ray.{name}" for name in ("search", "evals")]
 # An int is a float, as for type checkers.
 install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests in one process (`--dist loadgroup`), with its fixtures; those of Ray share a cluster."""
-    for item in items:
-        file = item.path
-        item.add_marker(pytest.mark.xdist_group(file.parent.name if file.parent.name == "cluster" else file.stem))

@@ -149,7 +149,7 @@ def test_a_models_own_settings_of_sampling_do_not_count():
 
 def test_a_text_that_ends_ends_on_both_sides():
     model = wrapped()
-    theta = self_check._thetas(model, model.tokenize("How are you?"), CONFIG)[0]
+    theta = self_check._thetas(model, float(CONFIG.radius), CONFIG)[0]
     written, _ = plain.text(model, model.tokenize("How are you?"), 0, theta, 8)
     model.network.generation_config.eos_token_id = written[2]
     ended, _ = plain.text(model, model.tokenize("How are you?"), 0, theta, 8)
