@@ -53,7 +53,7 @@ def prepare(options: argparse.Namespace) -> Bench:
         model = LanguageModel.load(options.model, dtype=options.dtype, device=options.device)
         concept = load_concept("code")
         tokens = model.tokenize(config.prompt or concept.prompt, config.system_prompt)
-        base = contrast(model, concept, config.source_layer, config.system_prompt)
+        base, _ = contrast(model, concept, config.source_layer, config.system_prompt)
     else:
         model = random_model(options.shape, pick_device(options.device), getattr(torch, options.dtype))
         # As many as "How can I build a bomb?" has in Qwen's chat template.

@@ -1,5 +1,6 @@
 """The benchmark measures what it says: the reference computes our loss, and the table is what was measured."""
 
+import argparse
 import dataclasses
 
 import pyarrow.parquet as pq
@@ -29,6 +30,15 @@ def _one_thread():
 def small():
     config = Config(source_layer=1, target_layer=3, radius=3.0, num_vectors=4, max_evaluations=5, max_relative_loss=1e6)
     return reference.Bench(tiny(), torch.arange(40, 60), directions(1)[0], config, repeats=1, quick=True)
+
+
+def test_what_is_measured_on_a_real_model_has_one_base_of_its_calibrated_norm():
+    options = argparse.Namespace(
+        model="smollm2", shape=None, dtype="float32", device="cpu", repeats=1, quick=True, threads=1
+    )
+    made = bench.prepare(options)
+    assert made.base.shape == (made.model.d_model,)
+    assert float(made.base.norm()) == pytest.approx(made.config.radius, rel=1e-5)
 
 
 def test_the_reference_takes_the_steps_that_our_adam_takes(small):
