@@ -19,12 +19,10 @@ def draw_linear(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None
         concept,
     )
     at = {kind: rows["kind"] == kind for kind in ("chain", "linear", "random")}
-    if not at["chain"].any():
-        return None
-    fig = _figure("n (position in the chain)", "relative loss")
     n, here = rows["n"], at["chain"]
-    marker = {"color": CHAIN, "size": 7}
-    fig.add_scatter(x=n[here], y=rows["found"][here], mode="markers", name="found", marker=marker)
+    if not here.any():
+        return None
+    fig = _found_against_n(n[here], rows["found"][here], "relative loss")
     _curve(fig, n[here], rows["linear"][here], "linear, beside the vectors found", AVERAGE)
     _curve(fig, n[here], rows["at_radius"][here], "the same at R", CONTRAST, line_dash="dot")
     for kind, name, colour in (
@@ -122,14 +120,20 @@ def draw_curvature(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | N
         concept,
     )
     at = {kind: rows["kind"] == kind for kind in ("chain", "quadratic", "random")}
-    if not at["chain"].any():
-        return None
-    fig = _figure("n (position in the chain)", "part of the base's displacement")
     n, here = rows["n"], at["chain"]
-    marker = {"color": CHAIN, "size": 7}
-    fig.add_scatter(x=n[here], y=rows["along"][here], mode="markers", name="found", marker=marker)
+    if not here.any():
+        return None
+    fig = _found_against_n(n[here], rows["along"][here], "part of the base's displacement")
     _curve(fig, n[here], rows["foretold"][here], "of the vectors found, to second order", AVERAGE)
     _curve(fig, n[at["quadratic"]], rows["foretold"][at["quadratic"]], "eigenvectors, by the form", BASE)
     _curve(fig, n[at["quadratic"]], rows["along"][at["quadratic"]], "eigenvectors, in the model", BASE, line_dash="dot")
     _curve(fig, n[at["random"]], rows["along"][at["random"]], "random directions", CONTROL, line_dash="dash")
     return fig
+
+
+def _found_against_n(n: np.ndarray, values: np.ndarray, y: str) -> go.Figure:
+    """A figure against n with a dot for every vector found."""
+    marker = {"color": CHAIN, "size": 7}
+    return _figure("n (position in the chain)", y).add_scatter(
+        x=n, y=values, mode="markers", name="found", marker=marker
+    )
