@@ -13,7 +13,7 @@ from melbo_ray.config import BaseOptions, Config
 from melbo_ray.errors import UserError
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.search.contrast import contrast, pairs, prompts_of, read_pairs
-from melbo_ray.search.power import power
+from melbo_ray.search.power import power, require_float32
 from melbo_ray.search.subspace import beside
 from melbo_ray.search.vector_io import PAIRS, leading, named_vectors
 
@@ -77,8 +77,7 @@ def check_given(config: Config, concept: Concept, d_model: int, option: str) -> 
     if name == "contrast":
         prompts_of(concept)
     elif (count := singular(config, option)) is not None:
-        if config.dtype not in ("float32", "auto"):
-            raise UserError(f"power takes differences over small steps: give `dtype` float32, not {config.dtype}")
+        require_float32(config.dtype)
         return count
     elif Path(name).suffix == PAIRS:
         read_pairs(name)
@@ -88,13 +87,6 @@ def check_given(config: Config, concept: Concept, d_model: int, option: str) -> 
         return 1 if option == "base" else 1 + len(beside(first, others))
     # A mean difference has two rows.
     return 1 if option == "base" else 2
-
-
-def _usable(vectors: Float[Tensor, "n d_model"], option: str, name: str) -> Float[Tensor, "n d_model"]:
-    norms = vectors.double().norm(dim=-1)
-    if not (torch.isfinite(norms) & (norms > 0)).all():
-        raise UserError(f"`{option}` {name!r} has a vector of norm 0 or not finite: leave it out")
-    return vectors
 
 
 def norms(radius: float, calibrated: bool) -> list[float]:
@@ -110,3 +102,10 @@ def at_norms(fixed: Float[Tensor, "n d_model"], radius: float | Literal["auto"],
     units = fixed / fixed.norm(dim=-1, keepdim=True)
     for norm in norms(radius, calibrated):
         yield f"candidates of norm {norm:.3g}", None, units * norm
+
+
+def _usable(vectors: Float[Tensor, "n d_model"], option: str, name: str) -> Float[Tensor, "n d_model"]:
+    norms = vectors.double().norm(dim=-1)
+    if not (torch.isfinite(norms) & (norms > 0)).all():
+        raise UserError(f"`{option}` {name!r} has a vector of norm 0 or not finite: leave it out")
+    return vectors

@@ -18,6 +18,16 @@ _STEP = 3e-3
 _MOST_ITERATIONS, _TOLERANCE = 40, 1e-3
 
 
+def require_float32(dtype: str) -> None:
+    """Check the option `dtype` of a model whose singular vectors are sought.
+
+    Raises:
+        UserError: rounding would hide the differences.
+    """
+    if dtype not in ("float32", "auto"):
+        raise UserError(f"power takes differences over small steps: give `dtype` float32, not {dtype}")
+
+
 def power(
     slice: Slice, count: int, first: int = 0, seed: int = 0
 ) -> tuple[Float[Tensor, "count d_model"], Float[Tensor, " count"]]:
@@ -34,8 +44,7 @@ def power(
         raise UserError(f"{count} singular vectors: the model has d_model {d_model}")
     if first >= slice.h_source.shape[1]:
         raise UserError(f"`melbo_from` {first}: the prompt has only {slice.h_source.shape[1]} tokens")
-    if slice.model.dtype != torch.float32:
-        raise UserError("power takes differences over small steps: give `dtype` float32")
+    require_float32(str(slice.model.dtype).removeprefix("torch."))
     generator = torch.Generator().manual_seed(derive_seed(seed, "", 0, "power"))
     block, before = torch.randn(min(2 * count, d_model), d_model, generator=generator), torch.zeros(count)
     for _ in range(_MOST_ITERATIONS):

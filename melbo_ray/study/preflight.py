@@ -25,6 +25,7 @@ from melbo_ray.runs.manifest import Manifest, Rendered, RenderedPrompt
 from melbo_ray.runs.run_store import Run
 from melbo_ray.runs.work_unit import Unit, covers, progress
 from melbo_ray.search.given import check_given, seeks
+from melbo_ray.search.power import require_float32
 from melbo_ray.search.vector_io import SOUGHT
 
 # Options that may change when a run resumes: storage, resources and evaluations.
@@ -84,8 +85,8 @@ def check(config: Config, concepts: Sequence[Concept] = ()) -> Checked:
         require_products(config.eval_products, torch.device("cpu") if config.eval_gpus == 0 else device, shape.dtype)
     config = _at_depth(config, len(shape.layers))
     check_layers(config.source_layer, config.target_layer, len(shape.layers))
-    if config.melbo_start == "power" and config.dtype not in ("float32", "auto"):
-        raise UserError(f"power takes differences over small steps: give --dtype float32, not {config.dtype}")
+    if config.melbo_start == "power":
+        require_float32(config.dtype)
     if config.num_vectors >= shape.d_model:
         raise UserError(
             f"--num-vectors is {config.num_vectors}: the model has d_model {shape.d_model}, so at most "
