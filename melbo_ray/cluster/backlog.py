@@ -205,12 +205,17 @@ class Backlog:
         final = self.stop_reason is not None or (share.settled is not None and self.found >= share.settled)
         if not (final and self.found):
             return
-        needed = [Unit(self.concept, each, "chain", 1, self.found) for each in self.names if each == share.after]
-        if not all(covers(self.done, unit) for unit in needed):
+        if share.after in self.names and not self._has(share.after):
             return
         items, size = share.items(self.found), share.size(self.batch, self.block)
         units = self._batches(name, share.kind(self.found), items, dict.fromkeys(items, False), size)
         yield from itertools.islice(units, 1 if share.in_turn else None)
+
+    def _has(self, name: str) -> bool:
+        """Whether every row of an evaluation is there: of the whole chain, or of each of its shares."""
+        items = [(share.kind(self.found), share.items(self.found)) for share in EVALUATIONS[name].shares]
+        needed = items or [("chain", range(1, self.found + 1))]
+        return all(covers(self.done, Unit(self.concept, name, kind, each[0], each[-1])) for kind, each in needed)
 
     def _batches(
         self, name: str, kind: str, indices: Sequence[int], asked: Mapping[int, bool], size: int | None = None

@@ -30,6 +30,8 @@ RANDOM_SUBSETS = 2
 """Number of random subsets of each size below the chain's length, besides the first vectors."""
 COMPOSED = ("own", "typical", "ablated")
 """The scales of `composition`."""
+BLOCKS = 128
+"""Number of blocks of rows in which `jacobian` and `hessian` find a matrix."""
 SHUFFLED = 8
 """Maximum number of vectors that `shuffled` finds."""
 # Vectors per unit of a share that takes no pass through the model.
@@ -50,7 +52,7 @@ class Share:
         of_length: whether its rows depend on the chain's length.
         settled: length of the chain from which on the items are final; by default its units wait for the chain's end.
         in_turn: whether a unit, of the option `block` items, needs the rows of the unit before it.
-        after: an evaluation of scope `vector` whose rows on the whole chain it needs.
+        after: an evaluation whose rows it needs, of the whole chain.
     """
 
     name: str
@@ -119,6 +121,10 @@ def _of_few(chain: int) -> list[int]:
     return [1 + place for place in evenly(chain, FEW)]
 
 
+def _blocks(chain: int) -> range:
+    return range(BLOCKS)
+
+
 def sampled(chain: int) -> list[int]:
     """The indices of at most `MANY` vectors of a chain of this length, spread evenly."""
     return [1 + place for place in evenly(chain, MANY)]
@@ -173,12 +179,20 @@ _RESCALED = (Share("chain", _every, of_vectors=True, of_length=True),)
 _COMPOSITION = (Share("subsets", _of_subsets, of_length=True),)
 _FREQUENCY = (Share("concept", _once, settled=1),)
 _SHUFFLED = (Share("shuffled", _of_shuffled, settled=SHUFFLED, in_turn=True),)
+_JACOBIAN = (Share("blocks", _blocks, batch=8, settled=1),)
+_HESSIAN = (Share("blocks", _blocks, batch=1, settled=1),)
 _LINEAR = (
-    *(Share(name, sampled, of_vectors=True, of_length=True) for name in ("chain", "linear", "random")),
-    Share("spectrum", _once, of_length=True),
+    *(
+        Share(name, sampled, of_vectors=True, of_length=True, after="jacobian")
+        for name in ("chain", "linear", "random")
+    ),
+    Share("spectrum", _once, of_length=True, after="jacobian"),
 )
 _INDEPENDENCE = (Share("chain", sampled, of_vectors=True, of_length=True),)
-_CURVATURE = (*_INDEPENDENCE, Share("spectrum", _once, of_length=True))
+_CURVATURE = (
+    Share("chain", sampled, of_vectors=True, of_length=True, after="hessian"),
+    Share("spectrum", _once, of_length=True, after="hessian"),
+)
 _NULLS = ("kl", "generalization", "generations", "dose", "presence")
 
 EVALUATIONS = {
@@ -209,8 +223,10 @@ EVALUATIONS = {
         Evaluation("frozen", ("frozen",), why=True),
         Evaluation("efficiency", ("efficiency",), why=True),
         Evaluation("privileged", ("privileged",), why=True),
+        Evaluation("jacobian", ("jacobian",), WHOLE, shares=_JACOBIAN, why=True),
         Evaluation("linear", ("linear", "summary"), WHOLE, shares=_LINEAR, why=True),
         Evaluation("gain", ("gain",), why=True),
+        Evaluation("hessian", ("hessian",), WHOLE, shares=_HESSIAN, why=True),
         Evaluation("curvature", ("curvature", "summary"), WHOLE, shares=_CURVATURE, why=True),
     )
 }

@@ -8,20 +8,34 @@ explains the count.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from melbo_ray.evals.context import Chain, Row, Rows, Study, Vectors
 from melbo_ray.evals.convergence import with_null
-from melbo_ray.evals.gain import along, derivatives
+from melbo_ray.evals.gain import derivatives
+from melbo_ray.evals.jacobian import matrix
 from melbo_ray.evals.kl import next_token
-from melbo_ray.evals.linear import real_losses, slice_of
+from melbo_ray.evals.linear import real_losses
 
-# A second derivative holds about this many times the memory of a gradient.
-_MEMORY = 4
+
+class Form(NamedTuple):
+    """The quadratic form that s is at 0: H, g, and H's eigenvalues and eigenvectors beside the base.
+
+    Attributes:
+        hessian: H, symmetric.
+        gradient: g.
+        values: eigenvalues of H among what is orthogonal to the base, the largest first.
+        vectors: their eigenvectors, as rows.
+    """
+
+    hessian: Float64[Tensor, "d_model d_model"]
+    gradient: Float64[Tensor, " d_model"]
+    values: Float64[Tensor, " k"]
+    vectors: Float64[Tensor, "k d_model"]
 
 
 def run(study: Study, whole: Chain, share: str, items: Sequence[int]) -> Rows:
@@ -33,60 +47,45 @@ def run(study: Study, whole: Chain, share: str, items: Sequence[int]) -> Rows:
     the model has, s(θ); `positive` the share of ‖θ‖² in the space of H's positive eigenvalues; `relative_loss` and
     `kl_from_base` are those of the vector in the model. Rows are those of at most 64 vectors, spread evenly.
     """
-    chain = whole.vectors
+    chain, form = whole.vectors, whole.once("form", lambda: form_of(study, matrix(whole, "hessian")))
     if share == "spectrum":
-        figures = spectrum(study, chain)
+        figures = spectrum(form, chain)
         return {"summary": [study.row("chain", 0, figure=f"hessian_{k}", value=v) for k, v in figures.items()]}
     found = chain.at(items)
-    parts = [*with_null(study, found), quadratic_chain(study, chain).at(items)]
-    return {"curvature": [row for part in parts if len(part) for row in _rows(study, part)]}
+    parts = [*with_null(study, found), quadratic_chain(form, chain).at(items)]
+    return {"curvature": [row for part in parts if len(part) for row in _rows(study, form, part)]}
 
 
-def hessian(study: Study) -> Float64[Tensor, "d_model d_model"]:
-    """H = ∇²s at θ = 0, symmetric, row by row as Hessian-vector products (Pearlmutter 1994); float64 on the CPU."""
-    device, rows = study.model.device, []
-    at_once = max(1, study.once(slice_of).rows_at_once // _MEMORY)
-    with sdpa_kernel(SDPBackend.MATH):  # the only implementation that has a second derivative
-        for outputs in torch.arange(len(study.base), device=device).split(at_once):
-            theta = torch.zeros(len(outputs), len(study.base), device=device, requires_grad=True)
-            (gradient,) = torch.autograd.grad(along(study, theta).sum(), theta, create_graph=True)
-            (row,) = torch.autograd.grad(gradient.gather(1, outputs[:, None]).sum(), theta)
-            rows.append(row.double().cpu())
-    full = torch.cat(rows)
-    return (full + full.T) / 2
-
-
-def form(study: Study) -> tuple[Float64[Tensor, " d_model"], Float64[Tensor, " k"], Float64[Tensor, "k d_model"]]:
-    """g, and H's eigenvalues and eigenvectors (rows) among what is orthogonal to the base; the largest first."""
+def form_of(study: Study, rows: Float64[Tensor, "d_model d_model"]) -> Form:
+    """The form with these rows of its Hessian, made symmetric."""
+    hessian = (rows + rows.T) / 2
     (gradient,) = derivatives(study, torch.zeros_like(study.base)[None])[1]
     full = torch.linalg.qr(study.base.double()[:, None], mode="complete").Q[:, 1:]
-    values, vectors = torch.linalg.eigh(full.T @ study.once(hessian) @ full)
-    return gradient, values.flip(0), (full @ vectors).T.flip(0)
+    values, vectors = torch.linalg.eigh(full.T @ hessian @ full)
+    return Form(hessian, gradient, values.flip(0), (full @ vectors).T.flip(0))
 
 
-def quadratic_chain(study: Study, chain: Vectors) -> Vectors:
+def quadratic_chain(form: Form, chain: Vectors) -> Vectors:
     """The n-th eigenvector at the n-th norm, with the sign that g gives it; as long as eigenvalues are positive."""
-    gradient, values, vectors = study.once(form)
-    count = min(len(chain), int((values > 0).sum()))
-    signs = torch.where(vectors[:count] @ gradient < 0, -1.0, 1.0)
-    theta = vectors[:count] * (signs * torch.tensor(chain.norms[:count]))[:, None]
+    count = min(len(chain), int((form.values > 0).sum()))
+    signs = torch.where(form.vectors[:count] @ form.gradient < 0, -1.0, 1.0)
+    theta = form.vectors[:count] * (signs * torch.tensor(chain.norms[:count]))[:, None]
     return Vectors("quadratic", chain.index[:count], theta.float())
 
 
-def spectrum(study: Study, chain: Vectors) -> dict[str, float]:
+def spectrum(form: Form, chain: Vectors) -> dict[str, float]:
     """H's extreme eigenvalues beside the base, and how many suffice.
 
     `positive` are the positive ones, `enough` those with ½ λ r² ≥ ½ at the chain's median norm r; `most_below_half` is
     `most` for a loss of a half at the chain's largest norm.
     """
-    gradient, values, _ = study.once(form)
-    norms = torch.tensor(chain.norms)
+    values, norms = form.values, torch.tensor(chain.norms)
     return {
         "largest": float(values[0]),
         "smallest": float(values[-1]),
         "positive": float((values > 0).sum()),
         "enough": float((values * norms.median() ** 2 >= 1).sum()),
-        "most_below_half": float(most(gradient, values, float(norms.max()), 0.5)),
+        "most_below_half": float(most(form.gradient, values, float(norms.max()), 0.5)),
     }
 
 
@@ -102,15 +101,14 @@ def most(gradient: Float64[Tensor, " d_model"], values: Float64[Tensor, " k"], n
     return int((reached >= (1 - loss) * k).sum())
 
 
-def _rows(study: Study, vectors: Vectors) -> list[Row]:
-    gradient, values, eigenvectors = study.once(form)
+def _rows(study: Study, form: Form, vectors: Vectors) -> list[Row]:
     theta = vectors.theta.double()
-    positive = (theta @ eigenvectors[values > 0].T).square().sum(-1) / theta.square().sum(-1).clamp_min(1e-30)
+    positive = (theta @ form.vectors[form.values > 0].T).square().sum(-1) / theta.square().sum(-1).clamp_min(1e-30)
     columns = {
         "norm": vectors.norms,
         "along": derivatives(study, vectors.theta)[0].tolist(),
-        "first_order": (theta @ gradient).tolist(),
-        "second_order": ((theta @ study.once(hessian)) * theta).sum(-1).div(2).tolist(),
+        "first_order": (theta @ form.gradient).tolist(),
+        "second_order": ((theta @ form.hessian) * theta).sum(-1).div(2).tolist(),
         "positive": positive.tolist(),
         "relative_loss": real_losses(study, vectors.theta),
         "kl_from_base": [row["kl_from_base"] for row in next_token(study, vectors.theta)],

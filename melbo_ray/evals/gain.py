@@ -12,7 +12,8 @@ from torch import Tensor
 
 from melbo_ray.evals.context import Row, Rows, Study, Vectors
 from melbo_ray.evals.convergence import with_null
-from melbo_ray.evals.linear import ends, slice_of
+from melbo_ray.evals.jacobian import slice_of
+from melbo_ray.evals.linear import aim, ends
 
 POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -59,7 +60,6 @@ def derivatives(
 
 def along(study: Study, theta: Float[Tensor, "n d_model"]) -> Float[Tensor, " n"]:
     """s(θ) of each vector, which can be differentiated; on the model's device."""
-    unsteered, base = study.once(ends)
-    aim = base - unsteered
+    unsteered, towards = study.once(ends)[0], study.once(aim)
     z = study.once(slice_of).z(theta, z_from=study.config.z_from)
-    return (z - unsteered.to(z)) @ (aim / aim.square().sum()).to(z)
+    return (z - unsteered.to(z)) @ (towards / towards.square().sum()).to(z)

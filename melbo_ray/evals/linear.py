@@ -9,23 +9,36 @@ on after the linear one has ended, curvature lets it.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from melbo_ray.evals.context import TRAINING, Chain, Row, Rows, Study, Vectors
+from melbo_ray.evals.context import Chain, Row, Rows, Study, Vectors
 from melbo_ray.evals.control import more_directions
+from melbo_ray.evals.jacobian import matrix, slice_of
 from melbo_ray.evals.kl import next_token
 from melbo_ray.host import progress
-from melbo_ray.model.residual_slice import Slice
 from melbo_ray.model.steering import PASS_TOKENS
 
 # Dimension of the Krylov space: the loss at a norm is within 1e-3 of the dense solution's (tests).
 _KRYLOV = 64
 _HALVINGS = 60
 _NOTHING_LEFT = 0.999
+
+
+class Map(NamedTuple):
+    """The slice to first order at 0, and where it is to lead.
+
+    Attributes:
+        jacobian: J = ∂z/∂θ at θ = 0.
+        aim: a = z(θ₀) − z(0).
+    """
+
+    jacobian: Float64[Tensor, "d_model d_model"]
+    aim: Float64[Tensor, " d_model"]
 
 
 def run(study: Study, whole: Chain, share: str, items: Sequence[int]) -> Rows:
@@ -42,41 +55,28 @@ def run(study: Study, whole: Chain, share: str, items: Sequence[int]) -> Rows:
     solution; `half_share` and `mirrored_share`, the displacement along a of θ/2 and of −θ as a share of that of θ (½
     and −1 if z is linear, ¼ and 1 if quadratic).
     """
-    chain = whole.vectors
+    chain, first = whole.vectors, whole.once("map", lambda: Map(matrix(whole, "jacobian"), study.once(aim)))
     if share == "spectrum":
-        figures = spectrum(study.once(jacobian_and_aim)[0]) | {"most_below_half": most(study, max(chain.norms), 0.5)}
+        figures = spectrum(first.jacobian) | {"most_below_half": most(first, max(chain.norms), 0.5)}
         return {"summary": [study.row("chain", 0, figure=f"jacobian_{k}", value=v) for k, v in figures.items()]}
-    taken = whole.once(f"linear/{share}", lambda: taken_before(study, chain, share))
+    taken = whole.once(f"linear/{share}", lambda: taken_before(study, first, chain, share))
     places = [place for place, index in enumerate(chain.index) if index in items and place < len(taken)]
-    return {"linear": rows_beside(study, chain, places, share, taken)}
+    return {"linear": rows_beside(study, first, chain, places, share, taken)}
 
 
-def most(study: Study, norm: float, loss: float) -> float:
+def most(first: Map, norm: float, loss: float) -> float:
     """An upper bound of the number of orthogonal vectors of at most this norm and loss that any linear chain has.
 
     ‖Jθ − a‖ ≤ ℓ‖a‖ needs g·θ ≥ 1 − ℓ with g = Jᵀa / ‖a‖², and by Bessel's inequality Σ (g·θ)² / ‖θ‖² ≤ ‖g‖².
     """
-    jacobian, aim = study.once(jacobian_and_aim)
-    gain = (jacobian.T @ aim).norm() / aim.square().sum()
+    gain = (first.jacobian.T @ first.aim).norm() / first.aim.square().sum()
     return float((gain * norm / (1 - loss)).square())
 
 
-def slice_of(study: Study) -> Slice:
-    """The slice on the training prompt."""
-    return Slice(study.model, [study.tokens(TRAINING)], study.config.source_layer, study.config.target_layer)
-
-
-def jacobian_and_aim(study: Study) -> tuple[Float64[Tensor, "d_model d_model"], Float64[Tensor, " d_model"]]:
-    """J = ∂z/∂θ at θ = 0, row by row by backward passes, and a = z(θ₀) − z(0); float64 on the CPU."""
-    slice_, z_from, d_model = study.once(slice_of), study.config.z_from, len(study.base)
-    rows = []
-    for outputs in torch.arange(d_model, device=study.model.device).split(slice_.rows_at_once):
-        theta = torch.zeros(len(outputs), d_model, device=study.model.device, requires_grad=True)
-        z = slice_.z(theta, z_from=z_from)
-        (gradient,) = torch.autograd.grad(z.gather(1, outputs[:, None]).sum(), theta)
-        rows.append(gradient.double().cpu())
+def aim(study: Study) -> Float64[Tensor, " d_model"]:
+    """a = z(θ₀) − z(0), float64 on the CPU."""
     unsteered, base = study.once(ends)
-    return torch.cat(rows), base - unsteered
+    return base - unsteered
 
 
 def ends(study: Study) -> tuple[Float64[Tensor, " d_model"], Float64[Tensor, " d_model"]]:
@@ -94,8 +94,7 @@ def spectrum(jacobian: Float64[Tensor, "d_model d_model"]) -> dict[str, float]:
 
 
 def best_at_norms(
-    jacobian: Float64[Tensor, "d_model d_model"],
-    aim: Float64[Tensor, " d_model"],
+    first: Map,
     taken: Float64[Tensor, "k d_model"],
     norms: list[float],
 ) -> list[tuple[Float64[Tensor, " d_model"], float]]:
@@ -103,6 +102,7 @@ def best_at_norms(
 
     Golub-Kahan bidiagonalisation of J on the complement, started at a, with full reorthogonalisation.
     """
+    jacobian, aim = first
     progress.passes += 1
     left, right, alphas, betas = [aim / aim.norm()], [], [], []
     for _ in range(min(_KRYLOV, len(aim) - len(taken))):
@@ -152,20 +152,19 @@ def _bounded(small: Tensor, goal: Tensor, norms: list[float]) -> list[Tensor]:
     return found
 
 
-def taken_before(study: Study, chain: Vectors, kind: str) -> Float64[Tensor, "n d_model"]:
+def taken_before(study: Study, first: Map, chain: Vectors, kind: str) -> Float64[Tensor, "n d_model"]:
     """Orthonormal rows of which the first n are taken before the n-th vector of this kind; the first is θ₀'s."""
     if kind == "linear":
-        return linear_chain(study, chain)
+        return linear_chain(study, first, chain)
     others = chain.theta if kind == "chain" else more_directions(study, chain.index).theta
     return torch.linalg.qr(torch.cat([study.base[None], others]).double().T).Q.T.contiguous()
 
 
-def linear_chain(study: Study, chain: Vectors) -> Float64[Tensor, "n d_model"]:
+def linear_chain(study: Study, first: Map, chain: Vectors) -> Float64[Tensor, "n d_model"]:
     """The directions that the linear chain takes, orthonormal, the base's first; it ends where its loss is 0.999."""
-    jacobian, aim = study.once(jacobian_and_aim)
     own = normalize(study.base.double()[None], dim=-1)
-    for norm in chain.norms[: len(aim) - 2]:
-        ((x, loss),) = best_at_norms(jacobian, aim, own, [norm])
+    for norm in chain.norms[: len(own.T) - 2]:
+        ((x, loss),) = best_at_norms(first, own, [norm])
         if loss > _NOTHING_LEFT:
             break
         own = torch.cat([own, normalize(x - own.T @ (own @ x), dim=0)[None]])
@@ -173,14 +172,14 @@ def linear_chain(study: Study, chain: Vectors) -> Float64[Tensor, "n d_model"]:
 
 
 def rows_beside(
-    study: Study, chain: Vectors, places: list[int], kind: str, taken: Float64[Tensor, "n d_model"]
+    study: Study, first: Map, chain: Vectors, places: list[int], kind: str, taken: Float64[Tensor, "n d_model"]
 ) -> list[Row]:
     """The rows of a kind beside the vectors at `places` of the chain."""
     if not places:
         return []
-    jacobian, aim = study.once(jacobian_and_aim)
+    jacobian, aim = first
     norms = chain.norms
-    best = [best_at_norms(jacobian, aim, taken[: p + 1], [norms[p], study.radius, float("inf")]) for p in places]
+    best = [best_at_norms(first, taken[: p + 1], [norms[p], study.radius, float("inf")]) for p in places]
     solutions = torch.stack([at_norm[0] for (at_norm, _, _) in best]).float()
     kls, losses = [row["kl_from_base"] for row in next_token(study, solutions)], real_losses(study, solutions)
     of_places = chain.theta[places]

@@ -26,7 +26,7 @@ def evaluate(name: str, study: Study, vectors: Vectors, failed: Mapping[int, int
 
     An error on one vector (a vector or logits that are not finite, or any exception) becomes a row of `failures`, and
     the other vectors are still evaluated. An evaluation of scope `whole` takes the vectors as the whole chain and runs
-    all of its shares, as `evaluate_share`.
+    all of its shares, as `evaluate_share`; what they need of other evaluations is computed.
 
     Args:
         name: name of the evaluation.
@@ -40,7 +40,7 @@ def evaluate(name: str, study: Study, vectors: Vectors, failed: Mapping[int, int
     """
     evaluation = EVALUATIONS[name]
     if evaluation.scope == WHOLE:
-        chain = Chain(study.base, vectors)
+        chain = Chain(study.base, vectors, lambda table: _needed(table, study, vectors))
         items = {share.name: share.items(chain.length) for share in evaluation.shares if len(vectors)}
         parts = [evaluate_share(name, share, of, study, chain, failed) for share, of in items.items()]
         empty = _written(evaluation, study, vectors.kind, {}, {}, {})
@@ -50,6 +50,11 @@ def evaluate(name: str, study: Study, vectors: Vectors, failed: Mapping[int, int
     good = [index for index in vectors.index if index not in failures]
     rows = _attempt(evaluation, lambda some: FUNCTIONS[name](study, vectors.at(some)), good, failures)
     return _written(evaluation, study, vectors.kind, rows, failures, failed or {})
+
+
+def _needed(table: str, study: Study, vectors: Vectors) -> pa.Table:
+    """What a run would hold of a table: the rows of the evaluation of its name."""
+    return evaluate(table, study, vectors)[table] if table in EVALUATIONS else schema.table(table, [])
 
 
 def evaluate_share(

@@ -1,11 +1,14 @@
 """A study of a tiny random model, small enough to recompute every figure of it by hand."""
 
+import functools
+
 import pytest
 import torch
 
 from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import Config
-from melbo_ray.evals.context import Study, Vectors
+from melbo_ray.evals.context import Chain, Study, Vectors
+from melbo_ray.evals.runner import evaluate
 from tests.families import directions, tiny
 
 SOURCE = 1
@@ -41,3 +44,9 @@ def chain():
     """Five orthogonal vectors with norms 2 … 4."""
     axes = torch.linalg.qr(directions(5, seed=2).T).Q.T
     return Vectors("chain", [1, 2, 3, 4, 5], axes * torch.linspace(4, 2, 5)[:, None])
+
+
+@pytest.fixture(scope="session")
+def whole(study, chain):
+    """The chain of a run that has ended and holds every evaluation."""
+    return Chain(study.base, chain, functools.cache(lambda table: evaluate(table, study, chain)[table]))

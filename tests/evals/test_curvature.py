@@ -1,4 +1,4 @@
-"""The quadratic form against second differences of plain transformers, and its bound against families that reach it."""
+"""The quadratic form against plain transformers, and its bound against families that reach it."""
 
 import dataclasses
 
@@ -7,44 +7,32 @@ import pytest
 import torch
 
 from melbo_ray.evals import curvature
-from melbo_ray.evals.context import Vectors
+from melbo_ray.evals.context import Chain
+from melbo_ray.evals.jacobian import matrix
 from melbo_ray.evals.linear import real_losses
-from melbo_ray.evals.runner import evaluate
+from melbo_ray.evals.runner import evaluate, evaluate_share
+from melbo_ray.runs import schema
 from tests.evals import reference
 from tests.evals.reference import null_of, part_along, rows_of
 from tests.families import D_MODEL, tiny
 
-STEP = 0.1
+
+@pytest.fixture(scope="module")
+def form(study, whole):
+    return curvature.form_of(study, matrix(whole, "hessian"))
 
 
-def second_difference(study, one, other):
-    """oneᵀ H other for the part along a at 0, by differences of plain transformers in float64."""
-    at = {(i, j): part_along(study, STEP * (i * one + j * other)) for i in (1, -1) for j in (1, -1)}
-    return (at[1, 1] - at[1, -1] - at[-1, 1] + at[-1, -1]) / (4 * STEP**2)
+def with_eigenvalues(values):
+    """A form that has these eigenvalues along the axes beside the base, and no gradient."""
+    eigenvalues = torch.tensor([0.0, *values], dtype=torch.float64)
+    axes = torch.eye(D_MODEL, dtype=torch.float64)
+    return curvature.Form(torch.diag(eigenvalues), torch.zeros(D_MODEL).double(), eigenvalues[1:], axes[1:])
 
 
-def of_form(study, values, gradient=None):
-    """A study whose quadratic form has these eigenvalues along the axes beside the base, and this gradient."""
-    fresh = dataclasses.replace(study, base=torch.eye(D_MODEL)[0] * study.radius)
-    fresh._made[curvature.hessian] = torch.diag(torch.tensor([0.0, *values], dtype=torch.float64))
-    axes = torch.eye(D_MODEL, dtype=torch.float64)[1:]
-    zero = torch.zeros(D_MODEL, dtype=torch.float64)
-    fresh._made[curvature.form] = (zero if gradient is None else gradient, torch.tensor(values).double(), axes)
-    return fresh
-
-
-def test_the_hessian_is_that_of_plain_transformers(study):
-    hessian = curvature.hessian(study)
-    largest = float(hessian.abs().max())
-    for i, j in ((0, 0), (3, 3), (2, 9), (31, 5)):
-        one, other = (torch.eye(D_MODEL, dtype=torch.float64)[axis] for axis in (i, j))
-        assert float(hessian[i, j]) == pytest.approx(second_difference(study, one, other), abs=0.02 * largest)
+def test_the_form_beside_the_base_is_diagonal_in_its_eigenvectors(study, form):
+    hessian, _, values, vectors = form
     assert torch.equal(hessian, hessian.T)
-
-
-def test_the_form_beside_the_base_is_diagonal_in_its_eigenvectors(study):
-    _, values, vectors = curvature.form(study)
-    hessian = curvature.hessian(study).numpy()
+    hessian = hessian.numpy()
     b = study.base.double().numpy() / study.radius
     project = np.eye(D_MODEL) - np.outer(b, b)
     expected = np.sort(np.linalg.eigvalsh(project @ hessian @ project))
@@ -57,10 +45,10 @@ def test_the_form_beside_the_base_is_diagonal_in_its_eigenvectors(study):
     )
 
 
-def test_rows_are_what_the_form_and_the_model_have_of_each_vector(study, chain):
+def test_rows_are_what_the_form_and_the_model_have_of_each_vector(study, chain, form):
     written = evaluate("curvature", study, chain)
-    rows, (gradient, values, vectors) = written["curvature"], curvature.form(study)
-    hessian = curvature.hessian(study).numpy()
+    rows, (hessian, gradient, values, vectors) = written["curvature"], form
+    hessian = hessian.numpy()
     quadratic = [vectors[n - 1] * chain.norms[n - 1] for n in chain.index]
     quadratic = [(theta if theta @ gradient >= 0 else -theta).float() for theta in quadratic]
     kinds = {"chain": chain.theta[1], "random": null_of(study, 2, chain.norms[1]), "quadratic": quadratic[1]}
@@ -86,16 +74,15 @@ def test_rows_are_what_the_form_and_the_model_have_of_each_vector(study, chain):
     assert figures["hessian_enough"] == (values * np.median(chain.norms) ** 2 >= 1).sum()
 
 
-def test_a_short_vector_has_the_effect_that_the_form_foretells(study):
+def test_a_short_vector_has_the_effect_that_the_form_foretells(study, form):
     for theta in (study.base / 50, -study.base / 50):
         short = theta.double()
-        gradient, hessian = curvature.form(study)[0], curvature.hessian(study)
-        foretold = float(gradient @ short + short @ hessian @ short / 2)
+        foretold = float(form.gradient @ short + short @ form.hessian @ short / 2)
         assert foretold == pytest.approx(part_along(study, theta), rel=2e-2)
 
 
-def test_of_a_form_with_positive_eigenvalues_only_in_a_plane_the_quadratic_chain_has_two(study, chain):
-    short = of_form(study, [2.0, 1.0] + [-1.0] * (D_MODEL - 3))
+def test_of_a_form_with_positive_eigenvalues_only_in_a_plane_the_quadratic_chain_has_two(chain):
+    short = with_eigenvalues([2.0, 1.0] + [-1.0] * (D_MODEL - 3))
     found = curvature.quadratic_chain(short, chain)
     assert found.index == [1, 2]
     assert found.theta[:, 1:3].abs().numpy() == pytest.approx(np.diag(chain.norms[:2]), abs=1e-5)
@@ -129,7 +116,9 @@ def test_other_families_are_measured_too(study, chain, family):
 
 
 def test_a_form_without_a_positive_eigenvalue_has_no_quadratic_chain(study, chain):
-    empty = of_form(study, [-1.0] * (D_MODEL - 1))
-    assert isinstance(found := curvature.quadratic_chain(empty, chain), Vectors)
-    assert len(found) == 0
-    assert evaluate("curvature", empty, chain)["failures"].num_rows == 0
+    assert len(curvature.quadratic_chain(with_eigenvalues([-1.0] * (D_MODEL - 1)), chain)) == 0
+    rows = [study.row("row", axis, row=(-torch.eye(D_MODEL)[axis]).tolist()) for axis in range(D_MODEL)]
+    whole = Chain(study.base, chain, lambda table: schema.table(table, rows))
+    written = evaluate_share("curvature", "chain", chain.index, study, whole)
+    assert written["failures"].num_rows == 0
+    assert {*written["curvature"]["kind"].to_pylist()} == {"chain", "random"}

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from melbo_ray.evals.gain import POINTS, along, derivatives
-from melbo_ray.evals.linear import jacobian_and_aim
+from melbo_ray.evals.jacobian import matrix
+from melbo_ray.evals.linear import aim
 from melbo_ray.evals.runner import evaluate
 from tests.evals.reference import null_of, part_along, rows_of
 from tests.families import D_MODEL
@@ -37,13 +38,13 @@ def test_the_sensitivity_is_the_gain_of_the_most_effective_direction(study, chai
     assert row["sensitivity"] == pytest.approx(slope(study, study.base, steepest), rel=2e-3)
 
 
-def test_at_0_it_is_the_first_order_of_the_jacobian(study, chain):
-    jacobian, aim = jacobian_and_aim(study)
+def test_at_0_it_is_the_first_order_of_the_jacobian(study, chain, whole):
+    jacobian, towards = matrix(whole, "jacobian"), aim(study)
     rows = evaluate("gain", study, chain)["gain"]
     for row in rows_of(rows, kind="chain", point="own", fraction=0.0):
         theta = chain.theta[row["index"] - 1].double()
-        assert row["gain"] == pytest.approx(float(jacobian @ theta @ aim / (aim @ aim)), abs=1e-4)
-        assert row["sensitivity"] == pytest.approx(float((jacobian.T @ aim).norm() / (aim @ aim)), rel=1e-3)
+        assert row["gain"] == pytest.approx(float(jacobian @ theta @ towards / (towards @ towards)), abs=1e-4)
+        assert row["sensitivity"] == pytest.approx(float((jacobian.T @ towards).norm() / (towards @ towards)), rel=1e-3)
 
 
 def test_the_gains_along_a_short_vector_add_up_to_its_effect(study):

@@ -1,6 +1,4 @@
-"""The linear null chain against dense float64 algebra, and its Jacobian against differences of plain transformers."""
-
-import dataclasses
+"""The linear null chain against dense float64 algebra."""
 
 import numpy as np
 import pytest
@@ -8,7 +6,8 @@ import torch
 from scipy.optimize import brentq
 
 from melbo_ray.evals import linear
-from melbo_ray.evals.linear import best_at_norms, jacobian_and_aim, spectrum
+from melbo_ray.evals.jacobian import matrix
+from melbo_ray.evals.linear import Map, best_at_norms, spectrum
 from melbo_ray.evals.runner import evaluate
 from tests.evals import reference
 from tests.evals.reference import rows_of, z_of
@@ -26,24 +25,13 @@ def dense(jacobian, aim, taken, norm):
     return x, np.linalg.norm(jacobian @ x - aim) / np.linalg.norm(aim)
 
 
-def test_the_jacobian_is_that_of_plain_transformers(study):
-    jacobian, aim = jacobian_and_aim(study)
-    step = 1e-2  # norms run in float32, whose rounding is divided by it
-    for axis in (0, 7, 31):
-        unit = torch.zeros(D_MODEL, dtype=torch.float64)
-        unit[axis] = step
-        column = (z_of(study, unit) - z_of(study, -unit)) / (2 * step)
-        assert jacobian[:, axis].numpy() == pytest.approx(column, abs=1e-3 * np.abs(column).max())
-    assert aim.numpy() == pytest.approx(z_of(study, study.base) - z_of(study, torch.zeros(D_MODEL)), abs=1e-4)
-
-
 @pytest.mark.parametrize("taken", [1, 3, 20, 31])
 @pytest.mark.parametrize("norm", [0.1, 2.0, float("inf")])
 def test_the_best_at_a_norm_is_that_of_dense_algebra(taken, norm):
     draws = np.random.default_rng(3)
     jacobian = draws.normal(size=(D_MODEL, D_MODEL)) * np.linspace(3, 0.1, D_MODEL)
     aim, basis = draws.normal(size=D_MODEL), np.linalg.qr(draws.normal(size=(D_MODEL, taken)))[0].T
-    ((x, loss),) = best_at_norms(*map(torch.from_numpy, (jacobian, aim, basis)), [norm])
+    ((x, loss),) = best_at_norms(Map(*map(torch.from_numpy, (jacobian, aim))), torch.from_numpy(basis), [norm])
     expected, least = dense(jacobian, aim, basis, norm)
     assert loss == pytest.approx(least, abs=1e-6)
     assert x.numpy() == pytest.approx(expected, abs=1e-4)
@@ -57,14 +45,14 @@ def test_on_a_wide_matrix_with_a_long_tail_the_krylov_space_is_large_enough():
     jacobian = left * np.geomspace(3.5, 0.05, size) @ right
     aim, basis = draws.normal(size=size) * 4 / np.sqrt(size), np.eye(size)[:100]
     for norm in (1.0, 3.0, 9.0):
-        ((_, loss),) = best_at_norms(*map(torch.from_numpy, (jacobian, aim, basis)), [norm])
+        ((_, loss),) = best_at_norms(Map(*map(torch.from_numpy, (jacobian, aim))), torch.from_numpy(basis), [norm])
         assert loss == pytest.approx(dense(jacobian, aim, basis, norm)[1], abs=1e-3)
 
 
-def test_predicted_stands_beside_found(study, chain):
+def test_predicted_stands_beside_found(study, chain, whole):
     written = evaluate("linear", study, chain)
-    jacobian, aim = (part.numpy() for part in jacobian_and_aim(study))
     unsteered, base = z_of(study, torch.zeros(D_MODEL)), z_of(study, study.base)
+    jacobian, aim = matrix(whole, "jacobian").numpy(), base - unsteered
     for row in rows_of(written["linear"], kind="chain"):
         n = row["index"]
         theta = chain.theta[n - 1].double()
@@ -118,21 +106,17 @@ def test_of_a_rotation_the_linear_chain_has_one_vector(study, chain):
     """All that is orthogonal to the solution moves z orthogonally to the aim."""
     rotation = torch.linalg.qr(torch.randn(D_MODEL, D_MODEL, generator=torch.Generator().manual_seed(0)).double()).Q
     aim = rotation @ torch.linalg.qr(torch.stack([study.base.double(), chain.theta[0].double()]).T).Q[:, 1]
-    study.once(jacobian_and_aim)
-    fresh = dataclasses.replace(study)
-    fresh._made[jacobian_and_aim] = rotation, aim
-    ((_, loss),) = best_at_norms(rotation, aim, torch.nn.functional.normalize(study.base.double()[None], dim=-1), [4.0])
+    first = Map(rotation, aim)
+    ((_, loss),) = best_at_norms(first, torch.nn.functional.normalize(study.base.double()[None], dim=-1), [4.0])
     assert loss < 1e-6
-    assert len(linear.linear_chain(fresh, chain)) == 2
+    assert len(linear.linear_chain(study, first, chain)) == 2
 
 
-def test_no_linear_chain_has_more_vectors_than_the_bound_and_one_reaches_it(study):
+def test_no_linear_chain_has_more_vectors_than_the_bound_and_one_reaches_it():
     """With g = Jᵀa / ‖a‖² along (1, 1, 1, 1) / 2, four axes share it equally, and each has a quarter of its square."""
     jacobian, aim = torch.zeros(D_MODEL, D_MODEL, dtype=torch.float64), torch.eye(D_MODEL, dtype=torch.float64)[0]
     jacobian[0, :4] = 0.5
-    fresh = dataclasses.replace(study)
-    fresh._made[jacobian_and_aim] = jacobian, aim
-    assert linear.most(fresh, 1.0, 0.5) == pytest.approx(4)
+    assert linear.most(Map(jacobian, aim), 1.0, 0.5) == pytest.approx(4)
     losses = [float((jacobian @ axis - aim).norm()) for axis in torch.eye(D_MODEL, dtype=torch.float64)]
     assert sum(loss <= 0.5 for loss in losses) == 4
     basis = np.linalg.qr(np.random.default_rng(5).normal(size=(D_MODEL, D_MODEL)))[0]

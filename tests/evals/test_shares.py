@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from melbo_ray.cluster.backlog import Backlog
-from melbo_ray.evals.catalog import EVALUATIONS, PER_VECTOR
+from melbo_ray.evals.catalog import EVALUATIONS, PER_VECTOR, resolve
 from melbo_ray.evals.context import Chain, Study, Vectors
 from melbo_ray.evals.runner import evaluate, evaluate_share
 from melbo_ray.runs import schema
@@ -71,7 +71,7 @@ def test_the_units_of_an_evaluation_give_the_rows_that_the_whole_chain_gives_at_
         "run",
         study.base,
     )
-    units = list(in_units(run, blocks, chain, ["kl", name]))
+    units = list(in_units(run, blocks, chain, resolve(["kl", name])))
     # `frequency` has one figure, which no chain bears on.
     assert len([unit for unit in units if unit.evaluation == name]) >= 1 + (name != "frequency")
     expected = evaluate(name, blocks, chain)
