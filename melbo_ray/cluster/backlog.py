@@ -205,7 +205,7 @@ class Backlog:
         final = self.stop_reason is not None or (share.settled is not None and self.found >= share.settled)
         if not (final and self.found):
             return
-        if share.after in self.names and not self._has(share.after):
+        if share.after and share.after in self.names and not self._has(share.after):
             return
         items, size = share.items(self.found), share.size(self.batch, self.block)
         units = self._batches(name, share.kind(self.found), items, dict.fromkeys(items, False), size)

@@ -74,7 +74,7 @@ def most(first: Map, norm: float, loss: float) -> float:
 
 
 def aim(study: Study) -> Float64[Tensor, " d_model"]:
-    """a = z(θ₀) − z(0), float64 on the CPU."""
+    """The displacement a = z(θ₀) − z(0), float64 on the CPU."""
     unsteered, base = study.once(ends)
     return base - unsteered
 

@@ -8,7 +8,8 @@ import torch
 from melbo_ray.cluster.worker import Worker
 from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import Config
-from melbo_ray.evals.linear import best_at_norms, slice_of
+from melbo_ray.evals.jacobian import slice_of
+from melbo_ray.evals.linear import Map, best_at_norms
 from melbo_ray.host import progress
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.model.sampling import Request, generate
@@ -57,7 +58,7 @@ def test_every_pass_through_a_model_is_progress():
         (lambda: slice.z(theta[None]), 1),
         (
             lambda: best_at_norms(
-                torch.eye(len(theta)).double(), theta.double(), torch.zeros(0, len(theta)).double(), [1.0]
+                Map(torch.eye(len(theta)).double(), theta.double()), torch.zeros(0, len(theta)).double(), [1.0]
             ),
             1,
         ),

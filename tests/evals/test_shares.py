@@ -174,6 +174,20 @@ def test_the_summary_waits_for_the_kl_of_every_vector_and_follows_it(study):
     assert [unit.kind for unit in due.released(kl[-1])] == ["summary-of-10"]
 
 
+@pytest.mark.parametrize(("matrix", "reader"), [("jacobian", "linear"), ("hessian", "curvature")])
+def test_a_matrix_is_found_beside_the_chain_and_read_once_every_row_of_it_is_there(study, matrix, reader):
+    due = backlog([matrix, reader], study, orthogonal(3))
+    due.stop_reason = None
+    blocks = due.due()
+    assert {unit.evaluation for unit in blocks} == {matrix}
+    due.stop_reason = "num_vectors"
+    for unit in blocks:
+        assert {waiting.evaluation for waiting in due.due()} == {matrix}
+        cover(due.done, unit)
+    assert due.released(blocks[-1]) == due.due()
+    assert {unit.evaluation for unit in due.due()} == {reader}
+
+
 def test_a_longer_chain_asks_only_for_what_depends_on_its_length(study):
     due = backlog([*WHOLE], study, orthogonal(10))
     for unit in itertools.chain.from_iterable(iter(due.due, [])):
