@@ -179,8 +179,8 @@ _RESCALED = (Share("chain", _every, of_vectors=True, of_length=True),)
 _COMPOSITION = (Share("subsets", _of_subsets, of_length=True),)
 _FREQUENCY = (Share("concept", _once, settled=1),)
 _SHUFFLED = (Share("shuffled", _of_shuffled, settled=SHUFFLED, in_turn=True),)
-_JACOBIAN = (Share("blocks", _blocks, batch=8, settled=1),)
-_HESSIAN = (Share("blocks", _blocks, batch=1, settled=1),)
+_JACOBIAN = (Share("block", _blocks, batch=4),)
+_HESSIAN = (Share("block", _blocks, batch=1),)
 _LINEAR = (
     *(
         Share(name, sampled, of_vectors=True, of_length=True, after="jacobian")

@@ -16,14 +16,14 @@ _MEMORY = 4
 def run(study: Study, whole: Chain, share: str, items: Sequence[int]) -> Rows:
     """Write `hessian`: rows of H in these blocks, as Hessian-vector products (Pearlmutter 1994) by double backward.
 
-    `index` is the row's dimension, `row` (d_model,) what rounding leaves of a symmetric matrix.
+    `index` is the block, `dimension` the row's, `row` (d_model,) what rounding leaves of a symmetric matrix.
     """
     rows = []
     at_once = max(1, study.once(slice_of).rows_at_once // _MEMORY)
     with sdpa_kernel(SDPBackend.MATH):  # the only implementation that has a second derivative
-        for outputs in batches(study, items, at_once):
+        for blocks, outputs in batches(study, items, at_once):
             theta = torch.zeros(len(outputs), len(study.base), device=study.model.device, requires_grad=True)
             (gradient,) = torch.autograd.grad(along(study, theta).sum(), theta, create_graph=True)
             (second,) = torch.autograd.grad(gradient.gather(1, outputs[:, None]).sum(), theta)
-            rows += rows_of(study, outputs, second)
+            rows += rows_of(study, blocks, outputs, second)
     return {"hessian": rows}

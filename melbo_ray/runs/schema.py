@@ -89,14 +89,14 @@ SCHEMAS: dict[str, pa.Schema] = {
         norm=_float, cos_base=_float, cos_contrast=_float, max_abs_cos_unembedding=_float, nearest_token=_text,
         bessel_bound=_float,
     ),
-    "jacobian": _schema(row=pa.list_(_float)),
+    "jacobian": _schema(dimension=_int, row=pa.list_(_float)),
     "linear": _schema(
         norm=_float, relative_loss=_float, linear_loss=_float, linear_loss_at_radius=_float, least_loss=_float,
         found_linear_loss=_float, first_order=_float, cos=_float, mirrored_share=_float, half_share=_float,
         solution_loss=_float, kl_from_base=_float,
     ),
     "gain": _schema(point=_text, fraction=_float, norm=_float, along=_float, gain=_float, sensitivity=_float),
-    "hessian": _schema(row=pa.list_(_float)),
+    "hessian": _schema(dimension=_int, row=pa.list_(_float)),
     "curvature": _schema(
         norm=_float, along=_float, first_order=_float, second_order=_float, positive=_float, relative_loss=_float,
         kl_from_base=_float,

@@ -117,7 +117,9 @@ def test_other_families_are_measured_too(study, chain, family):
 
 def test_a_form_without_a_positive_eigenvalue_has_no_quadratic_chain(study, chain):
     assert len(curvature.quadratic_chain(with_eigenvalues([-1.0] * (D_MODEL - 1)), chain)) == 0
-    rows = [study.row("row", axis, row=(-torch.eye(D_MODEL)[axis]).tolist()) for axis in range(D_MODEL)]
+    rows = [
+        study.row("block", axis, dimension=axis, row=(-torch.eye(D_MODEL)[axis]).tolist()) for axis in range(D_MODEL)
+    ]
     whole = Chain(study.base, chain, lambda table: schema.table(table, rows))
     written = evaluate_share("curvature", "chain", chain.index, study, whole)
     assert written["failures"].num_rows == 0
