@@ -49,7 +49,7 @@ class SharedWorker(Worker):
         worker = self._workers.pop(job.run_id, None)
         while len(self._workers) >= _KEPT:
             left = self._workers.pop(next(iter(self._workers)))
-            for kept in (left._studies, left._whole, left._searches):  # it may be this worker itself, which stays
+            for kept in (left._studies, left._whole, left._begun):  # it may be this worker itself, which stays
                 kept.clear()
         if worker is None:
             worker = Worker(job.url, job.run_id, job.config, job.concepts, self.threads, self.whole, self.packed)

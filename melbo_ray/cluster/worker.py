@@ -20,6 +20,7 @@ from melbo_ray.concepts.loader import Concept
 from melbo_ray.config import Config
 from melbo_ray.errors import UserError
 from melbo_ray.evals import runner
+from melbo_ray.evals.catalog import EVALUATIONS
 from melbo_ray.evals.context import Chain, Study, Vectors
 from melbo_ray.evals.rounding import rounding_error
 from melbo_ray.evals.self_check import selfcheck, take_prompts
@@ -66,7 +67,7 @@ class Worker:
         self.concepts = {concept.name: concept for concept in concepts}
         self.threads, self.whole, self.packed = threads, whole, packed
         self._studies, self._whole = dict[str, Study](), dict[str, Chain]()
-        self._searches = dict[str, Kept[base_vectors.Base]]()
+        self._begun = dict[str, Kept[base_vectors.Base]]()
         torch.set_num_threads(threads)
 
     @cached_property
@@ -122,8 +123,10 @@ class Worker:
         """
         # No other unit of this concept can run yet, so the search may use all cores.
         torch.set_num_threads(cores())
+        # A search holds a slice, so of those begun only the last one is kept.
+        search, self._begun = self._begun.get(concept) or self._search(concept), {}
+        self.rest()
         try:
-            search = self._searches.pop(concept, None) or self._search(concept)
             done = search.advance()
         finally:
             torch.set_num_threads(self.threads)
@@ -131,7 +134,7 @@ class Worker:
             with contextlib.suppress(FileExistsError):  # another worker was first; the base that it stored counts
                 self.run.commit(Unit.base(concept), base_tables(self.run_id, search.found), exclusive=True)
         else:
-            self._searches[concept] = search
+            self._begun = {concept: search}
         return done
 
     def _search(self, concept: str) -> Kept[base_vectors.Base]:
@@ -188,6 +191,7 @@ class Worker:
             base: θ₀, (d_model,) float32.
             failed: number of earlier failures, by index.
         """
+        self._begun = {}
         study, index = self._study(unit.concept, base), range(unit.first, unit.last + 1)
         if theta is None:
             chain = self._whole_chain(unit, study)
@@ -220,7 +224,9 @@ class Worker:
     def _whole_chain(self, unit: Unit, study: Study) -> Chain:
         """The chain of the unit's concept, kept until a unit of another concept or of a longer chain comes."""
         chain = self._whole.get(unit.concept)
-        fits = chain is not None and (chain.length == unit.chain if unit.chain else chain.length >= unit.last)
+        share = EVALUATIONS[unit.evaluation].share(unit.share)
+        least = unit.last if share.of_vectors else share.settled or 0
+        fits = chain is not None and (chain.length == unit.chain if unit.chain else chain.length >= least)
         if chain is None or not fits or chain.base is not study.base:
             # A worker of an earlier driver may have stored a vector more than this driver knows of.
             held = stored_vectors(self.run, unit.concept)

@@ -101,6 +101,10 @@ class Evaluation:
     passes: Callable[[int], dict[str, int]] | None = None
     searched: Callable[[int], int] = lambda chain: 0
 
+    def share(self, name: str) -> Share:
+        """The share of this name."""
+        return next(share for share in self.shares if share.name == name)
+
 
 def evenly(total: int, count: int) -> list[int]:
     """At most `count` evenly spread positions among `total`, including the first and the last."""

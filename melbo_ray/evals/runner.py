@@ -65,7 +65,7 @@ def evaluate_share(
     An error on one item becomes a row of `failures`, whose kind is the share and whose index the item.
     """
     evaluation, failures = EVALUATIONS[name], {}
-    if any(own.name == share and own.of_vectors for own in evaluation.shares):
+    if evaluation.share(share).of_vectors:
         failures = {item: _NOT_FINITE for item in items if item in chain.broken}
     good = [item for item in items if item not in failures]
     rows = _attempt(evaluation, lambda some: FUNCTIONS[name](study, chain, share, some), good, failures)

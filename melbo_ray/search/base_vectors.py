@@ -72,7 +72,7 @@ def base_vector(slice: Slice, concept: Concept, options: BaseOptions) -> Base:
 
 def base_search(slice: Slice, concept: Concept, options: BaseOptions, once: Once = compute) -> Stages[Base]:
     """`base_vector` in stages; with the same `once` another call continues where this one was interrupted."""
-    fixed, first = None if options.base in SOUGHT else _fixed(slice, concept, options), 0
+    fixed, first = None if options.base in SOUGHT else (yield from _fixed(slice, concept, options, once)), 0
     calibration, wanted = None, options.base_index
     if options.radius == "auto" and not names_vectors(options.base):
         seed = derive_seed(options.seed, concept.name, 0, "radius")
@@ -96,13 +96,13 @@ def base_search(slice: Slice, concept: Concept, options: BaseOptions, once: Once
         raise UserError(f"base index {wanted} is out of range: there are {len(found)} candidates, from 0")
     ranked = rank(found, wanted, unsteered_shows)
     theta = next(candidate.theta for candidate in ranked if candidate.taken)
-    out_of_bounds = avoided(slice, concept, options, theta)
+    out_of_bounds = yield from avoided(slice, concept, options, theta, once)
     return Base(theta, ranked, calibration, out_of_bounds, target_shares(slice, theta))
 
 
-def _fixed(slice: Slice, concept: Concept, options: BaseOptions) -> Float[Tensor, "n d_model"]:
+def _fixed(slice: Slice, concept: Concept, options: BaseOptions, once: Once) -> Stages[Float[Tensor, "n d_model"]]:
     """The candidates of a base that is not sought by ascent, at any norm."""
-    found = given(slice, concept, options)
+    found = yield from given(slice, concept, options, once=once)
     # A singular vector has no sign.
     return found if singular(options, "base") is None else torch.stack([found, -found], 1).flatten(0, 1)
 
@@ -111,8 +111,11 @@ def _ascended(
     slice: Slice, concept: Concept, options: BaseOptions, radius: float, once: Once
 ) -> Stages[tuple[list[Candidate], bool]]:
     """MELBO's candidates, of at most `_ROUNDS` sets: until one shows the concept firmly."""
-    found, unsteered_shows = [], False
+    found, unsteered_shows, start = [], False, None
+    if options.melbo_start == "power":
+        start, _ = yield from power(slice, options.candidates, options.melbo_from, options.seed, once)
     for number in range(_ROUNDS):
+        start = start if number == 0 else None
         taken = (
             torch.stack([c.theta for c in found if c.steps == options.melbo_steps])
             if found
@@ -122,7 +125,9 @@ def _ascended(
             break
         looks = (
             (f"set {number + 1} of candidates: {steps} of at most {options.melbo_steps} steps", steps, thetas)
-            for steps, thetas in maximise(slice, options, concept.name, radius, taken, once)
+            for steps, thetas in maximise(
+                slice, options, concept.name, radius, taken, once, start if number == 0 else None
+            )
         )
         judged, unsteered_shows = yield from _until_one_shows(slice, concept, options, looks, len(found), once)
         found += judged
@@ -183,12 +188,12 @@ def maximise(
     radius: float,
     taken: Float[Tensor, "n d_model"],
     once: Once = compute,
+    start: Float[Tensor, "candidates d_model"] | None = None,
 ) -> Iterator[tuple[int, Float[Tensor, "candidates d_model"]]]:
     """Maximise MELBO's objective; yields the number of steps and the candidates every five steps and at the end.
 
     The candidates are orthogonal vectors of norm R, each optimised in the complement of the earlier ones and of `taken`
-    (orthogonal, of norm R; may be empty). All start at seeded random vectors, or the first ones at the leading singular
-    vectors of the slice's Jacobian (`melbo_start`), where the objective at small norm is largest. A step follows the
+    (orthogonal, of norm R; may be empty). They begin at `start`, or at seeded random vectors. A step follows the
     tangent part of the gradient, normalised and with momentum; then Gram-Schmidt restores orthogonality and norm R.
 
     Raises:
@@ -199,9 +204,7 @@ def maximise(
         raise UserError(f"{options.candidates} candidates cannot be orthogonal in d_model = {d_model}")
     if options.melbo_from >= slice.h_source.shape[1]:
         raise UserError(f"`melbo_from` {options.melbo_from}: the prompt has only {slice.h_source.shape[1]} tokens")
-    if options.melbo_start == "power" and not len(taken):
-        start = once("start", lambda: power(slice, options.candidates, options.melbo_from, options.seed)[0])
-    else:
+    if start is None:
         generator = torch.Generator().manual_seed(derive_seed(options.seed, concept, len(taken), "melbo"))
         start = torch.randn(options.candidates, d_model, generator=generator)
     theta = retract(torch.cat([taken, start]), radius)[len(taken) :]

@@ -14,6 +14,7 @@ from melbo_ray.errors import UserError
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.search.contrast import contrast, pairs, prompts_of, read_pairs
 from melbo_ray.search.power import power, require_float32
+from melbo_ray.search.stages import Once, Stages, compute
 from melbo_ray.search.subspace import beside
 from melbo_ray.search.vector_io import PAIRS, leading, named_vectors
 
@@ -23,7 +24,9 @@ Look = tuple[str, int | None, Tensor]
 """What is done, the number of ascent steps if there are any, and the candidates."""
 
 
-def given(slice: Slice, concept: Concept, options: BaseOptions, option: str = "base") -> Float[Tensor, "n d_model"]:
+def given(
+    slice: Slice, concept: Concept, options: BaseOptions, option: str = "base", once: Once = compute
+) -> Stages[Float[Tensor, "n d_model"]]:
     """The vectors that the option means: those of a file or a run at their norms, computed ones at any.
 
     Raises:
@@ -33,7 +36,7 @@ def given(slice: Slice, concept: Concept, options: BaseOptions, option: str = "b
     if name == "contrast":
         found = contrast(model, concept, slice.source, options.system_prompt)
     elif (count := singular(options, option)) is not None:
-        found, _ = power(slice, count, options.melbo_from, options.seed)
+        found, _ = yield from power(slice, count, options.melbo_from, options.seed, once)
     elif Path(name).suffix == PAIRS:
         found = pairs(model, name, slice.source, options.system_prompt)
     else:
@@ -42,8 +45,8 @@ def given(slice: Slice, concept: Concept, options: BaseOptions, option: str = "b
 
 
 def avoided(
-    slice: Slice, concept: Concept, options: BaseOptions, base: Float[Tensor, " d_model"]
-) -> Float[Tensor, "k d_model"]:
+    slice: Slice, concept: Concept, options: BaseOptions, base: Float[Tensor, " d_model"], once: Once = compute
+) -> Stages[Float[Tensor, "k d_model"]]:
     """Orthonormal rows, orthogonal to the base, that with it span the base and the directions of `orthogonal_to`.
 
     Raises:
@@ -51,7 +54,7 @@ def avoided(
     """
     if options.orthogonal_to is None:
         return base.new_empty(0, len(base))
-    return beside(base, given(slice, concept, options, "orthogonal_to"))
+    return beside(base, (yield from given(slice, concept, options, "orthogonal_to", once)))
 
 
 def singular(options: BaseOptions, option: str) -> int | None:

@@ -4,12 +4,15 @@ J = ∂ h_target / ∂ θ at θ = 0, with h_target at the positions that MELBO's
 objective with p = q = 2 is ‖J θ‖, so these vectors are its maxima there.
 """
 
+from functools import partial
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from melbo_ray.errors import UserError
 from melbo_ray.model.residual_slice import Slice
+from melbo_ray.search.stages import Once, Stages, compute
 from melbo_ray.seeds import derive_seed
 
 # Step of the differences, relative to the stream's median norm. Curvature changes J by the square of the step, rounding
@@ -29,8 +32,8 @@ def require_float32(dtype: str) -> None:
 
 
 def power(
-    slice: Slice, count: int, first: int = 0, seed: int = 0
-) -> tuple[Float[Tensor, "count d_model"], Float[Tensor, " count"]]:
+    slice: Slice, count: int, first: int = 0, seed: int = 0, once: Once = compute
+) -> Stages[tuple[Float[Tensor, "count d_model"], Float[Tensor, " count"]]]:
     """The `count` leading right singular vectors of J, orthonormal, and its singular values, by block iteration.
 
     The block has twice `count` vectors; it ends when the values change by less than a thousandth, or after 40
@@ -47,19 +50,24 @@ def power(
     require_float32(str(slice.model.dtype).removeprefix("torch."))
     generator = torch.Generator().manual_seed(derive_seed(seed, "", 0, "power"))
     block, before = torch.randn(min(2 * count, d_model), d_model, generator=generator), torch.zeros(count)
-    for _ in range(_MOST_ITERATIONS):
-        block = torch.linalg.qr(block.double().T).Q.T.float()
-        image = _squared(slice, block, first)
-        # Rayleigh-Ritz: the best vectors within the block's span.
-        gram = (block @ image.T).double()
-        values, rotation = torch.linalg.eigh((gram + gram.T) / 2)
-        order = values.argsort(descending=True)
-        values, rotation = values[order].clamp_min(0).sqrt().float(), rotation[:, order].T.float()
-        found, block = rotation @ block, rotation @ image
+    for number in range(1, 1 + _MOST_ITERATIONS):
+        found, block, values = once(f"power-{count}-{number:02d}", partial(_iterated, slice, block, first))
+        yield f"{count} singular vectors: {number} of at most {_MOST_ITERATIONS} iterations"
         if ((values[:count] - before).abs() <= _TOLERANCE * values[:count]).all():
             break
         before = values[:count]
     return found[:count], values[:count]
+
+
+def _iterated(slice: Slice, block: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best vectors within the block's span (Rayleigh-Ritz), the next block, and the singular values."""
+    block = torch.linalg.qr(block.double().T).Q.T.float()
+    image = _squared(slice, block, first)
+    gram = (block @ image.T).double()
+    values, rotation = torch.linalg.eigh((gram + gram.T) / 2)
+    order = values.argsort(descending=True)
+    values, rotation = values[order].clamp_min(0).sqrt().float(), rotation[:, order].T.float()
+    return rotation @ block, rotation @ image, values
 
 
 def _squared(slice: Slice, block: Float[Tensor, "n d_model"], first: int) -> Float[Tensor, "n d_model"]:

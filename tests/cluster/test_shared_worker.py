@@ -64,7 +64,7 @@ def test_few_runs_are_kept_on_one_model_and_each_keeps_its_prompts(job, monkeypa
     shared = SharedWorker(jobs[0].url, "a", jobs[0].config, jobs[0].concepts, 1, True, None)
     shared.ready()
     kept: Any = object()
-    shared._whole["code"] = shared._searches["code"] = kept
+    shared._whole["code"] = shared._begun["code"] = kept
     study = shared._study("code", directions(1)[0].numpy())
     slice = weakref.ref(study.once(slice_of))
     prompt = jobs[0].concepts[0].prompt
@@ -80,6 +80,6 @@ def test_few_runs_are_kept_on_one_model_and_each_keeps_its_prompts(job, monkeypa
     assert [shared.of_run(each, "_peak_memory")[0] for each in jobs] == [None] * 3  # nobody is checked twice
     assert all(worker.model is shared.model for worker in shared._workers.values())
     assert shared not in shared._workers.values()  # its place among them is lost, and with it what it kept of its run
-    assert (shared._studies, shared._whole, shared._searches) == ({}, {}, {})
+    assert (shared._studies, shared._whole, shared._begun) == ({}, {}, {})
     shared.of_run(jobs[1], "_peak_memory")
     assert torch.equal(shared.model.tokenize(prompt), torch.tensor(tokens))

@@ -15,6 +15,7 @@ from melbo_ray.errors import UserError
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.search.chain import chain
 from melbo_ray.search.given import avoided, check_given, given
+from melbo_ray.search.stages import finish
 from tests.families import D_MODEL, directions, tiny
 from tests.stages import LAYER, write_run
 from tests.studies import write_part
@@ -78,7 +79,7 @@ def leading_vectors(count):
 def chain_avoiding(name):
     """The directions avoided and the chain."""
     options = Config(**OPTIONS, orthogonal_to=name)
-    rows = avoided(a_slice(), CONCEPT, options, BASE)
+    rows = finish(avoided(a_slice(), CONCEPT, options, BASE))
     return rows, list(chain(a_slice(), torch.cat([BASE[None], rows]), options))
 
 
@@ -108,7 +109,7 @@ def test_a_chain_avoids_the_vectors_of_another_run_or_their_mean(tmp_path):
     for name, expected in (("mean", stored[1:].mean(0, keepdims=True)), ("2", stored[2:3]), ("", stored)):
         for concept in ("code", ""):  # without a name it is the chain's own
             whole = f"{url}#{concept}" + (f"/{name}" if name else "")
-            found = given(a_slice(), CONCEPT, Config(orthogonal_to=whole), "orthogonal_to")
+            found = finish(given(a_slice(), CONCEPT, Config(orthogonal_to=whole), "orthogonal_to"))
             np.testing.assert_allclose(found, expected, atol=1e-5)
     rows, found = chain_avoiding(f"{url}#/mean")
     assert outside([BASE.numpy(), rows[0].numpy()], stored[1:].mean(0)) < 1e-5
@@ -118,16 +119,16 @@ def test_a_chain_avoids_the_vectors_of_another_run_or_their_mean(tmp_path):
 def test_a_file_may_name_the_base_and_a_direction_twice(tmp_path):
     own = directions(3, seed=5)
     np.save(tmp_path / "avoid.npy", torch.cat([own, BASE[None], 2 * own[:1]]).numpy())
-    rows = avoided(a_slice(), CONCEPT, Config(orthogonal_to=str(tmp_path / "avoid.npy")), BASE)
+    rows = finish(avoided(a_slice(), CONCEPT, Config(orthogonal_to=str(tmp_path / "avoid.npy")), BASE))
     assert rows.shape == (3, D_MODEL)
     torch.testing.assert_close(rows @ torch.cat([rows, BASE[None]]).T, torch.eye(3, 4), atol=1e-6, rtol=0)
     assert max(outside([BASE.numpy(), *rows.numpy()], direction) for direction in own.numpy()) < 1e-6
-    assert avoided(a_slice(), CONCEPT, Config(), BASE).shape == (0, D_MODEL)
+    assert finish(avoided(a_slice(), CONCEPT, Config(), BASE)).shape == (0, D_MODEL)
 
 
 def test_the_number_of_singular_vectors_may_be_said_of_a_base_too():
-    two = given(a_slice(), CONCEPT, Config(base="power/2"))
-    half = given(a_slice(), CONCEPT, Config(base="power", candidates=4))
+    two = finish(given(a_slice(), CONCEPT, Config(base="power/2")))
+    half = finish(given(a_slice(), CONCEPT, Config(base="power", candidates=4)))
     assert two.shape == half.shape == (2, D_MODEL)
     torch.testing.assert_close(two, half)
 

@@ -41,6 +41,7 @@ def search(config):
 
 def assert_same(found, expected):
     assert torch.equal(found.theta, expected.theta)
+    assert torch.equal(found.avoided, expected.avoided)
     assert found.shares == expected.shares
     assert found.calibration == expected.calibration
     for one, other in zip(found.candidates, expected.candidates, strict=True):
@@ -55,7 +56,17 @@ def kept(tmp_path, config):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"radius": "auto"}, {"base": "contrast"}, {"base": "promotion"}, {"base_index": 2}]
+    "options",
+    [
+        {},
+        {"radius": "auto"},
+        {"base": "contrast"},
+        {"base": "promotion"},
+        {"base_index": 2},
+        {"base": "power"},
+        {"melbo_start": "power"},
+        {"orthogonal_to": "power/2"},
+    ],
 )
 def test_a_search_of_which_every_stage_has_a_worker_of_its_own_finds_the_same_to_the_bit(tmp_path, options):
     config = Config(**OPTIONS | options)
