@@ -28,6 +28,8 @@ _KEPT_BESIDE_PRODUCTS = 4
 USABLE = 0.9
 """The part of a GPU's memory that workers may fill."""
 _FLOAT32 = 4
+# J or H, what `curvature` makes of it, and its eigenvectors, in float64.
+_MATRICES, _FLOAT64 = 5, 8
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,13 @@ def _evaluator(model: LanguageModel, config: Config, concepts: Sequence[Concept]
     at_once = max(*sought, config.candidates * (4 if config.melbo_start == "power" else 1))
     ascending = max(*prompts, min(at_once * max(prompts), GRADIENT_TOKENS))
     search = ascending * _kept(_slice(model, config), model) if seeks(config) else 0
+    names = {*resolve(config.evals)}
+    if names & {"jacobian", "hessian", "gain"}:  # which differentiate the slice in passes of as many tokens
+        kept = GRADIENT_TOKENS * _kept(_slice(model, config), model)
+        search = max(search, kept + _MATRICES * _FLOAT64 * model.d_model**2)
     head = model.network.get_output_embeddings()
     packed = _bytes(model.layers, products=True) + _bytes([head], products=True)
-    if "shuffled" in resolve(config.evals):  # which optimises vectors as a chain actor does
+    if "shuffled" in names:  # which optimises vectors as a chain actor does
         packed += _packed_slice(model, config)
     work = [max(search, _logits(model, config, concepts) + _texts(model, config, concepts, d)) for d in ("cpu", "cuda")]
     rounded = _bytes(model.layers, products=True) // 2 if config.eval_products == BFLOAT16 else 0

@@ -109,6 +109,9 @@ def _no_waiting() -> Generator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
+_pool = functools.cache(torch.cuda.graph_pool_handle)
+
+
 def _cuda_graph(function: _Step, inputs: tuple[Tensor, ...]) -> _Step:
     buffers = tuple(value.detach().clone() for value in inputs)
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -120,7 +123,8 @@ def _cuda_graph(function: _Step, inputs: tuple[Tensor, ...]) -> _Step:
             function(*buffers)
         with _no_waiting():
             function(*buffers)
-        with torch.cuda.graph(graph, stream=side):
+        # Outputs are copied before another graph runs, so that graphs may lie in one memory pool.
+        with torch.cuda.graph(graph, pool=_pool(), stream=side):
             outputs = function(*buffers)
     torch.cuda.current_stream().wait_stream(side)
 

@@ -26,7 +26,7 @@ STUDY = {
 }
 
 
-LONG_STUDY = STUDY | {"num_vectors": 60}
+LONG_STUDY = STUDY | {"num_vectors": 60, "evals": "all,why"}
 
 
 def by_one_worker(tiny, storage, study):

@@ -125,6 +125,7 @@ def test_a_worker_is_asked_for_its_packed_copies_only_where_it_makes_them():
         ({"num_vectors": 31}, "chain", {}),
         ({"candidates": 200}, "evaluator", {"intermediate_size": 4096}),
         ({"max_new_tokens": 400}, "evaluator", {}),
+        ({"base": "contrast", "evals": ["hessian"]}, "evaluator", {"intermediate_size": 4096}),
     ],
 )
 def test_what_is_asked_grows_with_what_is_done(more, worker, shape):
