@@ -33,7 +33,8 @@ def draw_mediation(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | N
     fig = _grouped("layer at which is projected", "share of the effect on KL lost")
     layers = np.unique(rows["layer"][chain])
     named = {"base": ("the base's", CHAIN), "last": ("the base's at the last token", CONTRAST)}
-    named |= {"other": ("a random vector's", AVERAGE), "random": ("random", CONTROL)}
+    named |= {"other": ("a random vector's", AVERAGE), "other_last": ("a random vector's at the last token", BASE)}
+    named |= {"random": ("random", CONTROL)}
     for subspace, rank in sorted(set(zip(rows["subspace"][chain], rows["rank"][chain], strict=True))):
         of = chain & (rows["subspace"] == subspace) & (rows["rank"] == rank)
         name, colour = named.get(subspace, (subspace, CONTROL))
