@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from melbo_ray.report.sections import SECTIONS
 from melbo_ray.runs.schema import SCHEMA_VERSION, SCHEMAS, table
+from tests.judged import add_judged
 
 UNSTEERED = 2.0
 """KL of the unsteered model from the base in every study here, nats."""
@@ -30,6 +31,10 @@ WRITTEN = {
     "curvature",
     "convergence",
     "mediation",
+    "frozen",
+    "independence",
+    "privileged",
+    "efficiency",
 }
 """The tables that have formulas here; of others that the report shows, every vector has a row of ones."""
 
@@ -163,6 +168,8 @@ def _rows(
                 }
                 for sinks in ("kept", "dropped")
             ]  # fmt: skip
+        if row["kind"] in ("base", "chain", "random"):
+            add_judged(rows, row)
         if row["kind"] in ("chain", "random", "unsteered"):
             _add_why(rows, row, num_vectors)
         for name in {section.table for section in SECTIONS} - WRITTEN if row["kind"] in ("base", "chain") else ():
@@ -212,13 +219,16 @@ def _add_why(rows: dict[str, list[dict[str, Any]]], row: dict[str, Any], num_vec
             for position in ("last", "mean", "first")
         ]
     kept = row["kl_from_base"]
-    for layer in (10, 12):
-        lost = {"none": 0.0, "base": 0.6 if layer == 12 else 0.3, "other": 0.1, "random": 0.0}
+    for layer in (12, 16, 20):
+        lost = {"none": 0.0, "base": 0.6 if layer == 16 else 0.3, "last": 0.05, "other": 0.1, "random": 0.0}
         rows["mediation"] += [
-            row | {"layer": layer, "subspace": name, "rank": rank, "kl_from_base": kept + share * (UNSTEERED - kept)}
+            row | {
+                "layer": layer, "subspace": name, "rank": rank, "kl_from_base": kept + share * (UNSTEERED - kept),
+                "agreement": 1 - share, "concept_score": 3.0 - share,
+            }
             for name, share in lost.items()
-            for rank in ((0,) if name == "none" else (1, 4))
-        ]
+            for rank in {"none": (0,), "last": (1,)}.get(name, (1, 4))
+        ]  # fmt: skip
 
 
 def _of_form(along: float, foretold: float, positive: float) -> dict[str, float]:

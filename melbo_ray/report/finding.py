@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 SUPPORTS, AGAINST, UNDECIDED, LEFT_OUT = "supports", "speaks against", "does not decide", "left out"
 
+FEWEST = 8
+"""Figures of fewer vectors are told, but decide nothing."""
+
 Measured = tuple[str, str]
 """A plain sentence with the figures and their null, and the verdict."""
 

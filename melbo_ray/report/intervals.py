@@ -33,6 +33,13 @@ def median_interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> tupl
     return float(low), float(high)
 
 
+def median_told(values: Sequence[float] | np.ndarray, form: str = ".2f") -> str:
+    """The median as text, with its interval in brackets if there are two values or more."""
+    low, high = median_interval(values)
+    ends = "" if math.isnan(low) else f" [{low:{form}}, {high:{form}}]"
+    return f"{float(np.median(values)):{form}}{ends}"
+
+
 def share_interval(hits: int, total: int) -> tuple[float, float]:
     """The 95 % interval of a share of vectors (Wilson 1927), which has a positive width at 0 and 1 too."""
     if not total:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import duckdb
 import plotly.graph_objects as go
 
-from melbo_ray.report import plots, why_plots
+from melbo_ray.report import plots, why_median_plots, why_plots
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,39 @@ SECTIONS = (
         says that the vectors differ from their mean as they did there.""",
     ),
     Section(
-        "mediation", "Why: the effect without a common direction", "mediation", "mediation", why_plots.draw_mediation,
-        """The chain's vectors steer, and at one layer their displacement loses the leading directions of the base's:
-        the share of their effect on KL that is lost (1: all). Beside it the nulls: the leading directions of a random
-        vector's displacement, and random directions.""",
+        "mediation", "Why: the effect without a common direction", "mediation", "mediation",
+        why_median_plots.draw_mediation,
+        """The chain's vectors steer, and at one layer their displacement loses the leading directions of the base's, or
+        the direction of the base's at the last token: the share of their effect on KL that is lost (1: all; medians,
+        95 % intervals). Beside it the nulls: the directions of random vectors' displacements, and random ones.""",
+    ),
+    Section(
+        "frozen", "Why: the effect without moved attention", "frozen", "frozen", why_plots.draw_frozen,
+        """What is left of a vector's displacement along the base's with every attention pattern as it is unsteered: 1
+        if attention has no part in it, 0 if it acts by moving attention alone. Open: random directions of the same
+        norms. Vectors whose displacement has a cosine of 0.1 or less with the base's are not shown.""",
+        along_n=True,
+    ),
+    Section(
+        "independence", "Why: independence", "independence", "independence", why_median_plots.draw_independence,
+        """A profile is a direction's cosines with the unsteered stream along the layers: how much it changes (rms) when
+        another direction is ablated at every layer (medians, 95 % intervals over vectors). Independent vectors change
+        each other's as little as a random direction in their place does. Where the cosines themselves are no larger
+        than a random unit vector's (dashed), there is nothing to ablate.""",
+    ),
+    Section(
+        "privileged", "Why: exponents of mixtures", "privileged", "privileged", why_median_plots.draw_privileged,
+        """A direction is mixed with a partner, and the exponent is that of the contour of equal effect: 1 if both do
+        the same, 2 (line) if the effect is a quadratic form, above 2 if mixtures do less than either alone, as error
+        correction of features would have it (medians, 95 % intervals). Random directions are the null, the base, the
+        mean difference and principal components what the model is known to use.""",
+    ),
+    Section(
+        "efficiency", "Why: efficiency and stability", "efficiency", "efficiency", why_median_plots.draw_efficiency,
+        """Loss relative to no steering (0: the base's effect, 1: none) at equal norms, at the vector's own, and there
+        with an orthogonal random vector added; at the right how far the vector changes the predictions on neutral
+        texts. A solution that a model prefers has a low loss at a small norm and keeps it under noise (medians, 95 %
+        intervals). The base has 0 at R by definition.""",
     ),
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What the vectors are as directions of the stream: findings on exponents, on natural use, on a hidden direction."""
+"""What the vectors are as directions of the stream: findings on exponents, efficiency, use, a hidden one."""
 
 import math
 
@@ -6,8 +6,8 @@ import duckdb
 import numpy as np
 
 from melbo_ray.report.finding import AGAINST, SUPPORTS, UNDECIDED, Measured
-from melbo_ray.report.intervals import median_interval, share_interval
-from melbo_ray.runs.queries import EXAMPLES, select
+from melbo_ray.report.intervals import median_interval, median_told, share_interval
+from melbo_ray.runs.queries import EXAMPLES, Columns, select, unsteered
 
 # Exponents of fewer vectors are an anecdote.
 _FEWEST_EXPONENTS = 8
@@ -47,37 +47,99 @@ def _medians(begin: str, exponents: dict[str, np.ndarray], end: str = "") -> str
     return f"{begin} {', '.join(told)}{end}." if told else ""
 
 
+def efficiency(db: duckdb.DuckDBPyConnection, concept: str) -> Measured | None:
+    """The loss at equal norms, its rise under orthogonal noise, and the change on neutral texts, beside the base's.
+
+    Supports if the interval of the loss at R ends at 0.5 or below and below the random directions', and that of the
+    rise under noise of half the own norm ends at 0.1 above the base's or below; speaks against if one of the two begins
+    above 0.5, or 0.1 above the base's (the metrics are those of Soligo et al. 2026, the thresholds ours).
+    """
+    chain, null, base = (efficiencies(db, concept, kind) for kind in ("chain", "random", "base"))
+    if len(chain["rise"]) < 2 or len(null["rise"]) < 2 or not len(base["rise"]):
+        return None
+
+    def beside(name: str) -> str:
+        return f"{median_told(chain[name])} (random directions {median_told(null[name])}, the base {base[name][0]:.2f})"
+
+    text = (
+        f"At norms of R, 2 R and 4 R their relative loss is {beside('loss_at_1r')}, {beside('loss_at_2r')} and "
+        f"{beside('loss_at_4r')}. Orthogonal noise of half their own norm raises it by {beside('rise')}. At norm R "
+        f"they change neutral texts by a KL of {beside('kl_neutral')} nats."
+    )
+    (low, high), (least, most) = median_interval(chain["loss_at_1r"]), median_interval(chain["rise"])
+    allowed = float(base["rise"][0]) + 0.1
+    if low > 0.5 or least > allowed:
+        return text, AGAINST
+    efficient = high <= 0.5 and high < median_interval(null["loss_at_1r"])[0]
+    return text, SUPPORTS if efficient and most <= allowed else UNDECIDED
+
+
+def efficiencies(db: duckdb.DuckDBPyConnection, concept: str, kind: str) -> Columns:
+    """The losses and the KL of a kind; `rise` is that of the loss under orthogonal noise of half the own norm."""
+    return select(
+        db,
+        """SELECT loss_at_1r, loss_at_2r, loss_at_4r, loss_own, loss_noise_05, loss_noise_10, kl_neutral,
+                  loss_noise_05 - loss_own AS rise
+           FROM efficiency WHERE concept = ? AND kind = ? AND isfinite(
+               loss_at_1r + loss_at_2r + loss_at_4r + loss_own + loss_noise_05 + loss_noise_10 + kl_neutral)""",
+        concept,
+        kind,
+    )
+
+
 def natural(db: duckdb.DuckDBPyConnection, concept: str) -> Measured | None:
-    """How many vectors tell texts of the concept apart, and how large a part of an activation they are."""
+    """How many vectors tell texts of the concept apart, and how large a part of an activation they are.
+
+    Supports if the share's interval ends at 15 % or below, three times what chance has; speaks against if it begins at
+    25 % or above. Both look at the source layer alone.
+    """
     sql = f"SELECT p_value AS p FROM ({EXAMPLES['presence_p_values']}) WHERE concept = ? AND kind = 'chain'"
     rows = select(db, f"{sql} AND texts = 'concept'", concept)
-    natural = select(db, "SELECT kind, natural_share AS share FROM efficiency WHERE concept = ?", concept)
-    chain, null = (natural["share"][natural["kind"] == kind] for kind in ("chain", "random"))
+    sql = "SELECT kind, natural_share AS share FROM efficiency WHERE concept = ? AND isfinite(natural_share)"
+    shares = select(db, sql, concept)
+    chain, null = (shares["share"][shares["kind"] == kind] for kind in ("chain", "random"))
     if not len(rows["p"]):
         return None
     hits, total = int((rows["p"] <= 0.05).sum()), len(rows["p"])
     low, high = share_interval(hits, total)
     text = (
-        f"{hits} of {total} [{low:.0%}, {high:.0%}] tell texts of the concept apart beyond random directions, p ≤ 0.05"
+        f"At the source layer {hits} of {total} [{low:.0%}, {high:.0%}] tell texts of the concept apart beyond random "
+        f"directions at p ≤ 0.05 (5% would by chance)"
     )
     if len(chain) and len(null):
-        text += f"; their largest natural share is {np.median(chain):.3f}, of random directions {np.median(null):.3f}"
-    return text + ".", SUPPORTS if low <= 0.05 else AGAINST if low >= 0.25 else UNDECIDED
+        natural, random = (median_told(values, ".3f") for values in (chain, null))
+        text += f"; their largest natural share there is {natural}, of random directions {random}"
+    return text + ".", SUPPORTS if high <= 0.15 else AGAINST if low >= 0.25 else UNDECIDED
 
 
 def hidden(db: duckdb.DuckDBPyConnection, concept: str) -> Measured | None:
-    """The part of the mean difference in the vectors, beside what any direction can have and what is needed."""
+    """The part of the mean difference in the vectors, beside what any direction can have and what is needed.
+
+    Speaks against if no direction can have an rms part in them as large as what the mean difference, and the base, need
+    for half of the effect, and the mean difference has at most four fifths of the rms cosine that a direction can have.
+    """
     figures = select(db, "SELECT figure, max(value) AS value FROM summary WHERE concept = ? GROUP BY figure", concept)
     known = dict(zip(figures["figure"], figures["value"], strict=True))
     cos, bound = known.get("rms_cos_contrast", math.nan), known.get("bessel_rms_cos", math.nan)
     component, dose = known.get("bessel_rms_component", math.nan), known.get("contrast_norm_for_half_score", math.nan)
-    if not math.isfinite(cos):
+    if not math.isfinite(cos + bound + component):
         return None
-    needed = f"a norm of {dose:.2f}" if math.isfinite(dose) else "more than 2 R, if any norm does it,"
-    text = (
-        f"The mean difference has an rms cosine of {cos:.3f} with the chain (Bessel's bound {bound:.3f}); no direction "
-        f"has an rms part of more than {component:.2f} in it, and the mean difference needs {needed} for half of the "
-        f"effect."
+    base = _base_dose(db, concept)
+    needed = (
+        f"needs a norm of {dose:.2f} for half of the score" if math.isfinite(dose) else "has it at no norm up to 2 R"
     )
-    small = not math.isfinite(dose) or component < dose
+    text = (
+        f"The mean difference (of the contrast prompts, or of the texts without such) has an rms cosine of {cos:.3f} "
+        f"with the chain (Bessel's bound {bound:.3f}). No direction has an rms part of more than {component:.2f} in "
+        f"it; the mean difference {needed}{f', the base one of {base:.2f} for half of the KL' if base else ''}."
+    )
+    small = math.isfinite(dose) and component < min(dose, base or dose) and cos <= 0.8 * bound
     return text, AGAINST if small else UNDECIDED
+
+
+def _base_dose(db: duckdb.DuckDBPyConnection, concept: str) -> float | None:
+    """The least norm measured at which the base leaves half of the unsteered KL or less; None if there is none."""
+    sql = """SELECT min(norm) AS norm FROM dose WHERE concept = ? AND kind = 'base' AND scale = 'alpha'
+             AND kl_from_base <= ?"""
+    norm = float(select(db, sql, concept, unsteered(db, concept) / 2)["norm"][0])
+    return norm if math.isfinite(norm) else None

@@ -1,12 +1,15 @@
-"""The figures of the section "Why"; each function returns None if its table has no rows of a chain."""
+"""The figures of the section "Why" against n or the layer.
+
+Each function returns None if its table has no rows of a chain.
+"""
 
 import duckdb
 import numpy as np
 import plotly.graph_objects as go
 
-from melbo_ray.report.plots import AVERAGE, BASE, CHAIN, CONTRAST, CONTROL, _band, _curve, _figure
+from melbo_ray.report.plots import AVERAGE, BASE, CHAIN, CONTRAST, CONTROL, _band, _curve, _figure, _marks
 from melbo_ray.report.spread import participation
-from melbo_ray.report.why_streams import alignments, lost_shares
+from melbo_ray.report.why_streams import alignments, kept_shares
 from melbo_ray.runs.queries import select
 
 
@@ -70,23 +73,15 @@ def draw_convergence(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure |
     return fig
 
 
-def draw_mediation(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
-    """Median share of the chain's effect lost without a subspace, by layer."""
-    rows = lost_shares(db, concept)
-    chain = rows["kind"] == "chain"
-    if not chain.any():
+def draw_frozen(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
+    """The share of each vector's displacement that is left with frozen attention, against n, and random directions'."""
+    chain, random = (kept_shares(db, concept, kind) for kind in ("chain", "random"))
+    if not len(chain["n"]):
         return None
-    fig = _figure("layer at which is projected", "share of the effect on KL lost")
-    names = {"base": ("the base's", CHAIN), "other": ("a random vector's", AVERAGE), "random": ("random", CONTROL)}
-    for subspace, (name, colour) in names.items():
-        for rank in np.unique(rows["rank"]):
-            of = chain & (rows["subspace"] == subspace) & (rows["rank"] == rank)
-            layers = np.unique(rows["layer"][of])
-            medians = np.array([np.median(rows["lost"][of & (rows["layer"] == layer)]) for layer in layers])
-            if len(layers):
-                dash = "dot" if rank == 1 else "solid"
-                _curve(fig, layers, medians, f"{name}, rank {rank}", colour, line_dash=dash, mode="lines+markers")
-    return fig
+    fig = _figure("n (position in the chain)", "share of the displacement left")
+    _marks(fig, random["n"], random["left"], "random", CONTROL, "circle-open")
+    _marks(fig, chain["n"], chain["left"], "found", CHAIN, "circle")
+    return fig.update_yaxes(rangemode="tozero")
 
 
 def draw_gain(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:

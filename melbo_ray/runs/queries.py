@@ -133,7 +133,7 @@ def connect(run_or_prefix: str) -> duckdb.DuckDBPyConnection:
 
 
 def select(db: duckdb.DuckDBPyConnection, sql: str, *parameters: object) -> Columns:
-    """Run a query and return its columns; NULL becomes NaN in numeric columns."""
+    """Run a query and return its columns; NULL becomes NaN in numeric columns, None in others."""
     columns = db.execute(sql, list(parameters)).fetchnumpy()
     return {name: _filled(values) for name, values in columns.items()}
 
@@ -143,7 +143,9 @@ def _filled(values: np.ndarray) -> np.ndarray:
         return values
     if values.dtype.kind in "fiu":
         return np.ma.filled(values.astype(np.float64), np.nan)
-    return np.ma.filled(values, None)
+    filled = values.data.astype(object)
+    filled[np.ma.getmaskarray(values)] = None
+    return filled
 
 
 def along_chain(db: duckdb.DuckDBPyConnection, table: str, column: str, concept: str) -> Columns:
