@@ -165,6 +165,8 @@ def _rows(
             ]  # fmt: skip
         if row["kind"] in ("chain", "random", "unsteered"):
             _add_why(rows, row, num_vectors)
+        if row["kind"] == "base":
+            rows["gain"].append(row | {"point": "base", "fraction": 1.0, "gain": 0.9, "sensitivity_beside": 0.1})
         for name in {section.table for section in SECTIONS} - WRITTEN if row["kind"] in ("base", "chain") else ():
             rows[name].append(_ones(name) | row)
     figures = {"change_point": num_vectors // 2, "bessel_rms_component": 0.7, "jacobian_most_below_half": 5.0}
@@ -199,7 +201,8 @@ def _add_why(rows: dict[str, list[dict[str, Any]]], row: dict[str, Any], num_vec
     if row["kind"] != "unsteered":
         of_path = [("own", at, 2 * at if chain else 0.1) for at in (0.0, 0.25, 0.5, 0.75, 1.0)] + [("base", 1.0, 0.15)]
         rows["gain"] += [
-            row | {"point": p, "fraction": at, "gain": gain, "sensitivity": 0.1} for p, at, gain in of_path
+            row | {"point": p, "fraction": at, "gain": gain, "sensitivity": 0.2, "sensitivity_beside": 0.1}
+            for p, at, gain in of_path
         ]
         rows["curvature"].append(row | _of_form(0.8, 0.6, 0.7) if chain else row | _of_form(0.1, 0.05, 0.5))
     if chain:
