@@ -216,11 +216,12 @@ def _add_why(rows: dict[str, list[dict[str, Any]]], row: dict[str, Any], num_vec
         ]
     kept = row["kl_from_base"]
     for layer in (10, 12):
-        lost = {"none": 0.0, "base": 0.6 if layer == 12 else 0.3, "other": 0.1, "random": 0.0}
+        lost = {("none", 0): 0.0, ("last", 1): 0.4 if layer == 12 else 0.2, ("other_last", 1): 0.05}
+        lost |= {("base", rank): 0.6 if layer == 12 else 0.3 for rank in (1, 4)}
+        lost |= {("other", rank): 0.1 for rank in (1, 4)}
         rows["mediation"] += [
             row | {"layer": layer, "subspace": name, "rank": rank, "kl_from_base": kept + share * (UNSTEERED - kept)}
-            for name, share in lost.items()
-            for rank in ((0,) if name == "none" else (1, 4))
+            for (name, rank), share in lost.items()
         ]
 
 

@@ -121,7 +121,8 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "independence": _schema(ablated=_text, change=_float, profile=_float),
     "privileged": _schema(
-        partner=_text, p=_float, norm_pure=_float, norm_partner=_float, norm_mixed=_float, left_out=_text,
+        partner=_text, p=_float, p_orthogonal=_float, norm_pure=_float, norm_partner=_float, norm_mixed=_float,
+        left_out=_text,
     ),
     "summary": _schema(figure=_text, value=_double),
     "failures": _schema(evaluation=_text, error=_text, attempts=_int),

@@ -59,12 +59,27 @@ def test_attention_is_judged_by_what_is_left_without_it(tmp_path, left, verdict)
     )
 
 
-@pytest.mark.parametrize(("p", "count", "verdict"), [(3.0, 8, SUPPORTS), (1.5, 8, AGAINST), (3.0, 7, UNDECIDED)])
-def test_privileged_directions_have_exponents_above_two_and_above_random_ones(tmp_path, p, count, verdict):
+@pytest.mark.parametrize(
+    ("p", "without", "control", "count", "verdict"),
+    [
+        (3.0, 2.5, 2.4, 8, SUPPORTS),
+        (2.4, 2.5, 2.4, 8, AGAINST),  # above 2, but less than effects that grow like these and do not interact
+        (1.5, 1.2, 2.4, 8, AGAINST),
+        (2.55, 2.5, 2.4, 8, UNDECIDED),  # random directions have as much
+        (3.0, 2.5, 1.9, 8, UNDECIDED),  # what the model is known to use does not show it
+        (1.5, 1.2, 1.9, 8, UNDECIDED),
+        (3.0, 2.5, None, 8, UNDECIDED),
+        (3.0, 2.5, 2.4, 7, UNDECIDED),
+    ],
+)
+def test_features_have_exponents_above_two_and_those_without_interaction_and_of_random_directions(
+    tmp_path, p, without, control, count, verdict
+):
     run = write_study(tmp_path, num_vectors=3)
+    of = {"chain": (p, without), "random": (2.1, 2.0)} | ({"component": (control, 2.0)} if control else {})
     rows = [
-        {"kind": kind, "index": n, "partner": "random", "p": value}
-        for kind, value in (("chain", p), ("random", 2.1))
+        {"kind": kind, "index": n, "partner": "random", "p": value, "p_orthogonal": null}
+        for kind, (value, null) in of.items()
         for n in range(1, count + 1)
     ]
     write_part(run, "privileged", "code", rows)
@@ -198,12 +213,17 @@ def test_exponents_are_told_with_every_partner_and_of_directions_known_to_be_use
         ("chain", "random"): 2.2, ("chain", "base"): 1.1, ("chain", "component"): 2.4, ("random", "random"): 2.0,
         ("component", "random"): 3.0,
     }  # fmt: skip
-    rows = [{"kind": kind, "index": n, "partner": partner, "p": p} for (kind, partner), p in of.items() for n in (1, 2)]
+    rows = [
+        {"kind": kind, "index": n, "partner": partner, "p": p, "p_orthogonal": 2.3}
+        for (kind, partner), p in of.items()
+        for n in (1, 2)
+    ]
     none = {"kind": "base", "index": 0, "partner": "contrast", "left_out": "the concept has no contrast prompts"}
     write_part(run, "privileged", "code", [*rows, none])
     told = found(run, "error correction of their own").measured
-    assert "Mixed with the base 1.10, the leading principal components 2.40 (1 is one effect, 2 are two)." in told
-    assert "With a random direction the leading principal components 3.00." in told
+    assert "the exponent is 2.20 [2.20, 2.20], without interaction it would be 2.30; of two random directions" in told
+    assert "Mixed with the base 1.10 (2.30), the leading principal components 2.40 (2.30)." in told
+    assert "With a random direction the leading principal components 3.00 (2.30)." in told
     assert "No mean difference: the concept has no contrast prompts." in told
 
 
