@@ -15,7 +15,7 @@ from melbo_ray.evals.linear import aim as aim_of
 from melbo_ray.evals.runner import evaluate
 from melbo_ray.search.subspace import beside
 from tests.evals import reference
-from tests.evals.reference import null_of, rows_of, z_of
+from tests.evals.reference import null_of, relative_loss, rows_of, z_of
 from tests.families import D_MODEL, directions
 
 
@@ -83,11 +83,11 @@ def test_predicted_stands_beside_found(study, chain, whole):
             "least_loss": dense(jacobian, aim, taken, np.inf)[1],
             "found_linear_loss": np.linalg.norm(jacobian @ theta.numpy() - aim) / np.linalg.norm(aim),
             "cos": theta.numpy() @ x / np.linalg.norm(theta) / np.linalg.norm(x),
-            "relative_loss": np.linalg.norm(z_of(study, theta) - base) / np.linalg.norm(unsteered - base),
+            "relative_loss": relative_loss(study, theta),
             "first_order": (jacobian @ theta.numpy()) @ aim / (aim @ aim),
             "mirrored_share": (z_of(study, -theta) - unsteered) @ aim / ((z_of(study, theta) - unsteered) @ aim),
             "half_share": (z_of(study, theta / 2) - unsteered) @ aim / ((z_of(study, theta) - unsteered) @ aim),
-            "solution_loss": np.linalg.norm(z_of(study, torch.from_numpy(x)) - base) / np.linalg.norm(unsteered - base),
+            "solution_loss": relative_loss(study, torch.from_numpy(x)),
             "kl_from_base": reference.divergences(study, torch.from_numpy(x).float())["kl_from_base"],
         }
         assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-3, rel=1e-3)

@@ -90,12 +90,11 @@ def test_only_a_vector_of_the_chain_has_a_null(study):
         assert {*rows["mediation"]["subspace"].to_pylist()} == {"none", "base", "last"}
 
 
-def test_without_its_displacement_at_the_last_token_the_base_has_none_there(study):
-    """Its own direction takes all of it away at that position, and of the effect on the next token more than others."""
+def test_without_the_direction_of_its_displacement_at_the_last_token_the_base_has_none_there(study):
     for layer, named in zip(mediation.layers_of(study), mediation.of_base(study), strict=True):
         h = displacement(study, study.base, layer)[-1]
         (unit,) = named["last", 1].double().numpy()
-        assert h - (h @ unit) * unit == pytest.approx(np.zeros(D_MODEL), abs=1e-3 * np.linalg.norm(h))
+        assert h - (h @ unit) * unit == pytest.approx(np.zeros(D_MODEL), abs=1e-3 * float(np.linalg.norm(h)))
 
 
 def test_without_its_whole_displacement_a_vector_has_no_effect(study, chain, monkeypatch):
