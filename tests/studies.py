@@ -172,6 +172,8 @@ def _rows(
             add_judged(rows, row)
         if row["kind"] in ("chain", "random", "unsteered"):
             _add_why(rows, row, num_vectors)
+        if row["kind"] == "base":
+            rows["gain"].append(row | {"point": "base", "fraction": 1.0, "gain": 0.9, "sensitivity_beside": 0.1})
         for name in {section.table for section in SECTIONS} - WRITTEN if row["kind"] in ("base", "chain") else ():
             rows[name].append(_ones(name) | row)
     figures = {"change_point": num_vectors // 2, "bessel_rms_component": 0.7, "jacobian_most_below_half": 5.0}
@@ -206,7 +208,8 @@ def _add_why(rows: dict[str, list[dict[str, Any]]], row: dict[str, Any], num_vec
     if row["kind"] != "unsteered":
         of_path = [("own", at, 2 * at if chain else 0.1) for at in (0.0, 0.25, 0.5, 0.75, 1.0)] + [("base", 1.0, 0.15)]
         rows["gain"] += [
-            row | {"point": p, "fraction": at, "gain": gain, "sensitivity": 0.1} for p, at, gain in of_path
+            row | {"point": p, "fraction": at, "gain": gain, "sensitivity": 0.2, "sensitivity_beside": 0.1}
+            for p, at, gain in of_path
         ]
         rows["curvature"].append(row | _of_form(0.8, 0.6, 0.7) if chain else row | _of_form(0.1, 0.05, 0.5))
     if chain:
@@ -220,14 +223,15 @@ def _add_why(rows: dict[str, list[dict[str, Any]]], row: dict[str, Any], num_vec
         ]
     kept = row["kl_from_base"]
     for layer in (12, 16, 20):
-        lost = {"none": 0.0, "base": 0.6 if layer == 16 else 0.3, "last": 0.05, "other": 0.1, "random": 0.0}
+        lost = {("none", 0): 0.0, ("last", 1): 0.05, ("other_last", 1): 0.05}
+        lost |= {("base", rank): 0.6 if layer == 16 else 0.3 for rank in (1, 4)}
+        lost |= {("other", rank): 0.1 for rank in (1, 4)}
         rows["mediation"] += [
             row | {
                 "layer": layer, "subspace": name, "rank": rank, "kl_from_base": kept + share * (UNSTEERED - kept),
                 "agreement": 1 - share, "concept_score": 3.0 - share,
             }
-            for name, share in lost.items()
-            for rank in {"none": (0,), "last": (1,)}.get(name, (1, 4))
+            for (name, rank), share in lost.items()
         ]  # fmt: skip
 
 

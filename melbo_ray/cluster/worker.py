@@ -212,7 +212,8 @@ class Worker:
         self.rest()
         if study is None or not np.array_equal(study.base.numpy(), base):
             theta = torch.from_numpy(base.copy())
-            study = Study(self.model, self.config, self.concepts[concept], self.run_id, theta)
+            avoided = stored_vectors(self.run, concept).avoided if self.config.orthogonal_to else ()
+            study = Study(self.model, self.config, self.concepts[concept], self.run_id, theta, avoided)
         self._studies[concept] = study
         return study
 
@@ -232,7 +233,7 @@ class Worker:
             held = stored_vectors(self.run, unit.concept)
             found = held.chain[: unit.chain or None]
             vectors = Vectors("chain", [v.index for v in found], torch.stack([v.theta for v in found]))
-            chain = Chain(study.base, vectors, lambda table: self.run.read(table, unit.concept), held.avoided)
+            chain = Chain(study.base, vectors, lambda table: self.run.read(table, unit.concept), study.avoided)
             self._whole = {unit.concept: chain}
         return chain
 

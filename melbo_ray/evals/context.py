@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from melbo_ray.concepts.loader import Concept
@@ -37,6 +37,7 @@ class Study:
         concept: the concept under study.
         run_id: name of the run, a column of every row.
         base: θ₀, (d_model,) float32.
+        avoided: orthonormal directions that the chain avoids besides θ₀; (d_model,) float32 each.
     """
 
     model: LanguageModel
@@ -44,12 +45,24 @@ class Study:
     concept: Concept
     run_id: str
     base: Float[Tensor, " d_model"]
+    avoided: Sequence[Float[Tensor, " d_model"]] = ()
     _made: dict[Callable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def radius(self) -> float:
         """R = ‖θ₀‖ (residual-stream units)."""
         return float(self.base.norm())
+
+    @cached_property
+    def taken(self) -> Float64[Tensor, "k d_model"]:
+        """Orthonormal rows that span θ₀ and `avoided`; the first is θ₀'s."""
+        return torch.linalg.qr(torch.stack([self.base, *self.avoided]).double().T).Q.T.contiguous()
+
+    def beside(self, rows: Float64[Tensor, "*n d_model"]) -> Float64[Tensor, "*n d_model"]:
+        """The part of each row that a vector of the chain can have: orthogonal to θ₀ and to `avoided`."""
+        for _ in range(2):
+            rows = rows - (rows @ self.taken.T) @ self.taken
+        return rows
 
     @cached_property
     def prompt(self) -> Prompts:
@@ -146,7 +159,7 @@ class Chain:
         base: θ₀, (d_model,) float32.
         every: all vectors, also those that are not finite; the other properties are of the finite ones.
         stored: reads what the run holds of a table, sorted by index; by default it holds nothing.
-        avoided: orthonormal directions to which all vectors are orthogonal, besides θ₀; (d_model,) float32 each.
+        avoided: as of `Study`.
     """
 
     base: Float[Tensor, " d_model"]

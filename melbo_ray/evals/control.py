@@ -45,11 +45,8 @@ def _all_rows(study: Study, vectors: Vectors, runs: Iterable[Callable[[Study, Ve
 
 
 def more_directions(study: Study, index: Sequence[int]) -> Vectors:
-    """Seeded random directions beyond those of the chain's vectors: orthogonal to θ₀, of norm R."""
-    base = normalize(study.base.double(), dim=0)
-    theta = _draws(study, index)
-    theta = theta - (theta @ base)[:, None] * base
-    return Vectors("random", index, at_norm(theta, study.radius).float())
+    """Seeded random directions of norm R, orthogonal to θ₀ and to what the chain avoids."""
+    return Vectors("random", index, at_norm(study.beside(_draws(study, index)), study.radius).float())
 
 
 def random_directions(study: Study, chain: Chain, index: Sequence[int]) -> Vectors:

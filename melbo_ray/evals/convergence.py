@@ -30,7 +30,7 @@ def run(study: Study, vectors: Vectors) -> Rows:
 
 
 def with_null(study: Study, vectors: Vectors) -> list[Vectors]:
-    """The vectors; for a chain also seeded random directions of their indices and norms, orthogonal to the base."""
+    """The vectors; for a chain also seeded random directions of their indices and norms (`more_directions`)."""
     if vectors.kind != "chain":
         return [vectors]
     drawn = more_directions(study, vectors.index).theta

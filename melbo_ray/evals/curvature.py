@@ -23,12 +23,12 @@ from melbo_ray.evals.linear import real_losses
 
 
 class Form(NamedTuple):
-    """The quadratic form that s is at 0: H, g, and H's eigenvalues and eigenvectors beside the base.
+    """The quadratic form that s is at 0: H, g, and H's eigenvalues and eigenvectors among what a chain can take.
 
     Attributes:
         hessian: H, symmetric.
         gradient: g.
-        values: eigenvalues of H among what is orthogonal to the base, the largest first.
+        values: eigenvalues of H among what is orthogonal to the base and what the chain avoids, the largest first.
         vectors: their eigenvectors, as rows.
     """
 
@@ -41,15 +41,15 @@ class Form(NamedTuple):
 def run(study: Study, whole: Chain, share: str, items: Sequence[int]) -> Rows:
     """Write `curvature`: what the quadratic form has of each vector, beside the model; H's spectrum to `summary`.
 
-    Kinds: `chain`; `quadratic`, the eigenvectors of H orthogonal to the base, the n-th at the norm of the n-th vector
+    Kinds: `chain`; `quadratic`, the eigenvectors of H that a chain can take, the n-th at the norm of the n-th vector
     found, with the sign of the greater effect, as long as eigenvalues are positive; the null `random`, random
-    directions of the chain's norms, orthogonal to the base. `first_order` is g·θ, `second_order` ½ θᵀHθ, `along` what
+    directions of the chain's norms (`more_directions`). `first_order` is g·θ, `second_order` ½ θᵀHθ, `along` what
     the model has, s(θ); `positive` the share of ‖θ‖² in the space of H's positive eigenvalues; `relative_loss` and
     `kl_from_base` are those of the vector in the model. Rows are those of at most 64 vectors, spread evenly.
     """
     chain, form = whole.vectors, whole.once("form", lambda: form_of(study, matrix(whole, "hessian")))
     if share == "spectrum":
-        figures = spectrum(form, chain)
+        figures = spectrum(study, form, chain)
         return {"summary": [study.row("chain", 0, figure=f"hessian_{k}", value=v) for k, v in figures.items()]}
     found = chain.at(items)
     parts = [*with_null(study, found), quadratic_chain(form, chain).at(items)]
@@ -60,9 +60,9 @@ def form_of(study: Study, rows: Float64[Tensor, "d_model d_model"]) -> Form:
     """The form with these rows of its Hessian, made symmetric."""
     hessian = (rows + rows.T) / 2
     (gradient,) = derivatives(study, torch.zeros_like(study.base)[None])[1]
-    full = torch.linalg.qr(study.base.double()[:, None], mode="complete").Q[:, 1:]
-    values, vectors = torch.linalg.eigh(full.T @ hessian @ full)
-    return Form(hessian, gradient, values.flip(0), (full @ vectors).T.flip(0))
+    free = torch.linalg.qr(study.taken.T, mode="complete").Q[:, len(study.taken) :]
+    values, vectors = torch.linalg.eigh(free.T @ hessian @ free)
+    return Form(hessian, gradient, values.flip(0), (free @ vectors).T.flip(0))
 
 
 def quadratic_chain(form: Form, chain: Vectors) -> Vectors:
@@ -73,7 +73,7 @@ def quadratic_chain(form: Form, chain: Vectors) -> Vectors:
     return Vectors("quadratic", chain.index[:count], theta.float())
 
 
-def spectrum(form: Form, chain: Vectors) -> dict[str, float]:
+def spectrum(study: Study, form: Form, chain: Vectors) -> dict[str, float]:
     """H's extreme eigenvalues beside the base, and how many suffice.
 
     `positive` are the positive ones, `enough` those with ½ λ r² ≥ ½ at the chain's median norm r; `most_below_half` is
@@ -85,16 +85,17 @@ def spectrum(form: Form, chain: Vectors) -> dict[str, float]:
         "smallest": float(values[-1]),
         "positive": float((values > 0).sum()),
         "enough": float((values * norms.median() ** 2 >= 1).sum()),
-        "most_below_half": float(most(form.gradient, values, float(norms.max()), 0.5)),
+        "most_below_half": float(most(study.beside(form.gradient), values, float(norms.max()), 0.5)),
     }
 
 
 def most(gradient: Float64[Tensor, " d_model"], values: Float64[Tensor, " k"], norm: float, loss: float) -> int:
     """An upper bound of the number of orthogonal vectors of at most this norm and loss that a quadratic form has.
 
-    Each needs g·θ + ½ θᵀHθ ≥ 1 − ℓ. Of k of them the sum of g·θ is at most √k ‖g‖ r (Bessel, Cauchy and Schwarz), that
-    of ½ θᵀHθ at most ½ r² times the sum of the k largest eigenvalues, negative ones as 0 (Ky Fan 1949, "On a theorem of
-    Weyl concerning eigenvalues of linear transformations"). `values` are sorted, the largest first.
+    `gradient` and `values` are those of the directions that the vectors can take, `values` sorted, the largest first.
+    Each vector needs g·θ + ½ θᵀHθ ≥ 1 − ℓ. Of k of them the sum of g·θ is at most √k ‖g‖ r (Bessel, Cauchy and
+    Schwarz), that of ½ θᵀHθ at most ½ r² times the sum of the k largest eigenvalues, negative ones as 0 (Ky Fan 1949,
+    "On a theorem of Weyl concerning eigenvalues of linear transformations").
     """
     k = torch.arange(1, 1 + len(values), dtype=torch.float64)
     reached = k.sqrt() * gradient.norm() * norm + values.clamp_min(0).cumsum(0) * norm**2 / 2

@@ -20,7 +20,7 @@ from melbo_ray.model.attention import Patterns, frozen, keeping
 from melbo_ray.model.hooks import logits_at, steering
 from melbo_ray.model.steering import PASS_TOKENS
 
-LEFT_OUT = "this model's attention is not called through transformers' attention interface"
+LEFT_OUT = "some layers of this model do not call transformers' attention interface, and would not be frozen"
 _COLUMNS = ("kl_from_base", "kl_from_unsteered", "moved", "cos")
 
 
@@ -46,13 +46,15 @@ def run(study: Study, vectors: Vectors) -> Rows:
 
 
 def unsteered_patterns(study: Study) -> Patterns:
-    """The patterns on the training prompt, unsteered; empty if they cannot be frozen."""
+    """The patterns on the training prompt, unsteered; empty unless every layer above the source has some to freeze."""
     kept: Patterns = {}
     zero = torch.zeros_like(study.base)[None]
     with keeping(kept):
         _read(study, zero)
-    # A family may hand something to attention that is not four-dimensional, or nothing at all.
-    return kept if all(part.ndim == 4 for parts in kept.values() for part in parts) else {}
+    above = study.model.layers[study.config.source_layer + 1 :]
+    every = all(any(module in kept for module in layer.modules()) for layer in above)
+    # A family may hand something to attention that is not four-dimensional.
+    return kept if every and all(part.ndim == 4 for parts in kept.values() for part in parts) else {}
 
 
 def _effects(study: Study, thetas: Float[Tensor, "n d_model"], freeze: bool) -> list[Row]:

@@ -22,9 +22,12 @@ def run(study: Study, vectors: Vectors) -> Rows:
     """Write `gain`: a row per vector and point where the derivative is taken; beside a chain's rows those of the null.
 
     `point` is `own` for the points tθ, t in `fraction`, and `base` for θ₀. There `along` is s, `gain` Jθ·a / ‖a‖², and
-    `sensitivity` ‖Jᵀa‖ / ‖a‖² (per residual-stream unit), which the most effective direction gains per unit: by
-    Bessel's inequality a linear map with this Jacobian has at most (sensitivity r / (1 − ℓ))² orthogonal vectors of
-    norm r and loss ℓ. The null, of kind `random`: a random direction of each vector's norm, orthogonal to the base.
+    `sensitivity` ‖Jᵀa‖ / ‖a‖² (per residual-stream unit), which the most effective direction gains per unit;
+    `sensitivity_beside` the same of the directions that a chain can take, ‖P Jᵀa‖ / ‖a‖² (P as `Study.beside`).
+
+    The linear map about θ₀ is 1 + g·(θ − θ₀), g = Jᵀa / ‖a‖² there. A loss ℓ takes g·θ ≥ m, m = g·θ₀ − ℓ, so that by
+    Bessel's inequality it has at most (sensitivity_beside r / m)² orthogonal vectors of norm r with it, if m > 0. The
+    null, of kind `random`: a random direction of each vector's norm (`more_directions`).
     """
     rows = []
     for part in with_null(study, vectors):
@@ -37,7 +40,8 @@ def _gains(study: Study, theta: Float[Tensor, " d_model"]) -> list[Row]:
     points = {("own", at): theta * at for at in POINTS} | {("base", 1.0): study.base}
     reached, gradients = derivatives(study, torch.stack([*points.values()]))
     gained, sensitivities = gradients @ theta.double(), gradients.norm(dim=-1)
-    figures = {"along": reached, "gain": gained, "sensitivity": sensitivities}
+    beside = study.beside(gradients).norm(dim=-1)
+    figures = {"along": reached, "gain": gained, "sensitivity": sensitivities, "sensitivity_beside": beside}
     return [
         {"point": point, "fraction": at, "norm": float(theta.norm())}
         | {name: float(x[i]) for name, x in figures.items()}

@@ -1,8 +1,9 @@
 """The linear null chain: how far a linear model of the slice would get, vector by vector, without optimising.
 
 If z were linear in θ, z(θ) = z(0) + Jθ, the n-th vector of norm r would have at best the loss
-min ‖Jx − a‖ over x orthogonal to θ₀ and the vectors before, ‖x‖ ≤ r, with a = z(θ₀) − z(0): a ridge problem (Golub and
-Kahan 1965; Björck 1996, "Numerical methods for least squares problems", section 7.5), solved here in a Krylov space.
+min ‖Jx − a‖ over x orthogonal to θ₀, to what the chain avoids and to the vectors before, ‖x‖ ≤ r, with
+a = z(θ₀) − z(0): a ridge problem (Golub and Kahan 1965; Björck 1996, "Numerical methods for least squares problems",
+section 7.5), solved here in a Krylov space; at any norm, where small singular values count, by dense algebra.
 The linear chain takes these solutions one after the other. A linear map with equal singular values allows one vector,
 as everything orthogonal to it moves z orthogonally to a; the more uneven they are, the more. Where the chain found goes
 on after the linear one has ended, curvature lets it.
@@ -26,6 +27,8 @@ from melbo_ray.model.steering import PASS_TOKENS
 # Dimension of the Krylov space: the loss at a norm is within 1e-3 of the dense solution's (tests).
 _KRYLOV = 64
 _HALVINGS = 60
+# J's rows are gradients in float32.
+_ROUNDING = 1e-6
 _NOTHING_LEFT = 0.999
 
 
@@ -57,20 +60,28 @@ def run(study: Study, whole: Chain, share: str, items: Sequence[int]) -> Rows:
     """
     chain, first = whole.vectors, whole.once("map", lambda: Map(matrix(whole, "jacobian"), study.once(aim)))
     if share == "spectrum":
-        figures = spectrum(first.jacobian) | {"most_below_half": most(first, max(chain.norms), 0.5)}
+        figures = spectrum(first.jacobian) | {
+            "most_below_half": most(study.beside(gradient_of(first)), max(chain.norms), 0.5)
+        }
         return {"summary": [study.row("chain", 0, figure=f"jacobian_{k}", value=v) for k, v in figures.items()]}
     taken = whole.once(f"linear/{share}", lambda: taken_before(study, first, chain, share))
-    places = [place for place, index in enumerate(chain.index) if index in items and place < len(taken)]
+    count = len(taken) - len(study.taken)
+    places = [place for place, index in enumerate(chain.index) if index in items and place <= count]
     return {"linear": rows_beside(study, first, chain, places, share, taken)}
 
 
-def most(first: Map, norm: float, loss: float) -> float:
+def gradient_of(first: Map) -> Float64[Tensor, " d_model"]:
+    """G = Jᵀa / ‖a‖², the gradient at 0 of the part of a that θ has."""
+    return first.jacobian.T @ first.aim / first.aim.square().sum()
+
+
+def most(gradient: Float64[Tensor, " d_model"], norm: float, loss: float) -> float:
     """An upper bound of the number of orthogonal vectors of at most this norm and loss that any linear chain has.
 
-    ‖Jθ − a‖ ≤ ℓ‖a‖ needs g·θ ≥ 1 − ℓ with g = Jᵀa / ‖a‖², and by Bessel's inequality Σ (g·θ)² / ‖θ‖² ≤ ‖g‖².
+    ‖Jθ − a‖ ≤ ℓ‖a‖ needs g·θ ≥ 1 − ℓ, and by Bessel's inequality Σ (g·θ)² / ‖θ‖² ≤ ‖g‖². `gradient` is that part of g
+    which the vectors can have (`Study.beside`).
     """
-    gain = (first.jacobian.T @ first.aim).norm() / first.aim.square().sum()
-    return float((gain * norm / (1 - loss)).square())
+    return float((gradient.norm() * norm / (1 - loss)).square())
 
 
 def aim(study: Study) -> Float64[Tensor, " d_model"]:
@@ -135,6 +146,19 @@ def best_at_norms(
     ]
 
 
+def least(first: Map, taken: Float64[Tensor, "k d_model"]) -> float:
+    """‖Jx − a‖ / ‖a‖ of the best x of any norm, orthogonal to the orthonormal rows of `taken`, by dense algebra.
+
+    What is left of a is its part that J does not reach there, to within `_ROUNDING` of ‖J‖.
+    """
+    progress.passes += 1
+    jacobian, aim = first
+    reach = jacobian - (jacobian @ taken.T) @ taken
+    squares, directions = torch.linalg.eigh(reach @ reach.T)
+    out_of_reach = directions[:, squares <= (_ROUNDING * jacobian.norm()).square()]
+    return float((out_of_reach.T @ aim).norm() / aim.norm())
+
+
 def _bounded(small: Tensor, goal: Tensor, norms: list[float]) -> list[Tensor]:
     """The least-squares solution of small·y = goal with ‖y‖ ≤ r, for each r: ridge, its μ by bisection of log μ."""
     u, s, vh = torch.linalg.svd(small, full_matrices=False)
@@ -153,17 +177,17 @@ def _bounded(small: Tensor, goal: Tensor, norms: list[float]) -> list[Tensor]:
 
 
 def taken_before(study: Study, first: Map, chain: Vectors, kind: str) -> Float64[Tensor, "n d_model"]:
-    """Orthonormal rows of which the first n are taken before the n-th vector of this kind; the first is θ₀'s."""
+    """Orthonormal rows: those of `Study.taken`, then the directions that vectors of this kind take, one by one."""
     if kind == "linear":
         return linear_chain(study, first, chain)
     others = chain.theta if kind == "chain" else more_directions(study, chain.index).theta
-    return torch.linalg.qr(torch.cat([study.base[None], others]).double().T).Q.T.contiguous()
+    return torch.linalg.qr(torch.cat([study.taken, others.double()]).T).Q.T.contiguous()
 
 
 def linear_chain(study: Study, first: Map, chain: Vectors) -> Float64[Tensor, "n d_model"]:
-    """The directions that the linear chain takes, orthonormal, the base's first; it ends where its loss is 0.999."""
-    own = normalize(study.base.double()[None], dim=-1)
-    for norm in chain.norms[: len(own.T) - 2]:
+    """`Study.taken` and the directions that the linear chain takes, orthonormal; it ends where its loss is 0.999."""
+    own = study.taken
+    for norm in chain.norms[: len(own.T) - len(own) - 1]:
         ((x, loss),) = best_at_norms(first, own, [norm])
         if loss > _NOTHING_LEFT:
             break
@@ -178,9 +202,9 @@ def rows_beside(
     if not places:
         return []
     jacobian, aim = first
-    norms = chain.norms
-    best = [best_at_norms(first, taken[: p + 1], [norms[p], study.radius, float("inf")]) for p in places]
-    solutions = torch.stack([at_norm[0] for (at_norm, _, _) in best]).float()
+    norms, before = chain.norms, [taken[: len(study.taken) + place] for place in places]
+    best = [best_at_norms(first, own, [norms[p], study.radius]) for p, own in zip(places, before, strict=True)]
+    solutions = torch.stack([at_norm[0] for (at_norm, _) in best]).float()
     kls, losses = [row["kl_from_base"] for row in next_token(study, solutions)], real_losses(study, solutions)
     of_places = chain.theta[places]
     found, half, mirrored = real_losses(study, of_places), shares(study, of_places, 0.5), shares(study, of_places, -1)
@@ -194,7 +218,7 @@ def rows_beside(
             "relative_loss": found[i] if of_chain else None,
             "linear_loss": best[i][0][1],
             "linear_loss_at_radius": best[i][1][1],
-            "least_loss": best[i][2][1],
+            "least_loss": least(first, before[i]),
             "found_linear_loss": float((jacobian @ theta - aim).norm() / aim.norm()) if of_chain else None,
             "first_order": float((jacobian @ theta) @ aim / aim.square().sum()) if of_chain else None,
             "cos": cos if of_chain else None,

@@ -11,31 +11,38 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from melbo_ray.evals.context import TRAINING, Row, Rows, Study, Vectors
+from melbo_ray.evals.convergence import with_null
 from melbo_ray.evals.generalization import LENGTH
 from melbo_ray.evals.kl import divergences
 from melbo_ray.model.sampling import Request, generate
 from melbo_ray.model.steering import target_log_probs
 from melbo_ray.model.streams import Streams
-from melbo_ray.seeds import derive_seed
 
 RANKS = (1, 4)
+
+Subspaces = dict[tuple[str, int], Float[Tensor, "rank d_model"]]
+"""Orthonormal rows of each subspace at a layer, by name and rank."""
 
 
 def run(study: Study, vectors: Vectors) -> Rows:
     """Write `mediation`: a row for each layer and each subspace projected out of the displacement there.
 
     `subspace`: `none`; `base`, the leading `rank` directions of the base's displacements over the prompt's positions
-    from `z_from` on (right singular vectors, uncentred), the same for every vector. Nulls: `other`, those of a random
-    vector of norm R, and `random` ones. Layers: half of the way to the target, the target, and half of the way from
-    there to the end.
+    from `z_from` on (right singular vectors, uncentred); `last`, the direction of the base's displacement at the
+    prompt's last token, where displacements agree (`convergence`). Both are the same for every vector, and taken from
+    the base alone. Nulls of a vector of the chain: `other` and `other_last`, the same of a random direction of its
+    index and norm (`with_null`). Layers: half of the way to the target, the target, and half of the way from there to
+    the end.
 
     Effects: KL from base and unsteered of the next token; `agreement`, the share of the base's greedy continuation (16
     tokens) that stays the likeliest, forced; `concept_score` of the concept's first continuation, nats per token. The
     share of the effect lost is (KL − KL_none) / (KL_unsteered − KL_none).
     """
+    found, *null = with_null(study, vectors)
+    others = null[0].theta if null else [None] * len(found)
     rows = []
-    for index, theta in zip(vectors.index, vectors.theta, strict=True):
-        rows += _of_vector(study, vectors.kind, index, theta)
+    for index, theta, other in zip(found.index, found.theta, others, strict=True):
+        rows += _of_vector(study, found.kind, index, theta, other)
     return {"mediation": rows}
 
 
@@ -71,46 +78,43 @@ class Forced:
         rows = [torch.full_like(place, row) for row, place in enumerate(places)]
         self.where: tuple[Int[Tensor, " kept"], Int[Tensor, " kept"]] = (torch.cat(rows), torch.cat(places))
         self.unsteered = self.streams.under(torch.zeros_like(study.base), layers_of(study))
-        base = self.streams.under(study.base, layers_of(study))
-        self.changed = base - self.unsteered
         last = layers_of(study)[-1]
-        (plain, steered) = self.streams.logits(last, torch.stack([self.unsteered[-1], base[-1]]), self.where)
+        base = self.streams.under(study.base, [last])
+        (plain, steered) = self.streams.logits(last, torch.stack([self.unsteered[-1], base[0]]), self.where)
         self.unsteered_log_probs = target_log_probs(plain, self.targets)
         self.likeliest = steered[: self.own].argmax(-1)
 
 
-def subspaces(study: Study) -> list[dict[str, Float[Tensor, "rank d_model"]]]:
-    """For each layer of `layers_of`, orthonormal rows by name, `base/1` …: what `run` projects out."""
-    forced, d_model = study.once(Forced), len(study.base)
-    generator = torch.Generator().manual_seed(derive_seed(study.config.seed, study.concept.name, 0, "mediation"))
-    other = normalize(torch.randn(d_model, generator=generator), dim=0) * study.radius
-    moved = {
-        "base": forced.changed,
-        "other": forced.streams.under(other, layers_of(study)) - forced.unsteered,
-    }
+def subspaces(study: Study, theta: Float[Tensor, " d_model"], leading: str, last: str) -> list[Subspaces]:
+    """For each layer of `layers_of` the subspaces that a vector's displacement has, under these two names."""
+    forced = study.once(Forced)
+    moved = (forced.streams.under(theta, layers_of(study)) - forced.unsteered)[:, 0, : forced.prompt].double()
     found = []
-    for place in range(len(layers_of(study))):
-        draws = torch.linalg.qr(torch.randn(d_model, max(RANKS), generator=generator)).Q.T
-        leading = {"random": draws}
-        for name, h in moved.items():
-            on_prompt = h[place, 0, study.config.z_from : forced.prompt].double()
-            leading[name] = torch.linalg.svd(on_prompt, full_matrices=False).Vh[: max(RANKS)].float()
-        ranks = {"base": RANKS, "other": RANKS, "random": RANKS[-1:]}
-        found.append({f"{name}/{rank}": leading[name][:rank] for name, of in ranks.items() for rank in of})
+    for h in moved:
+        directions = torch.linalg.svd(h[study.config.z_from :], full_matrices=False).Vh
+        found.append({(leading, rank): directions[:rank].float() for rank in RANKS})
+        found[-1][last, 1] = normalize(h[-1:], dim=-1).float()
     return found
 
 
-def _of_vector(study: Study, kind: str, index: int, theta: Float[Tensor, " d_model"]) -> list[Row]:
+def of_base(study: Study) -> list[Subspaces]:
+    """The base's subspaces."""
+    return subspaces(study, study.base, "base", "last")
+
+
+def _of_vector(
+    study: Study, kind: str, index: int, theta: Float[Tensor, " d_model"], other: Float[Tensor, " d_model"] | None
+) -> list[Row]:
     forced, rows = study.once(Forced), []
     steered = forced.streams.under(theta, layers_of(study))
-    for place, (layer, named) in enumerate(zip(layers_of(study), study.once(subspaces), strict=True)):
+    nulls = [{}] * len(steered) if other is None else subspaces(study, other, "other", "other_last")
+    for place, (layer, named, null) in enumerate(zip(layers_of(study), study.once(of_base), nulls, strict=True)):
         h = steered[place]
         change = h - forced.unsteered[place]
-        variants = {"none/0": h} | {name: h - (change @ units.T) @ units for name, units in named.items()}
+        variants = {("none", 0): h} | {key: h - (change @ units.T) @ units for key, units in (named | null).items()}
         logits = forced.streams.logits(layer, torch.stack([*variants.values()]), forced.where)
-        for name, scores in zip(variants, logits, strict=True):
-            subspace, rank = name.split("/")
-            keys = {"layer": layer, "subspace": subspace, "rank": int(rank), "norm": float(theta.norm())}
+        for (subspace, rank), scores in zip(variants, logits, strict=True):
+            keys = {"layer": layer, "subspace": subspace, "rank": rank, "norm": float(theta.norm())}
             rows.append(study.row(kind, index, **keys, **_effects(study, forced, scores)))
     return rows
 

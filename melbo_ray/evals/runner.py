@@ -40,7 +40,7 @@ def evaluate(name: str, study: Study, vectors: Vectors, failed: Mapping[int, int
     """
     evaluation = EVALUATIONS[name]
     if evaluation.scope == WHOLE:
-        chain = Chain(study.base, vectors, lambda table: _needed(table, study, vectors))
+        chain = Chain(study.base, vectors, lambda table: _needed(table, study, vectors), study.avoided)
         items = {share.name: share.items(chain.length) for share in evaluation.shares if len(vectors)}
         parts = [evaluate_share(name, share, of, study, chain, failed) for share, of in items.items()]
         empty = _written(evaluation, study, vectors.kind, {}, {}, {})

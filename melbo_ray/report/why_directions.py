@@ -4,47 +4,65 @@ import math
 
 import duckdb
 import numpy as np
+from jaxtyping import Float
 
-from melbo_ray.report.finding import AGAINST, SUPPORTS, UNDECIDED, Measured
+from melbo_ray.report.finding import AGAINST, FEWEST, SUPPORTS, UNDECIDED, Measured
 from melbo_ray.report.intervals import median_interval, median_told, share_interval
 from melbo_ray.runs.queries import EXAMPLES, Columns, select, unsteered
 
-# Exponents of fewer vectors are an anecdote.
-_FEWEST_EXPONENTS = 8
 _PARTNERS = {"base": "the base", "contrast": "the mean difference", "component": "the leading principal components"}
 
 
 def privileged(db: duckdb.DuckDBPyConnection, concept: str) -> Measured | None:
-    """The exponents of the vectors mixed with others, beside those of random directions."""
+    """The exponents of the vectors mixed with others, beside those without interaction and of random directions."""
     rows = select(
-        db, "SELECT kind, partner, p, left_out AS why FROM privileged WHERE concept = ? ORDER BY index", concept
+        db,
+        """SELECT kind, partner, p, p_orthogonal AS null, left_out AS why FROM privileged
+           WHERE concept = ? ORDER BY index""",
+        concept,
     )
-
-    def exponents(kind: str, partner: str) -> np.ndarray:
-        p = rows["p"][(rows["kind"] == kind) & (rows["partner"] == partner)].astype(np.float64)
-        return p[np.isfinite(p)]
-
-    chain, null = exponents("chain", "random"), exponents("random", "random")
-    if not (len(chain) and len(null)):
+    chain, random = _exponents(rows, "chain", "random"), _exponents(rows, "random", "random")
+    if not (len(chain) and len(random)):
         return None
-    low, high = median_interval(chain)
-    mixed = {name: exponents("chain", partner) for partner, name in _PARTNERS.items()}
-    known = {name: exponents(kind, "random") for kind, name in _PARTNERS.items()}
+    low, high = median_interval(chain[:, 0])
+    mixed = {name: _exponents(rows, "chain", partner) for partner, name in _PARTNERS.items()}
+    known = {name: _exponents(rows, kind, "random") for kind, name in _PARTNERS.items()}
     missing = [str(why) for why in rows["why"][(rows["kind"] == "base") & (rows["partner"] == "contrast")] if why]
     text = (
-        f"Mixed with a random direction the exponent is {np.median(chain):.2f} [{low:.2f}, {high:.2f}]; of two random "
-        f"directions {np.median(null):.2f}.{_medians(' Mixed with', mixed, ' (1 is one effect, 2 are two)')}"
-        f"{_medians(' With a random direction', known)}{''.join(f' No mean difference: {why}.' for why in missing)}"
+        f"Mixed with a random direction the exponent is {np.median(chain[:, 0]):.2f} [{low:.2f}, {high:.2f}], without "
+        f"interaction it would be {np.median(chain[:, 1]):.2f}; of two random directions {_told(random)}."
+        f"{_medians(' Mixed with', mixed)}{_medians(' With a random direction', known)}"
+        f"{''.join(f' No mean difference: {why}.' for why in missing)}"
     )
-    if len(chain) < _FEWEST_EXPONENTS:
+    if len(chain) < FEWEST:
         return f"{text} Only {len(chain)} vectors were measured.", UNDECIDED
-    return text, SUPPORTS if low > max(2.0, float(np.median(null))) else AGAINST if high <= 2.0 else UNDECIDED
+    controls = [_excess(p) for name, p in known.items() if name != _PARTNERS["base"] and len(p)]
+    if not controls or min(np.median(excess) for excess in controls) <= 0:
+        return f"{text} Directions that the model is known to use do not show it, so that it cannot be told.", UNDECIDED
+    low, high = median_interval(_excess(chain))
+    return text, SUPPORTS if low > max(0.0, np.median(_excess(random))) else AGAINST if high <= 0 else UNDECIDED
 
 
-def _medians(begin: str, exponents: dict[str, np.ndarray], end: str = "") -> str:
-    """A sentence with the median of each that has any; empty if none has."""
-    told = [f"{name} {np.median(p):.2f}" for name, p in exponents.items() if len(p)]
-    return f"{begin} {', '.join(told)}{end}." if told else ""
+def _exponents(rows: Columns, kind: str, partner: str) -> Float[np.ndarray, "n 2"]:
+    """The exponents of these mixtures, and what they would be without interaction."""
+    of = (rows["kind"] == kind) & (rows["partner"] == partner)
+    pairs = np.stack([rows[name][of].astype(np.float64) for name in ("p", "null")], axis=1)
+    return pairs[np.isfinite(pairs).all(1)]
+
+
+def _excess(exponents: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, " n"]:
+    """By how much each is above both 2 and what it would be without interaction."""
+    return exponents[:, 0] - np.maximum(2, exponents[:, 1])
+
+
+def _told(exponents: Float[np.ndarray, "n 2"]) -> str:
+    return "{:.2f} ({:.2f})".format(*np.median(exponents, axis=0))
+
+
+def _medians(begin: str, exponents: dict[str, np.ndarray]) -> str:
+    """A sentence with the medians of each that has any; empty if none has."""
+    told = [f"{name} {_told(p)}" for name, p in exponents.items() if len(p)]
+    return f"{begin} {', '.join(told)}." if told else ""
 
 
 def efficiency(db: duckdb.DuckDBPyConnection, concept: str) -> Measured | None:

@@ -104,7 +104,7 @@ def mediation(db: duckdb.DuckDBPyConnection, concept: str, subspaces: tuple[str,
     here = {name: values[of & (rows["subspace"] == subspace)] for name, values in rows.items()}
     text = (
         f"At the target layer {len(here['lost'])} vectors lose {median_told(here['lost'], '.0%')} of their effect on "
-        f"KL without {_COMMON[subspace]} (rank {rank}); without those of random vectors, or random ones, "
+        f"KL without {_COMMON[subspace]} (rank {rank}); without those of random vectors "
         f"{' and '.join(median_told(shares, '.0%') for shares in nulls)}. Of the base's text "
         f"{median_told(here['agreement'], '.0%')} stays the likeliest (of the whole displacement's "
         f"{np.median(here['whole_agreement']):.0%}), and the concept's gains {median_told(here['score'])} nats per "

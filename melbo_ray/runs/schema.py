@@ -95,7 +95,10 @@ SCHEMAS: dict[str, pa.Schema] = {
         found_linear_loss=_float, first_order=_float, cos=_float, mirrored_share=_float, half_share=_float,
         solution_loss=_float, kl_from_base=_float,
     ),
-    "gain": _schema(point=_text, fraction=_float, norm=_float, along=_float, gain=_float, sensitivity=_float),
+    "gain": _schema(
+        point=_text, fraction=_float, norm=_float, along=_float, gain=_float, sensitivity=_float,
+        sensitivity_beside=_float,
+    ),
     "hessian": _schema(dimension=_int, row=pa.list_(_float)),
     "curvature": _schema(
         norm=_float, along=_float, first_order=_float, second_order=_float, positive=_float, relative_loss=_float,
@@ -118,7 +121,8 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "independence": _schema(ablated=_text, change=_float, profile=_float),
     "privileged": _schema(
-        partner=_text, p=_float, norm_pure=_float, norm_partner=_float, norm_mixed=_float, left_out=_text,
+        partner=_text, p=_float, p_orthogonal=_float, norm_pure=_float, norm_partner=_float, norm_mixed=_float,
+        left_out=_text,
     ),
     "summary": _schema(figure=_text, value=_double),
     "failures": _schema(evaluation=_text, error=_text, attempts=_int),

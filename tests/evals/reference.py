@@ -5,6 +5,7 @@ import torch
 from scipy.special import log_softmax, rel_entr
 
 from melbo_ray.evals.control import more_directions
+from melbo_ray.seeds import derive_seed
 from tests.families import plain_hidden_states, plain_logits
 
 
@@ -98,3 +99,45 @@ def part_along(study, theta):
     unsteered = z_of(study, torch.zeros_like(study.base))
     aim = z_of(study, study.base) - unsteered
     return float((z_of(study, theta) - unsteered) @ aim / (aim @ aim))
+
+
+def source_stream(study, tokens):
+    """The unsteered stream after the source layer, (seq, d_model) float64."""
+    with torch.no_grad():
+        return (
+            study.model.network(tokens[None], output_hidden_states=True)
+            .hidden_states[study.config.source_layer + 1][0]
+            .double()
+            .numpy()
+        )
+
+
+def read(study, texts):
+    """The stream on these texts, all tokens."""
+    return np.concatenate(
+        [source_stream(study, torch.tensor(study.model.tokenizer(text)["input_ids"])) for text in texts]
+    )
+
+
+def without_sinks(h):
+    """The tokens whose norm is at most three times the median."""
+    norms = np.linalg.norm(h, axis=1)
+    return h[norms <= 3 * np.median(norms)]
+
+
+def written_sets(study):
+    """The stream on what the unsteered model writes: after an opening of the concept, and on its own."""
+    found = {"concept": [], "neutral": []}
+    for i, text in enumerate(study.concept.held_out.values()):
+        prompt = prompt_tokens(study, text)
+        for side, start in {"concept": torch.cat([prompt, study.continuations[i % 2]]), "neutral": prompt}.items():
+            seed = derive_seed(study.config.seed, "code", i, f"presence/{side}")
+            own = written(study, start, torch.zeros_like(study.base), seed, 32) or study.model.end_tokens[:1]
+            found[side].append(source_stream(study, torch.cat([start, torch.tensor(own)]))[len(start) :])
+    return [np.concatenate(side) for side in found.values()]
+
+
+def relative_loss(study, theta):
+    """‖z(θ) − z(θ₀)‖ / ‖z(0) − z(θ₀)‖, from transformers and a hook in float64."""
+    base = z_of(study, study.base)
+    return np.linalg.norm(z_of(study, theta) - base) / np.linalg.norm(z_of(study, torch.zeros_like(study.base)) - base)

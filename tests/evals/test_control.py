@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -24,6 +26,8 @@ def test_a_random_direction_avoids_what_the_chain_avoids(study, chain):
     avoided = beside(study.base, directions(3, seed=9))
     drawn = random_directions(study, Chain(study.base, chain, avoided=[*avoided]), [1, 5])
     assert float((avoided.double() @ drawn.theta.double().T).abs().max()) < 1e-5
+    more = more_directions(dataclasses.replace(study, avoided=[*avoided]), [1, 5])
+    assert float((torch.stack([study.base, *avoided]) @ more.theta.T).abs().max()) < 1e-5
 
 
 def test_a_random_direction_is_drawn_by_its_seed_alone(study, chain):

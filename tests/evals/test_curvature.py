@@ -9,12 +9,12 @@ import torch
 from melbo_ray.evals import curvature
 from melbo_ray.evals.context import Chain
 from melbo_ray.evals.jacobian import matrix
-from melbo_ray.evals.linear import real_losses
 from melbo_ray.evals.runner import evaluate, evaluate_share
 from melbo_ray.runs import schema
+from melbo_ray.search.subspace import beside
 from tests.evals import reference
-from tests.evals.reference import null_of, part_along, rows_of
-from tests.families import D_MODEL, tiny
+from tests.evals.reference import null_of, part_along, relative_loss, rows_of
+from tests.families import D_MODEL, directions, tiny
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_rows_are_what_the_form_and_the_model_have_of_each_vector(study, chain, 
             "first_order": gradient.numpy() @ x,
             "second_order": x @ hessian @ x / 2,
             "positive": on @ on / (x @ x),
-            "relative_loss": real_losses(study, theta[None])[0],
+            "relative_loss": relative_loss(study, theta),
             "kl_from_base": reference.divergences(study, theta)["kl_from_base"],
         }
         assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-3, rel=1e-3), kind
@@ -106,6 +106,43 @@ def test_no_orthogonal_family_has_more_than_the_bound_and_one_reaches_it(study):
 def test_without_curvature_the_bound_is_that_of_a_linear_map():
     gradient = torch.tensor([1.5, 0, 0, 0, 0, 0, 0, 0, 0, 0]).double()
     assert curvature.most(gradient, torch.zeros(10).double(), 1.0, 0.5) == 9  # (1.5 / 0.5)²
+
+
+def test_gradient_and_curvature_together_reach_the_bound_that_neither_reaches_alone():
+    """G = c (1, 1, 1, 1) / 2 and λ = 1 − c along four axes: each has c / 2 + λ / 2 = ½, and the bound is met."""
+    slope, values = 0.4, torch.tensor([0.6, 0.6, 0.6, 0.6, 0, 0, -1, -1]).double()
+    gradient = torch.tensor([slope / 2] * 4 + [0] * 4).double()
+    reached = gradient + values / 2
+    assert reached[:4].numpy() == pytest.approx([0.5] * 4)
+    none = torch.zeros(8).double()
+    for length, of_both in ((1.0 - 1e-3, 3), (1.0 + 1e-3, 4)):
+        assert curvature.most(gradient, values, length, 0.5) == of_both
+        assert curvature.most(gradient, none, length, 0.5) == curvature.most(none, values, length, 0.5) == 0
+    draws = np.random.default_rng(0)
+    for _ in range(200):
+        family = np.linalg.qr(draws.normal(size=(8, 8)))[0]
+        effects = np.abs(family @ gradient.numpy()) + ((family * values.numpy()) * family).sum(1) / 2
+        assert (effects >= 0.5).sum() <= curvature.most(gradient, values, 1 + 1e-3, 0.5)
+
+
+def test_the_forms_parts_along_the_base_and_what_the_chain_avoids_do_not_count(study, whole):
+    avoided = beside(study.base, directions(3, seed=9))
+    narrower = dataclasses.replace(study, avoided=[*avoided])
+    hessian = matrix(whole, "hessian")
+    form = curvature.form_of(narrower, hessian)
+    free = np.linalg.svd(torch.stack([study.base, *avoided]).double().numpy())[2][4:]
+    expected = np.linalg.eigvalsh(free @ ((hessian + hessian.T) / 2).numpy() @ free.T)[::-1]
+    assert form.values.numpy() == pytest.approx(expected, abs=1e-8)
+    assert (form.vectors.float() @ avoided.T).abs().max() < 1e-5
+    norm = max(whole.vectors.norms)
+    allowed = [
+        np.sqrt(k) * np.linalg.norm(free @ form.gradient.numpy()) * norm
+        + expected[:k].clip(min=0).sum() * norm**2 / 2
+        - k / 2
+        for k in range(1, 1 + len(expected))
+    ]
+    found = curvature.spectrum(narrower, form, whole.vectors)["most_below_half"]
+    assert found == sum(value >= 0 for value in allowed)
 
 
 @pytest.mark.parametrize("family", ["gemma4-shared", "gpt2", "bloom"])

@@ -4,42 +4,46 @@ import numpy as np
 import pytest
 import torch
 
-from melbo_ray.evals.efficiency import NOISE, RADII, neutral
-from melbo_ray.evals.linear import real_losses
-from melbo_ray.evals.presence import text_sets
 from melbo_ray.evals.runner import evaluate
+from melbo_ray.seeds import derive_seed
 from tests.evals import reference
-from tests.evals.reference import profile, rows_of
+from tests.evals.reference import null_of, profile, read, relative_loss, rows_of, without_sinks, written_sets
 from tests.families import D_MODEL
 
 ZERO = torch.zeros(D_MODEL)
 
 
-def test_losses_texts_and_natural_shares(study, chain):
+def noise_of(study, kind, index, theta):
+    """A seeded normal draw, orthogonal to the vector and of its norm, by NumPy."""
+    seed = derive_seed(study.config.seed, study.concept.name, index, f"efficiency/{kind}")
+    draw = torch.randn(D_MODEL, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).numpy()
+    theta = theta.double().numpy()
+    rest = draw - (draw @ theta) / (theta @ theta) * theta
+    return rest / np.linalg.norm(rest) * np.linalg.norm(theta)
+
+
+def test_losses_at_equal_norms_and_under_noise_are_those_of_plain_transformers(study, chain):
     rows = evaluate("efficiency", study, chain)["efficiency"]
     assert rows.num_rows == 2 * 5
-    theta = chain.theta[0]
-    (row,) = rows_of(rows, kind="chain", index=1)
-    unit = theta / theta.norm()
-    scaled = torch.stack([unit * r * study.radius for r in RADII])
-    assert [row[f"loss_at_{r}r"] for r in RADII] == pytest.approx(real_losses(study, scaled), abs=1e-5)
-    assert row["loss_own"] == pytest.approx(real_losses(study, theta[None])[0], abs=1e-5)
-    tokens = [study.model.tokenizer(text)["input_ids"][:24] for text in study.concept.neutral_texts]
+    for kind, theta in (("chain", chain.theta[0]), ("random", null_of(study, 1, chain.norms[0]))):
+        (row,) = rows_of(rows, kind=kind, index=1)
+        unit, noise = theta / theta.norm(), torch.from_numpy(noise_of(study, kind, 1, theta))
+        expected = {f"loss_at_{r}r": relative_loss(study, unit * r * study.radius) for r in (1, 2, 4)}
+        expected |= {"norm": chain.norms[0], "loss_own": relative_loss(study, theta)}
+        expected |= {"loss_noise_05": relative_loss(study, theta.double() + 0.5 * noise)}
+        expected |= {"loss_noise_10": relative_loss(study, theta.double() + noise)}
+        assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-4), kind
+
+
+def test_the_divergence_on_neutral_texts_and_the_natural_share_are_those_of_plain_transformers(study, chain):
+    (row,) = rows_of(evaluate("efficiency", study, chain.take([0]))["efficiency"], kind="chain", index=1)
+    steered = chain.theta[0] / chain.norms[0] * study.radius
     divergence = []
-    for ids in map(torch.tensor, tokens):
-        here, plain = (reference.log_probs(study, ids, one) for one in (unit * study.radius, ZERO))
+    for text in study.concept.neutral_texts:
+        ids = torch.tensor(study.model.tokenizer(text)["input_ids"][:24])
+        here, plain = (reference.log_probs(study, ids, one) for one in (steered, ZERO))
         divergence += [reference.kl(here[i], plain[i]) for i in range(1, len(ids) - 1)]
     assert row["kl_neutral"] == pytest.approx(np.mean(divergence), rel=1e-3)
-    h = np.concatenate([part.h[~part.sink].double().numpy() for pair in text_sets(study).values() for part in pair])
-    assert row["natural_share"] == pytest.approx((profile(h, theta) ** 2).max(), rel=1e-4)
-    assert len(neutral(study)[1]) == len(study.concept.neutral_texts)
-
-
-def test_noise_is_orthogonal_and_of_the_size_told(study, chain, monkeypatch):
-    asked = []
-    monkeypatch.setattr("melbo_ray.evals.efficiency.real_losses", lambda _, thetas: asked.append(thetas) or [0.0] * 5)
-    evaluate("efficiency", study, chain)
-    for noisy, size in zip(asked[len(RADII) + 1 :], NOISE, strict=False):
-        noise = noisy - chain.theta
-        assert noise.norm(dim=-1).numpy() == pytest.approx(size * np.array(chain.norms), rel=1e-4)
-        assert (noise * chain.theta).sum(-1).numpy() == pytest.approx(np.zeros(5), abs=1e-4)
+    sets = [read(study, study.concept.texts), read(study, study.concept.neutral_texts), *written_sets(study)]
+    h = np.concatenate([without_sinks(part) for part in sets])
+    assert row["natural_share"] == pytest.approx((profile(h, chain.theta[0]) ** 2).max(), rel=1e-4)

@@ -73,8 +73,16 @@ def test_without_a_vector_frozen_attention_is_free_and_everything_is_put_back(st
     assert dict(ALL_ATTENTION_FUNCTIONS) == before
 
 
-def test_a_model_whose_attention_cannot_be_frozen_says_so(study, chain):
-    rows = evaluate("frozen", dataclasses.replace(study, model=tiny("bloom")), chain)
+@pytest.mark.parametrize("family", ["bloom", "lfm2", "mamba2"])  # no interface; convolutions between; no attention
+def test_a_model_whose_layers_cannot_all_be_frozen_says_so(study, chain, family):
+    rows = evaluate("frozen", dataclasses.replace(study, model=tiny(family)), chain)
     assert rows["failures"].num_rows == 0
     assert set(rows["frozen"]["left_out"].to_pylist()) == {frozen.LEFT_OUT}
     assert set(rows["frozen"]["kl_from_base"].to_pylist()) == {None}
+
+
+@pytest.mark.parametrize("family", ["gemma4-shared", "gpt2", "llama4"])
+def test_a_model_whose_layers_all_attend_is_measured(study, chain, family):
+    rows = evaluate("frozen", dataclasses.replace(study, model=tiny(family)), chain.take([0]))
+    assert rows["failures"].num_rows == 0
+    assert {*rows["frozen"]["left_out"].to_pylist()} == {None}

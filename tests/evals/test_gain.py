@@ -1,5 +1,8 @@
 """What is gained along a vector, against differences of plain transformers in float64."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 
@@ -7,8 +10,9 @@ from melbo_ray.evals.gain import POINTS, along, derivatives
 from melbo_ray.evals.jacobian import matrix
 from melbo_ray.evals.linear import aim
 from melbo_ray.evals.runner import evaluate
+from melbo_ray.search.subspace import beside
 from tests.evals.reference import null_of, part_along, rows_of
-from tests.families import D_MODEL
+from tests.families import D_MODEL, directions
 
 STEP = 1e-2
 
@@ -36,6 +40,30 @@ def test_the_sensitivity_is_the_gain_of_the_most_effective_direction(study, chai
     (gradient,) = derivatives(study, study.base[None])[1]
     steepest = (gradient / gradient.norm()).float()
     assert row["sensitivity"] == pytest.approx(slope(study, study.base, steepest), rel=2e-3)
+
+
+def test_of_what_a_chain_can_take_it_is_less(study, chain):
+    """Without the part of the gradient in the span of the base and what the chain avoids, by float64 least squares."""
+    avoided = beside(study.base, directions(3, seed=9))
+    for own in ((), [*avoided]):
+        narrower = dataclasses.replace(study, avoided=own)
+        rows = rows_of(evaluate("gain", narrower, chain.take([0]))["gain"], kind="chain")
+        at = torch.stack([chain.theta[0] * row["fraction"] for row in rows if row["point"] == "own"] + [study.base])
+        taken = torch.stack([study.base, *own]).double().numpy().T
+        for row, gradient in zip(rows, derivatives(study, at)[1].numpy(), strict=True):
+            rest = gradient - taken @ np.linalg.lstsq(taken, gradient)[0]
+            assert row["sensitivity_beside"] == pytest.approx(np.linalg.norm(rest), rel=1e-5)
+            assert row["sensitivity"] == pytest.approx(np.linalg.norm(gradient), rel=1e-5)
+
+
+def test_no_chain_has_more_vectors_than_a_linear_map_about_the_base_allows():
+    """With m = g·θ₀ − ½ and the rest of g along (1, 1, 1, 1) / 2, four axes beside the base have just as much."""
+    base, needed = np.eye(6)[0] * 2, 0.3
+    g = np.array([0.4, *[needed / 1.5] * 4, 0])
+    assert g @ base - 0.5 == pytest.approx(needed)
+    beside = np.linalg.norm(g - (g @ base) * base / (base @ base))
+    assert (beside * 1.5 / needed) ** 2 == pytest.approx(4)
+    assert sum(1 + g @ (axis * 1.5 - base) >= 0.5 - 1e-9 for axis in np.eye(6)[1:]) == 4
 
 
 def test_at_0_it_is_the_first_order_of_the_jacobian(study, chain, whole):

@@ -1,17 +1,22 @@
 """The linear null chain against dense float64 algebra."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import brentq
 
 from melbo_ray.evals import linear
+from melbo_ray.evals.context import Chain
 from melbo_ray.evals.jacobian import matrix
 from melbo_ray.evals.linear import Map, best_at_norms, spectrum
+from melbo_ray.evals.linear import aim as aim_of
 from melbo_ray.evals.runner import evaluate
+from melbo_ray.search.subspace import beside
 from tests.evals import reference
-from tests.evals.reference import rows_of, z_of
-from tests.families import D_MODEL
+from tests.evals.reference import null_of, relative_loss, rows_of, z_of
+from tests.families import D_MODEL, directions
 
 
 def dense(jacobian, aim, taken, norm):
@@ -26,7 +31,7 @@ def dense(jacobian, aim, taken, norm):
 
 
 @pytest.mark.parametrize("taken", [1, 3, 20, 31])
-@pytest.mark.parametrize("norm", [0.1, 2.0, float("inf")])
+@pytest.mark.parametrize("norm", [0.1, 2.0])
 def test_the_best_at_a_norm_is_that_of_dense_algebra(taken, norm):
     draws = np.random.default_rng(3)
     jacobian = draws.normal(size=(D_MODEL, D_MODEL)) * np.linspace(3, 0.1, D_MODEL)
@@ -47,6 +52,19 @@ def test_on_a_wide_matrix_with_a_long_tail_the_krylov_space_is_large_enough():
     for norm in (1.0, 3.0, 9.0):
         ((_, loss),) = best_at_norms(Map(*map(torch.from_numpy, (jacobian, aim))), torch.from_numpy(basis), [norm])
         assert loss == pytest.approx(dense(jacobian, aim, basis, norm)[1], abs=1e-3)
+    for taken in (1, 100):
+        least = linear.least(Map(*map(torch.from_numpy, (jacobian, aim))), torch.eye(size).double()[:taken])
+        assert least == pytest.approx(dense(jacobian, aim, np.eye(size)[:taken], np.inf)[1], abs=1e-6)
+
+
+def test_a_jacobian_that_lacks_directions_has_a_least_loss_too():
+    """Of two dimensions of the aim the map reaches one; nothing is left of it beside that one's direction."""
+    jacobian, aim = torch.zeros(8, 8).double(), torch.tensor([3.0, 4, 0, 0, 0, 0, 0, 0]).double()
+    jacobian[1, 5] = 1e-3
+    axes = torch.eye(8).double()
+    assert linear.least(Map(jacobian, aim), axes[:1]) == pytest.approx(0.6)
+    assert linear.least(Map(jacobian, aim), axes[5:6]) == pytest.approx(1)
+    assert linear.least(Map(jacobian, aim), axes) == pytest.approx(1)
 
 
 def test_predicted_stands_beside_found(study, chain, whole):
@@ -65,23 +83,55 @@ def test_predicted_stands_beside_found(study, chain, whole):
             "least_loss": dense(jacobian, aim, taken, np.inf)[1],
             "found_linear_loss": np.linalg.norm(jacobian @ theta.numpy() - aim) / np.linalg.norm(aim),
             "cos": theta.numpy() @ x / np.linalg.norm(theta) / np.linalg.norm(x),
-            "relative_loss": np.linalg.norm(z_of(study, theta) - base) / np.linalg.norm(unsteered - base),
+            "relative_loss": relative_loss(study, theta),
             "first_order": (jacobian @ theta.numpy()) @ aim / (aim @ aim),
             "mirrored_share": (z_of(study, -theta) - unsteered) @ aim / ((z_of(study, theta) - unsteered) @ aim),
             "half_share": (z_of(study, theta / 2) - unsteered) @ aim / ((z_of(study, theta) - unsteered) @ aim),
-            "solution_loss": np.linalg.norm(z_of(study, torch.from_numpy(x)) - base) / np.linalg.norm(unsteered - base),
+            "solution_loss": relative_loss(study, torch.from_numpy(x)),
             "kl_from_base": reference.divergences(study, torch.from_numpy(x).float())["kl_from_base"],
         }
         assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-3, rel=1e-3)
-    nulls = [row for row in written["linear"].to_pylist() if row["kind"] in ("linear", "random")]
-    assert sorted((row["kind"], row["index"]) for row in nulls) == [
-        (kind, n) for kind in ("linear", "random") for n in chain.index
-    ]
     sigma = np.linalg.svd(jacobian)[1]
     p = sigma / sigma.sum()
     figures = {row["figure"]: row["value"] for row in written["summary"].to_pylist()}
     assert figures["jacobian_effective_rank"] == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-6)
     assert figures["jacobian_largest"] == pytest.approx(sigma[0], rel=1e-6)
+
+
+def test_the_nulls_are_the_best_beside_random_directions_and_beside_the_linear_chains_own(study, chain, whole):
+    rows, radius = evaluate("linear", study, chain)["linear"], study.radius
+    jacobian, aim = matrix(whole, "jacobian").numpy(), z_of(study, study.base) - z_of(study, torch.zeros(D_MODEL))
+    base = study.base.double().numpy()
+    own = [base]
+    for n, norm in zip(chain.index, chain.norms, strict=True):
+        before = {"linear": own, "random": [base, *(null_of(study, i, 1.0).numpy() for i in range(1, n))]}
+        for kind, taken in before.items():
+            (row,) = rows_of(rows, kind=kind, index=n)
+            losses = [dense(jacobian, aim, np.stack(taken), at)[1] for at in (norm, radius, np.inf)]
+            names = ("linear_loss", "linear_loss_at_radius", "least_loss")
+            assert [row[name] for name in names] == pytest.approx(losses, abs=1e-5)
+            assert {row[name] for name in ("relative_loss", "found_linear_loss", "first_order", "cos")} == {None}
+        own = [*own, dense(jacobian, aim, np.stack(own), norm)[0]]
+
+
+def test_what_the_chain_avoids_is_taken_before_every_vector_and_counts_in_no_bound(study, chain, whole):
+    avoided = beside(study.base, directions(3, seed=9))
+    narrower, jacobian = dataclasses.replace(study, avoided=[*avoided]), matrix(whole, "jacobian").numpy()
+    first = Map(torch.from_numpy(jacobian), aim_of(study))
+    taken = torch.stack([study.base, *avoided]).double().numpy()
+    for kind in ("chain", "random", "linear"):
+        rows = linear.taken_before(narrower, first, chain, kind).numpy()
+        assert rows @ rows.T == pytest.approx(np.eye(len(rows)), abs=1e-8)
+        (row,) = linear.rows_beside(narrower, first, chain, [0], kind, torch.from_numpy(rows))
+        assert row["linear_loss"] == pytest.approx(
+            dense(jacobian, first.aim.numpy(), taken, chain.norms[0])[1], abs=1e-5
+        )
+    free = np.linalg.svd(taken)[2][4:]
+    g = jacobian.T @ first.aim.numpy() / (first.aim @ first.aim).item()
+    expected = (np.linalg.norm(free @ g) * max(chain.norms) / 0.5) ** 2
+    figures = linear.run(narrower, Chain(study.base, chain, whole.stored), "spectrum", [0])["summary"]
+    (found,) = [row["value"] for row in figures if row["figure"] == "jacobian_most_below_half"]
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_each_vector_of_the_linear_chain_is_the_best_beside_those_before(study, chain):
@@ -116,7 +166,7 @@ def test_no_linear_chain_has_more_vectors_than_the_bound_and_one_reaches_it():
     """With g = Jᵀa / ‖a‖² along (1, 1, 1, 1) / 2, four axes share it equally, and each has a quarter of its square."""
     jacobian, aim = torch.zeros(D_MODEL, D_MODEL, dtype=torch.float64), torch.eye(D_MODEL, dtype=torch.float64)[0]
     jacobian[0, :4] = 0.5
-    assert linear.most(Map(jacobian, aim), 1.0, 0.5) == pytest.approx(4)
+    assert linear.most(linear.gradient_of(Map(jacobian, aim)), 1.0, 0.5) == pytest.approx(4)
     losses = [float((jacobian @ axis - aim).norm()) for axis in torch.eye(D_MODEL, dtype=torch.float64)]
     assert sum(loss <= 0.5 for loss in losses) == 4
     basis = np.linalg.qr(np.random.default_rng(5).normal(size=(D_MODEL, D_MODEL)))[0]

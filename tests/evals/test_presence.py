@@ -10,23 +10,7 @@ from melbo_ray.evals.presence import auroc, contrast, effect_size, text_sets
 from melbo_ray.evals.runner import evaluate
 from melbo_ray.model.language_model import LanguageModel
 from melbo_ray.search.contrast import contrast as mean_difference
-from melbo_ray.seeds import derive_seed
-from tests.evals import reference
-from tests.evals.reference import rows_of
-
-
-def stream(study, tokens):
-    with torch.no_grad():
-        return study.model.network(tokens[None], output_hidden_states=True).hidden_states[2][0].double().numpy()
-
-
-def read(study, texts):
-    return np.concatenate([stream(study, torch.tensor(study.model.tokenizer(text)["input_ids"])) for text in texts])
-
-
-def without_sinks(h):
-    norms = np.linalg.norm(h, axis=1)
-    return h[norms <= 3 * np.median(norms)]
+from tests.evals.reference import read, rows_of, without_sinks, written_sets
 
 
 @pytest.mark.parametrize("sinks", ["kept", "dropped"])
@@ -90,15 +74,8 @@ def test_massive_activations_and_no_others_are_sinks(study):
 
 def test_written_sets_differ_in_what_was_forced_and_not_in_the_prompt(study):
     """Both sets again: sampled from plain forward passes on the same prompts, with and without an opening."""
-    expected = {"concept": [], "neutral": []}
-    for i, text in enumerate(study.concept.held_out.values()):
-        prompt = reference.prompt_tokens(study, text)
-        for side, start in {"concept": torch.cat([prompt, study.continuations[i % 2]]), "neutral": prompt}.items():
-            seed = derive_seed(study.config.seed, "code", i, f"presence/{side}")
-            own = reference.written(study, start, torch.zeros(32), seed, 32) or study.model.end_tokens[:1]
-            expected[side].append(stream(study, torch.cat([start, torch.tensor(own)]))[len(start) :])
-    for found, side in zip(text_sets(study)["written_"], ("concept", "neutral"), strict=True):
-        np.testing.assert_allclose(found.h, np.concatenate(expected[side]), atol=1e-4)
+    for found, expected in zip(text_sets(study)["written_"], written_sets(study), strict=True):
+        np.testing.assert_allclose(found.h, expected, atol=1e-4)
 
 
 def test_a_concept_without_passages_is_judged_by_what_the_model_writes(study, chain, monkeypatch):

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import brentq
 
 from melbo_ray.evals import efficiency, privileged
 from melbo_ray.evals.context import Vectors
@@ -18,35 +19,75 @@ ZERO = torch.zeros(D_MODEL)
 
 @pytest.mark.parametrize("p", [1.0, 2.0, 4.0])
 def test_the_exponent_of_a_known_contour_is_found(p):
-    angles = np.deg2rad([0, 22.5, 45, 67.5, 90])
-    norms = ((np.cos(angles) / 3) ** p + (np.sin(angles) / 5) ** p) ** (-1 / p)
-    assert privileged.exponent(dict(zip((0, 22.5, 45, 67.5, 90), norms, strict=True))) == pytest.approx(p, abs=0.01)
+    mixed = ((np.cos(np.pi / 4) / 3) ** p + (np.sin(np.pi / 4) / 5) ** p) ** (-1 / p)
+    assert privileged.exponent(3, 5, mixed) == pytest.approx(p, abs=0.01)
 
 
-def test_of_a_linear_map_two_orthogonal_effects_have_exponent_2_and_one_effect_1(study, monkeypatch):
+def fit_of(study, monkeypatch, displacement):
+    """The columns of two axes whose displacement is this function of their coefficients x and y."""
+
+    def moved(_, thetas):
+        return torch.stack([torch.as_tensor(displacement(*map(float, theta[:2]))).norm() for theta in thetas])
+
+    monkeypatch.setattr(privileged, "moved", moved)
     axes = torch.eye(D_MODEL)
-    same = torch.zeros(D_MODEL, D_MODEL)
-    same[0, :2] = 1
-    for matrix, p in ((axes, 2), (same, 1)):
-        monkeypatch.setattr(privileged, "moved", lambda _, thetas, m=matrix: (thetas @ m.T).norm(dim=-1))
-        fresh = dataclasses.replace(study)
-        fits = privileged.fits_of(fresh, axes[0], {"one": axes[1], "other": axes[1]})
-        assert [fit["p"] for fit in fits.values()] == pytest.approx([p, p], abs=0.02)
+    study = dataclasses.replace(study, base=axes[0] * study.radius)
+    fits = privileged.fits_of(study, axes[0], {"one": axes[1], "other": axes[1]})
+    assert fits["one"] == fits["other"]
+    return fits["one"]
 
 
-def test_the_norms_of_mixtures_have_half_of_the_bases_effect(study, chain):
+@pytest.mark.parametrize("cos", [-0.9, -0.3, 0.0, 1.0])
+def test_of_a_linear_map_the_exponent_is_2_whatever_the_angle_of_the_effects(study, monkeypatch, cos):
+    sin = (1 - cos**2) ** 0.5
+    fit = fit_of(study, monkeypatch, lambda x, y: [x + 2 * y * cos, 2 * y * sin])
+    assert (fit["p"], fit["p_orthogonal"]) == pytest.approx((2, 2), abs=0.02)
+
+
+def test_orthogonal_effects_that_grow_as_the_square_have_the_exponent_of_the_null(study, monkeypatch):
+    fit = fit_of(study, monkeypatch, lambda x, y: [x * abs(x), y * abs(y)])
+    assert (fit["p"], fit["p_orthogonal"]) == pytest.approx((4, 4), abs=0.02)
+
+
+def test_an_effect_that_the_other_one_suppresses_is_above_the_null(study, monkeypatch):
+    fit = fit_of(study, monkeypatch, lambda x, y: [x * np.exp(-abs(y) / 20), y * np.exp(-abs(x) / 20)])
+    assert fit["p_orthogonal"] == pytest.approx(2, abs=0.02)
+    assert fit["p"] > 2.2
+
+
+def crossing(norms, effects):
+    """The norm at which the effect is 1, log-linear between the norms."""
+    return np.exp(np.interp(0, np.log(effects), np.log(norms)))
+
+
+def root(a, b, mixed):
+    """The p with (x/a)ᵖ + (x/b)ᵖ = 1 for x = mixed / √2."""
+    x = mixed / np.sqrt(2)
+    return brentq(lambda p: (x / a) ** p + (x / b) ** p - 1, 0.5, 8)
+
+
+def test_the_figures_of_a_mixture_are_those_of_plain_transformers(study, chain):
     rows = evaluate("privileged", study, chain)["privileged"]
-    tokens, layer = reference.prompt_tokens(study), study.config.target_layer
+    theta, tokens, layer = chain.theta[0], reference.prompt_tokens(study), study.config.target_layer
     z = lambda theta: streams(study, tokens, theta)[layer][1:].mean(0)  # noqa: E731
-    moved = lambda theta: z(theta) - z(ZERO)  # noqa: E731
-    goal = np.linalg.norm(moved(study.base)) / 2
-    for row in rows_of(rows, kind="chain", partner="base"):
-        assert (row["p"] is None) == (row["left_out"] is not None)
-        unit = chain.theta[row["index"] - 1] / chain.norms[row["index"] - 1]
-        if row["norm_pure"] is not None:
-            assert np.linalg.norm(moved(unit * row["norm_pure"])) == pytest.approx(goal, rel=0.1)
-    assert {row["partner"] for row in rows.to_pylist()} == {"base", "random", "component"}
-    assert len(rows) == 2 * 3 * 5
+    goal = np.linalg.norm(z(study.base) - z(ZERO)) / 2
+    unit, other = theta / theta.norm(), study.base / study.base.norm()
+    norms = study.radius * np.sqrt(2.0) ** np.arange(-4, 7)
+    effect = lambda way: np.array([np.linalg.norm(z(way * float(r)) - z(ZERO)) / goal for r in norms])  # noqa: E731
+    pure, alone, plus, minus = (effect(way / way.norm()) for way in (unit, other, unit + other, unit - other))
+    expected = {
+        "norm_pure": crossing(norms, pure),
+        "norm_partner": crossing(norms, alone),
+        "norm_mixed": crossing(norms, np.sqrt((plus**2 + minus**2) / 2)),
+    }
+    expected["p"] = root(*expected.values())
+    without = crossing(norms[1:], np.sqrt(pure[:-1] ** 2 + alone[:-1] ** 2))
+    expected["p_orthogonal"] = root(expected["norm_pure"], expected["norm_partner"], without)
+    (row,) = rows_of(rows, kind="chain", index=1, partner="base")
+    assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-2)
+    found = [(row["kind"], row["partner"]) for row in rows.to_pylist()]
+    partners = {"chain": ("random", "base", "component"), "random": ("random",)}
+    assert sorted(found) == sorted((kind, name) for kind, names in partners.items() for name in names * 5)
 
 
 def test_the_components_are_those_of_the_covariance_of_what_the_model_reads_and_writes(study):
