@@ -75,7 +75,7 @@ def losses(count, loss=0.4, norm=2.0):
         (0.45, 0.02, 0.9, 4, SUPPORTS),
         (0.45, 0.5, 0.9, 4, UNDECIDED),  # random directions have as much
         (0.1, 0.02, 0.9, 4, AGAINST),
-        (0.1, 0.02, 0.9, 5, UNDECIDED),  # no more were found than are allowed
+        (0.1, 0.02, 0.9, 9, UNDECIDED),  # no more were found than are allowed
         (0.1, 0.02, 0.4, 4, UNDECIDED),  # about the base the base itself has too little
         (0.1, 0.02, None, 4, UNDECIDED),
     ],

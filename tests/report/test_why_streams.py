@@ -60,7 +60,7 @@ def test_few_directions_carry_the_effect_if_half_is_lost_at_the_target_and_not_w
     finding = judged(run, "few directions in common")
     assert finding.verdict == verdict
     assert f"9 vectors lose {lost:.0%} [{lost - 0.01:.0%}, {lost + 0.01:.0%}] of their effect on KL" in finding.measured
-    assert f"random ones, {null:.0%} [" in finding.measured
+    assert f"random vectors {null:.0%} [" in finding.measured
     assert f"{1 - lost:.0%} [{1 - lost:.0%}, {1 - lost:.0%}] stays the likeliest" in finding.measured
     assert "(of the whole displacement's 100%)" in finding.measured
     assert f"gains {3 - 2 * lost:.2f} [" in finding.measured
