@@ -27,8 +27,6 @@ from melbo_ray.model.steering import PASS_TOKENS
 # Dimension of the Krylov space: the loss at a norm is within 1e-3 of the dense solution's (tests).
 _KRYLOV = 64
 _HALVINGS = 60
-# J's rows are gradients in float32.
-_ROUNDING = 1e-6
 _NOTHING_LEFT = 0.999
 
 
@@ -50,8 +48,8 @@ def run(study: Study, whole: Chain, share: str, items: Sequence[int]) -> Rows:
     Kinds: `chain`, whose directions taken are the chain's own; `linear`, those of the linear chain itself, whose n-th
     vector is the best at the n-th norm found, up to the one that has no effect left; the null `random`, n − 1 random
     directions. All losses are relative to ‖a‖. `linear_loss` is the least at the norm of the n-th vector found,
-    `linear_loss_at_radius` at R, `least_loss` at any norm; `solution_loss` and `kl_from_base` are what the solution at
-    the norm found has in the real model. Rows are those of at most 64 vectors, spread evenly.
+    `linear_loss_at_radius` at R; `solution_loss` and `kl_from_base` are what the solution at the norm found has in the
+    real model. Rows are those of at most 64 vectors, spread evenly.
 
     Of the vector found (null for other kinds): `relative_loss`, and `found_linear_loss`, what it would be if z were
     linear; `first_order`, Jθ·a / ‖a‖², the part of a that it has to first order; `cos`, its cosine with the linear
@@ -146,19 +144,6 @@ def best_at_norms(
     ]
 
 
-def least(first: Map, taken: Float64[Tensor, "k d_model"]) -> float:
-    """‖Jx − a‖ / ‖a‖ of the best x of any norm, orthogonal to the orthonormal rows of `taken`, by dense algebra.
-
-    What is left of a is its part that J does not reach there, to within `_ROUNDING` of ‖J‖.
-    """
-    progress.passes += 1
-    jacobian, aim = first
-    reach = jacobian - (jacobian @ taken.T) @ taken
-    squares, directions = torch.linalg.eigh(reach @ reach.T)
-    out_of_reach = directions[:, squares <= (_ROUNDING * jacobian.norm()).square()]
-    return float((out_of_reach.T @ aim).norm() / aim.norm())
-
-
 def _bounded(small: Tensor, goal: Tensor, norms: list[float]) -> list[Tensor]:
     """The least-squares solution of small·y = goal with ‖y‖ ≤ r, for each r: ridge, its μ by bisection of log μ."""
     u, s, vh = torch.linalg.svd(small, full_matrices=False)
@@ -202,8 +187,8 @@ def rows_beside(
     if not places:
         return []
     jacobian, aim = first
-    norms, before = chain.norms, [taken[: len(study.taken) + place] for place in places]
-    best = [best_at_norms(first, own, [norms[p], study.radius]) for p, own in zip(places, before, strict=True)]
+    norms, own = chain.norms, len(study.taken)
+    best = [best_at_norms(first, taken[: own + place], [norms[place], study.radius]) for place in places]
     solutions = torch.stack([at_norm[0] for (at_norm, _) in best]).float()
     kls, losses = [row["kl_from_base"] for row in next_token(study, solutions)], real_losses(study, solutions)
     of_places = chain.theta[places]
@@ -218,7 +203,6 @@ def rows_beside(
             "relative_loss": found[i] if of_chain else None,
             "linear_loss": best[i][0][1],
             "linear_loss_at_radius": best[i][1][1],
-            "least_loss": least(first, before[i]),
             "found_linear_loss": float((jacobian @ theta - aim).norm() / aim.norm()) if of_chain else None,
             "first_order": float((jacobian @ theta) @ aim / aim.square().sum()) if of_chain else None,
             "cos": cos if of_chain else None,

@@ -91,7 +91,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "jacobian": _schema(dimension=_int, row=pa.list_(_float)),
     "linear": _schema(
-        norm=_float, relative_loss=_float, linear_loss=_float, linear_loss_at_radius=_float, least_loss=_float,
+        norm=_float, relative_loss=_float, linear_loss=_float, linear_loss_at_radius=_float,
         found_linear_loss=_float, first_order=_float, cos=_float, mirrored_share=_float, half_share=_float,
         solution_loss=_float, kl_from_base=_float,
     ),

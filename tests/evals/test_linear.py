@@ -25,7 +25,7 @@ def dense(jacobian, aim, taken, norm):
     u, s, vh = np.linalg.svd(jacobian @ complement)
     c = u.T @ aim
     size = lambda mu: np.linalg.norm(s * c[: len(s)] / (s**2 + mu)) - norm  # noqa: E731
-    mu = brentq(size, 0, 1e9, xtol=1e-14, rtol=1e-14) if norm < np.inf and size(0) > 0 else 0.0
+    mu = brentq(size, 0, 1e9, xtol=1e-14, rtol=1e-14) if size(0) > 0 else 0.0
     x = complement @ vh.T @ (s * c[: len(s)] / (s**2 + mu))
     return x, np.linalg.norm(jacobian @ x - aim) / np.linalg.norm(aim)
 
@@ -52,19 +52,6 @@ def test_on_a_wide_matrix_with_a_long_tail_the_krylov_space_is_large_enough():
     for norm in (1.0, 3.0, 9.0):
         ((_, loss),) = best_at_norms(Map(*map(torch.from_numpy, (jacobian, aim))), torch.from_numpy(basis), [norm])
         assert loss == pytest.approx(dense(jacobian, aim, basis, norm)[1], abs=1e-3)
-    for taken in (1, 100):
-        least = linear.least(Map(*map(torch.from_numpy, (jacobian, aim))), torch.eye(size).double()[:taken])
-        assert least == pytest.approx(dense(jacobian, aim, np.eye(size)[:taken], np.inf)[1], abs=1e-6)
-
-
-def test_a_jacobian_that_lacks_directions_has_a_least_loss_too():
-    """Of two dimensions of the aim the map reaches one; nothing is left of it beside that one's direction."""
-    jacobian, aim = torch.zeros(8, 8).double(), torch.tensor([3.0, 4, 0, 0, 0, 0, 0, 0]).double()
-    jacobian[1, 5] = 1e-3
-    axes = torch.eye(8).double()
-    assert linear.least(Map(jacobian, aim), axes[:1]) == pytest.approx(0.6)
-    assert linear.least(Map(jacobian, aim), axes[5:6]) == pytest.approx(1)
-    assert linear.least(Map(jacobian, aim), axes) == pytest.approx(1)
 
 
 def test_predicted_stands_beside_found(study, chain, whole):
@@ -80,7 +67,6 @@ def test_predicted_stands_beside_found(study, chain, whole):
             "norm": chain.norms[n - 1],
             "linear_loss": loss,
             "linear_loss_at_radius": dense(jacobian, aim, taken, study.radius)[1],
-            "least_loss": dense(jacobian, aim, taken, np.inf)[1],
             "found_linear_loss": np.linalg.norm(jacobian @ theta.numpy() - aim) / np.linalg.norm(aim),
             "cos": theta.numpy() @ x / np.linalg.norm(theta) / np.linalg.norm(x),
             "relative_loss": relative_loss(study, theta),
@@ -107,8 +93,8 @@ def test_the_nulls_are_the_best_beside_random_directions_and_beside_the_linear_c
         before = {"linear": own, "random": [base, *(null_of(study, i, 1.0).numpy() for i in range(1, n))]}
         for kind, taken in before.items():
             (row,) = rows_of(rows, kind=kind, index=n)
-            losses = [dense(jacobian, aim, np.stack(taken), at)[1] for at in (norm, radius, np.inf)]
-            names = ("linear_loss", "linear_loss_at_radius", "least_loss")
+            losses = [dense(jacobian, aim, np.stack(taken), at)[1] for at in (norm, radius)]
+            names = ("linear_loss", "linear_loss_at_radius")
             assert [row[name] for name in names] == pytest.approx(losses, abs=1e-5)
             assert {row[name] for name in ("relative_loss", "found_linear_loss", "first_order", "cos")} == {None}
         own = [*own, dense(jacobian, aim, np.stack(own), norm)[0]]
@@ -141,7 +127,7 @@ def test_each_vector_of_the_linear_chain_is_the_best_beside_those_before(study, 
         losses = {row["index"]: row["linear_loss"] for row in rows_of(rows, kind=of)}
         assert losses[1] == pytest.approx(rows_of(rows, kind="chain", index=1)[0]["linear_loss"], abs=1e-5)
     last = max(chain.index)
-    least = {kind: rows_of(rows, kind=kind, index=last)[0]["least_loss"] for kind in ("linear", "random")}
+    least = {kind: rows_of(rows, kind=kind, index=last)[0]["linear_loss"] for kind in ("linear", "random")}
     assert least["linear"] > least["random"]
 
 
