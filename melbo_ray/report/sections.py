@@ -112,7 +112,7 @@ SECTIONS = (
         why_median_plots.draw_mediation,
         """The chain's vectors steer, and at one layer their displacement loses the leading directions of the base's, or
         the direction of the base's at the last token: the share of their effect on KL that is lost (1: all; medians,
-        95 % intervals). Beside it the nulls: the directions of random vectors' displacements, and random ones.""",
+        95 % intervals). Beside it the nulls: the same of the displacements of random directions of the same norms.""",
     ),
     Section(
         "frozen", "Why: the effect without moved attention", "frozen", "frozen", why_plots.draw_frozen,
@@ -130,10 +130,10 @@ SECTIONS = (
     ),
     Section(
         "privileged", "Why: exponents of mixtures", "privileged", "privileged", why_median_plots.draw_privileged,
-        """A direction is mixed with a partner, and the exponent is that of the contour of equal effect: 1 if both do
-        the same, 2 (line) if the effect is a quadratic form, above 2 if mixtures do less than either alone, as error
-        correction of features would have it (medians, 95 % intervals). Random directions are the null, the base, the
-        mean difference and principal components what the model is known to use.""",
+        """A direction is mixed with a partner, with both signs; the exponent is that of the contour of equal effect: 2
+        (line) if it is linear or a quadratic form, above 2 if mixtures do less than either alone, as error correction
+        of features would have it, or if both effects set in late (medians, 95 % intervals). Random directions are the
+        null, the base, the mean difference and principal components what the model is known to use.""",
     ),
     Section(
         "efficiency", "Why: efficiency and stability", "efficiency", "efficiency", why_median_plots.draw_efficiency,

@@ -34,10 +34,9 @@ def draw_mediation(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | N
     layers = np.unique(rows["layer"][chain])
     named = {"base": ("the base's", CHAIN), "last": ("the base's at the last token", CONTRAST)}
     named |= {"other": ("a random vector's", AVERAGE), "other_last": ("a random vector's at the last token", BASE)}
-    named |= {"random": ("random", CONTROL)}
     for subspace, rank in sorted(set(zip(rows["subspace"][chain], rows["rank"][chain], strict=True))):
         of = chain & (rows["subspace"] == subspace) & (rows["rank"] == rank)
-        name, colour = named.get(subspace, (subspace, CONTROL))
+        name, colour = named[subspace]
         symbol = "diamond" if rank == 1 else "circle"
         lost = [rows["lost"][of & (rows["layer"] == layer)] for layer in layers]
         _medians(fig, [f"layer {layer}" for layer in layers], lost, f"{name}, rank {rank}", colour, symbol)
