@@ -123,6 +123,8 @@ def draw_curvature(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | N
     _curve(fig, n[at["quadratic"]], rows["foretold"][at["quadratic"]], "eigenvectors, by the form", BASE)
     _curve(fig, n[at["quadratic"]], rows["along"][at["quadratic"]], "eigenvectors, in the model", BASE, line_dash="dot")
     _curve(fig, n[at["random"]], rows["along"][at["random"]], "random directions", CONTROL, line_dash="dash")
+    # At a chain's norms the form gives its first eigenvectors many times what the base has.
+    fig.update_yaxes(range=[-0.5, 2.5])
     return fig
 
 
