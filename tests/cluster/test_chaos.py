@@ -108,7 +108,7 @@ def test_fifty_kills_change_nothing(tiny, place, tmp_path):
     expected = by_one_worker(tiny, tmp_path, LONG_STUDY)
     total, seed = 0, 100
     while total < 50:
-        chaos = attack(tiny, place, LONG_STUDY, seed, kills=25, every=4)
+        chaos = attack(tiny, place, LONG_STUDY, seed, kills=25, every=1)
         chaos.run(seconds=1500)
         assert_survived(chaos, expected)
         total += chaos.tally.total()

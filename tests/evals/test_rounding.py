@@ -41,8 +41,8 @@ def test_nothing_is_told_of_float32_products(study):
     assert study.rounded is study
 
 
-@pytest.mark.parametrize("name", [*ROUNDED, "presence", "geometry"])
-def test_logits_and_texts_are_rounded_and_presence_and_geometry_are_not(name, rounding, chain, monkeypatch):
+@pytest.mark.parametrize("name", [*ROUNDED, "presence"])
+def test_logits_and_texts_are_rounded_and_presence_is_not(name, rounding, chain, monkeypatch):
     used = set()
     multiplying = products.multiplying
 

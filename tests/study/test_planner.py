@@ -76,7 +76,7 @@ def test_the_evaluations_take_their_seconds_a_vector_on_as_many_evaluators(told)
 
 
 def test_every_evaluation_is_counted_or_named_as_not_counted():
-    not_counted = {"curvature", "frequency", "independence", "linear"}
+    not_counted = {"curvature", "frequency", "hessian", "independence", "jacobian", "linear"}
     assert {name for name in EVALUATIONS if not counted(name)} == not_counted
     assert all(runs_of_evaluations([name], 5) for name in set(EVALUATIONS) - not_counted - {"geometry"})
 
