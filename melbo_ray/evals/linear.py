@@ -3,7 +3,7 @@
 If z were linear in θ, z(θ) = z(0) + Jθ, the n-th vector of norm r would have at best the loss
 min ‖Jx − a‖ over x orthogonal to θ₀, to what the chain avoids and to the vectors before, ‖x‖ ≤ r, with
 a = z(θ₀) − z(0): a ridge problem (Golub and Kahan 1965; Björck 1996, "Numerical methods for least squares problems",
-section 7.5), solved here in a Krylov space; at any norm, where small singular values count, by dense algebra.
+section 7.5), solved here in a Krylov space.
 The linear chain takes these solutions one after the other. A linear map with equal singular values allows one vector,
 as everything orthogonal to it moves z orthogonally to a; the more uneven they are, the more. Where the chain found goes
 on after the linear one has ended, curvature lets it.
@@ -69,7 +69,7 @@ def run(study: Study, whole: Chain, share: str, items: Sequence[int]) -> Rows:
 
 
 def gradient_of(first: Map) -> Float64[Tensor, " d_model"]:
-    """G = Jᵀa / ‖a‖², the gradient at 0 of the part of a that θ has."""
+    """The gradient g = Jᵀa / ‖a‖² at 0 of the part of a that θ has."""
     return first.jacobian.T @ first.aim / first.aim.square().sum()
 
 

@@ -125,9 +125,7 @@ def _ascended(
             break
         looks = (
             (f"set {number + 1} of candidates: {steps} of at most {options.melbo_steps} steps", steps, thetas)
-            for steps, thetas in maximise(
-                slice, options, concept.name, radius, taken, once, start if number == 0 else None
-            )
+            for steps, thetas in maximise(slice, options, concept.name, radius, taken, once, start)
         )
         judged, unsteered_shows = yield from _until_one_shows(slice, concept, options, looks, len(found), once)
         found += judged
