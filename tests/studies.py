@@ -30,6 +30,7 @@ WRITTEN = {
     "gain",
     "curvature",
     "convergence",
+    "token_cosines",
     "mediation",
     "frozen",
     "independence",
@@ -221,6 +222,7 @@ def _add_why(rows: dict[str, list[dict[str, Any]]], row: dict[str, Any], num_vec
             row | {"layer": layer, "position": position, "cos_base": 0.9 * share, "displacement": 1.0, "vector": vector}
             for position in ("last", "mean", "first")
         ]
+        rows["token_cosines"].append(row | {"layer": layer, "cos_base": [None, share, 0.9 * share]})
     kept = row["kl_from_base"]
     for layer in (12, 16, 20):
         lost = {("none", 0): 0.0, ("last", 1): 0.05, ("other_last", 1): 0.05}

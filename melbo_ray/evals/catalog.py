@@ -221,7 +221,7 @@ EVALUATIONS = {
         Evaluation("geometry", ("geometry", "summary"), WHOLE, shares=_GEOMETRY, passes=_of_none),
         Evaluation("frequency", ("summary",), WHOLE, shares=_FREQUENCY),
         Evaluation("rescaled", ("kl",), WHOLE, shares=_RESCALED, passes=_of_rescaled),
-        Evaluation("convergence", ("convergence",), why=True),
+        Evaluation("convergence", ("convergence", "token_cosines"), why=True),
         Evaluation("mediation", ("mediation",), why=True),
         Evaluation("independence", ("independence",), WHOLE, shares=_INDEPENDENCE, why=True),
         Evaluation("frozen", ("frozen",), why=True),

@@ -19,14 +19,21 @@ def run(study: Study, vectors: Vectors) -> Rows:
     """Write `convergence`: a row for every layer from the source to the last, at each of three `position`s.
 
     `last` is the last token of the training prompt, `mean` the mean displacement over the positions of z (`z_from` on),
-    `first` the first position, often an attention sink's. `cos_base` is null where nothing is displaced. Beside every
-    vector of a chain stands the null, of kind `random`: a random direction of its norm, orthogonal to the base.
+    `first` the first position, often an attention sink's. `token_cosines` has a row for every layer, with the cosine at
+    each token of the prompt. `cos_base` is null where nothing is displaced. Beside every vector of a chain stands the
+    null, of kind `random`: a random direction of its norm, orthogonal to the base.
     """
-    rows = []
+    rows: Rows = {"convergence": [], "token_cosines": []}
+    base = study.once(_base_everywhere)
+    of_positions = _at_positions(study, base)
     for part in with_null(study, vectors):
         for index, theta in zip(part.index, part.theta, strict=True):
-            rows += _rows(study, part.kind, index, displacements(study, theta))
-    return {"convergence": rows}
+            h, keys = _everywhere(study, theta), (part.kind, index)
+            for position, moved in _at_positions(study, h).items():
+                rows["convergence"] += _rows(study, keys, position, moved, of_positions[position])
+            for layer, *pair in zip(layers_of(study), h, base, strict=True):
+                rows["token_cosines"].append(study.row(*keys, layer=layer, cos_base=_cosines(*pair)))
+    return rows
 
 
 def with_null(study: Study, vectors: Vectors) -> list[Vectors]:
@@ -48,35 +55,46 @@ def streams_of(study: Study) -> Streams:
     return Streams(study.model, [study.tokens(TRAINING)], study.config.source_layer, study.prompt.way == "whole")
 
 
-def displacements(study: Study, theta: Float[Tensor, " d_model"]) -> dict[str, Float[Tensor, "layers d_model"]]:
-    """The displacement of every layer of `layers_of`, by position."""
-    h = study.once(streams_of).under(theta, layers_of(study))[:, 0] - study.once(unsteered)
-    return {"last": h[:, -1], "mean": h[:, study.config.z_from :].mean(1), "first": h[:, 0]}
-
-
 def unsteered(study: Study) -> Float[Tensor, "layers seq d_model"]:
     """The unsteered stream of every layer of `layers_of`."""
     return study.once(streams_of).under(torch.zeros_like(study.base), layers_of(study))[:, 0]
 
 
-def of_base(study: Study) -> dict[str, Float[Tensor, "layers d_model"]]:
-    """The base's displacements."""
-    return displacements(study, study.base)
+def _everywhere(study: Study, theta: Float[Tensor, " d_model"]) -> Float[Tensor, "layers seq d_model"]:
+    """The displacement of every layer of `layers_of`."""
+    return study.once(streams_of).under(theta, layers_of(study))[:, 0] - study.once(unsteered)
 
 
-def _rows(study: Study, kind: str, index: int, moved: dict[str, Float[Tensor, "layers d_model"]]) -> list[Row]:
+def _base_everywhere(study: Study) -> Float[Tensor, "layers seq d_model"]:
+    return _everywhere(study, study.base)
+
+
+def _at_positions(study: Study, h: Float[Tensor, "layers seq d_model"]) -> dict[str, Float[Tensor, "layers d_model"]]:
+    return {"last": h[:, -1], "mean": h[:, study.config.z_from :].mean(1), "first": h[:, 0]}
+
+
+def _cosines(one: Float[Tensor, "n d_model"], other: Float[Tensor, "n d_model"]) -> list[float | None]:
+    """The cosine of each pair; None where a vector is zero."""
+    cosines = (normalize(one, dim=-1) * normalize(other, dim=-1)).sum(-1)
+    defined = (one.norm(dim=-1) > 0) & (other.norm(dim=-1) > 0)
+    return [value if there else None for value, there in zip(cosines.tolist(), defined.tolist(), strict=True)]
+
+
+def _rows(
+    study: Study,
+    keys: tuple[str, int],
+    position: str,
+    moved: Float[Tensor, "layers d_model"],
+    base: Float[Tensor, "layers d_model"],
+) -> list[Row]:
     rows = []
-    for position, h in moved.items():
-        base = study.once(of_base)[position]
-        cosines = (normalize(h, dim=-1) * normalize(base, dim=-1)).sum(-1)
-        defined = (h.norm(dim=-1) > 0) & (base.norm(dim=-1) > 0)
-        for place, layer in enumerate(layers_of(study)):
-            columns = {
-                "layer": layer,
-                "position": position,
-                "cos_base": float(cosines[place]) if defined[place] else None,
-                "displacement": float(h[place].norm()),
-                "vector": None if position == "first" else h[place].tolist(),
-            }
-            rows.append(study.row(kind, index, **columns))
+    for layer, h, cosine in zip(layers_of(study), moved, _cosines(moved, base), strict=True):
+        columns = {
+            "layer": layer,
+            "position": position,
+            "cos_base": cosine,
+            "displacement": float(h.norm()),
+            "vector": None if position == "first" else h.tolist(),
+        }
+        rows.append(study.row(*keys, **columns))
     return rows

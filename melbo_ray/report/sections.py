@@ -108,6 +108,11 @@ SECTIONS = (
         says that the vectors differ from their mean as they did there.""",
     ),
     Section(
+        "positions", "Why: convergence at each token", "token_cosines", "convergence", why_plots.draw_token_cosines,
+        """The same cosine at every token of the prompt, the last at the bottom (medians): found, and random directions
+        of the same norms. The first position is often an attention sink, which nothing turns.""",
+    ),
+    Section(
         "mediation", "Why: the effect without a common direction", "mediation", "mediation",
         why_median_plots.draw_mediation,
         """The chain's vectors steer, and at one layer their displacement loses the leading directions of the base's, or

@@ -7,7 +7,7 @@ import duckdb
 import numpy as np
 import plotly.graph_objects as go
 
-from melbo_ray.report.plots import AVERAGE, BASE, CHAIN, CONTRAST, CONTROL, _band, _curve, _figure, _marks
+from melbo_ray.report.plots import AVERAGE, BASE, CHAIN, CONTRAST, CONTROL, _band, _colours, _curve, _figure, _marks
 from melbo_ray.report.spread import participation
 from melbo_ray.report.why_streams import alignments, kept_shares
 from melbo_ray.runs.queries import select
@@ -71,6 +71,33 @@ def draw_convergence(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure |
             kept, name = np.array(alignments(last, kind)), f"centred kernel alignment with the source, {kind}"
             _curve(fig, layers, kept, name, colour, line_dash="longdashdot")
     return fig
+
+
+def draw_token_cosines(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:
+    """Median cosine with the base's displacement at each token, by layer, of the chain and of random directions."""
+    rows = select(
+        db,
+        """SELECT kind, layer, position, median(cos) AS cos
+           FROM (SELECT kind, layer, unnest(cos_base) AS cos, generate_subscripts(cos_base, 1) - 1 AS position
+                 FROM token_cosines WHERE concept = ? AND kind IN ('chain', 'random'))
+           GROUP BY ALL""",
+        concept,
+    )
+    if not (rows["kind"] == "chain").any():
+        return None
+    layers, column = np.unique(rows["layer"], return_inverse=True)
+    fig = _figure("layer", "position in the prompt")
+    fig.set_subplots(1, 2, shared_yaxes=True, subplot_titles=["found", "random directions"], horizontal_spacing=0.04)
+    for place, kind in enumerate(("chain", "random"), start=1):
+        of = rows["kind"] == kind
+        grid = np.full((rows["position"].max() + 1, len(layers)), np.nan, np.float32)
+        grid[rows["position"][of], column[of]] = rows["cos"][of]
+        fig.add_heatmap(
+            z=grid, x=layers, coloraxis="coloraxis", row=1, col=place,
+            hovertemplate="layer %{x}, position %{y}<br>%{z:.2f}<extra></extra>",
+        )  # fmt: skip
+    scale = {"colorscale": _colours(), "cmin": 0, "cmax": 1, "colorbar": {"title": {"text": "cosine"}, "thickness": 10}}
+    return fig.update_layout(coloraxis=scale, yaxis_autorange="reversed").update_xaxes(title_text="layer")
 
 
 def draw_frozen(db: duckdb.DuckDBPyConnection, concept: str) -> go.Figure | None:

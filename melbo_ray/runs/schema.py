@@ -107,6 +107,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "convergence": _schema(
         layer=_int, position=_text, cos_base=_float, displacement=_float, vector=pa.list_(_float),
     ),
+    "token_cosines": _schema(layer=_int, cos_base=pa.list_(_float)),
     "mediation": _schema(
         layer=_int, subspace=_text, rank=_int, norm=_float, kl_from_base=_float, kl_from_unsteered=_float,
         agreement=_float, concept_score=_float,

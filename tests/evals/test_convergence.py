@@ -31,6 +31,19 @@ def test_displacements_are_those_of_plain_transformers(study, chain):
                 assert row["vector"] == pytest.approx(here, abs=1e-4)
 
 
+def test_cosines_at_each_token_are_those_of_plain_transformers(study, chain):
+    tokens = reference.prompt_tokens(study)
+    plain = streams(study, tokens, torch.zeros(D_MODEL))
+    base = streams(study, tokens, study.base) - plain
+    rows = evaluate("convergence", study, chain)["token_cosines"]
+    assert rows.num_rows == 2 * 5 * (NUM_LAYERS - SOURCE)
+    for kind, theta in (("chain", chain.theta[1]), ("random", null_of(study, 2, chain.norms[1]))):
+        moved = streams(study, tokens, theta) - plain
+        for row in rows_of(rows, kind=kind, index=2):
+            expected = [cos(*pair) for pair in zip(moved[row["layer"]], base[row["layer"]], strict=True)]
+            assert row["cos_base"] == pytest.approx(expected, abs=1e-4)
+
+
 def test_at_the_source_nothing_but_the_vector_is_added(study, chain):
     rows = evaluate("convergence", study, chain)["convergence"]
     for row in rows_of(rows, kind="chain", layer=SOURCE, position="last"):
@@ -43,6 +56,8 @@ def test_no_vector_displaces_nothing_and_agrees_with_nothing(study):
     zero = Vectors("unsteered", [0], torch.zeros(1, D_MODEL))
     for row in evaluate("convergence", study, zero)["convergence"].to_pylist():
         assert (row["cos_base"], row["displacement"]) == (None, 0)
+    for row in evaluate("convergence", study, zero)["token_cosines"].to_pylist():
+        assert set(row["cos_base"]) == {None}
 
 
 @pytest.mark.parametrize("family", ["gemma4-shared", "gpt2", "bloom"])

@@ -258,6 +258,10 @@ def test_the_figures_are_of_the_tables(tmp_path):
     kept = lines["centred kernel alignment with the source, chain"].y
     assert kept[0] == pytest.approx(1)
     assert lines["centred kernel alignment with the source, random"].y == pytest.approx(np.ones(5))
+    found, random = why_plots.draw_token_cosines(db, "code").data
+    assert found.z[1:, -1] == pytest.approx([1, 0.9])
+    assert np.isnan(found.z[0]).all()
+    assert random.z[1:] == pytest.approx(np.zeros((2, 5)))
     lines = {trace.name: trace for trace in why_plots.draw_gain(db, "code").data}
     assert lines["chain"].y == pytest.approx([0, 0.5, 1, 1.5, 2])
     lines = {trace.name: trace for trace in why_plots.draw_curvature(db, "code").data}
