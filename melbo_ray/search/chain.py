@@ -22,6 +22,9 @@ from melbo_ray.search.subspace import Subspace
 from melbo_ray.search.vectors import SteeringVector
 from melbo_ray.seeds import derive_seed
 
+BEGIN = 0.25
+"""L-BFGS begins at this part of R, with a first step as long: random vectors as long as a long base are a poor start."""
+
 
 def chain(
     slice: Slice,
@@ -181,13 +184,14 @@ class Chain:
         return start / start.norm(dim=-1, keepdim=True) * self.radius
 
     def solver(self, options: ChainOptions | None = None) -> BlockSolver:
-        """A solver for the next vectors, beginning at `start`; `options` override those of the chain."""
+        """A solver for the next vectors: Adam from `start`, L-BFGS from `BEGIN` of it; `options` override the chain's."""
         options, self.started = options or self.options, time.perf_counter()
         rows = self.start()
         size, start = len(rows), rows.reshape(-1)
         if options.solver == "adam":
             lr = 0.01 * self.radius / 7
             return block(adam(start, steps=options.max_evaluations, lr=lr, remove=self._remove), size)
+        start = BEGIN * start
         solver = lbfgs(
             start,
             budget=options.max_evaluations,

@@ -8,7 +8,7 @@ import torch
 from melbo_ray.config import ChainOptions, Config
 from melbo_ray.errors import UserError
 from melbo_ray.model.residual_slice import Slice
-from melbo_ray.search.chain import Chain, chain, chains
+from melbo_ray.search.chain import BEGIN, Chain, chain, chains
 from melbo_ray.search.lockstep import steps
 from melbo_ray.search.sink import target_shares
 from melbo_ray.search.subspace import Subspace, disentangle, max_abs_cos
@@ -93,7 +93,7 @@ def test_every_evaluation_is_seen_as_the_loop_makes_it():
     assert [step.solution is None for step in seen] == [True] * (len(seen) - 1) + [False]
     assert seen[-1].solution is not None
     assert seen[-1].solution.evaluations == len(seen)
-    torch.testing.assert_close(seen[0].theta, disentangle(link.start()).float())
+    torch.testing.assert_close(seen[0].theta, disentangle(BEGIN * link.start()).float())
     for step in seen:
         expected = [np.linalg.norm(plain_z(theta, 1) - plain_z(link.base, 1)) for theta in step.theta]
         np.testing.assert_allclose(step.losses, expected, rtol=1e-4)
