@@ -110,7 +110,7 @@ SECTIONS = (
     Section(
         "positions", "Why: convergence at each token", "token_cosines", "convergence", why_plots.draw_token_cosines,
         """The same cosine at every token of the prompt, the last at the bottom (medians): found, and random directions
-        of the same norms. The first position is often an attention sink, which nothing turns.""",
+        of the same norms. Where the first position is an attention sink, even random directions agree with the base.""",
     ),
     Section(
         "mediation", "Why: the effect without a common direction", "mediation", "mediation",
