@@ -110,7 +110,8 @@ SECTIONS = (
     Section(
         "positions", "Why: convergence at each token", "token_cosines", "convergence", why_plots.draw_token_cosines,
         """The same cosine at every token of the prompt, the last at the bottom (medians): found, and random directions
-        of the same norms. Where the first position is an attention sink, even random directions agree with the base.""",
+        of the same norms. At an attention sink, often at the first position, random directions agree with the base,
+        too.""",
     ),
     Section(
         "mediation", "Why: the effect without a common direction", "mediation", "mediation",

@@ -23,7 +23,7 @@ from melbo_ray.search.vectors import SteeringVector
 from melbo_ray.seeds import derive_seed
 
 BEGIN = 0.25
-"""L-BFGS begins at this part of R, with a first step as long: random vectors as long as a long base are a poor start."""
+"""L-BFGS begins at this part of R, with a first step as long: a random vector of a long base's norm is a poor start."""
 
 
 def chain(
@@ -184,7 +184,7 @@ class Chain:
         return start / start.norm(dim=-1, keepdim=True) * self.radius
 
     def solver(self, options: ChainOptions | None = None) -> BlockSolver:
-        """A solver for the next vectors: Adam from `start`, L-BFGS from `BEGIN` of it; `options` override the chain's."""
+        """A solver of the next vectors: Adam from `start`, L-BFGS from `BEGIN` of it; `options` replace the chain's."""
         options, self.started = options or self.options, time.perf_counter()
         rows = self.start()
         size, start = len(rows), rows.reshape(-1)
