@@ -8,7 +8,7 @@ displacements themselves, from which the participation ratio and the centred ker
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cosine_similarity
 
 from melbo_ray.evals.context import TRAINING, Row, Rows, Study, Vectors
 from melbo_ray.evals.control import more_directions
@@ -75,7 +75,7 @@ def _at_positions(study: Study, h: Float[Tensor, "layers seq d_model"]) -> dict[
 
 def _cosines(one: Float[Tensor, "n d_model"], other: Float[Tensor, "n d_model"]) -> list[float | None]:
     """The cosine of each pair; None where a vector is zero."""
-    cosines = (normalize(one, dim=-1) * normalize(other, dim=-1)).sum(-1)
+    cosines = cosine_similarity(one, other, dim=-1)
     defined = (one.norm(dim=-1) > 0) & (other.norm(dim=-1) > 0)
     return [value if there else None for value, there in zip(cosines.tolist(), defined.tolist(), strict=True)]
 

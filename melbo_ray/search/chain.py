@@ -172,7 +172,7 @@ class Chain:
         return "num_vectors" if max(self.index - 1, len(self.stored)) >= self.options.num_vectors else None
 
     def start(self) -> Float[Tensor, "block d_model"]:
-        """Start of the next solver: vectors of norm R with seeded directions, uniform in the complement.
+        """Vectors of norm R in seeded directions, uniform in the complement: Adam's start; L-BFGS takes `BEGIN` of it.
 
         The rows of a block are not yet orthogonal to each other.
         """
