@@ -55,7 +55,7 @@ def _counts(table: pa.Table) -> go.Figure:
     figure = _empty("log-probability of the continuations on neutral prompts, nats per token", 420)
     figure.add_scatter(
         x=log_probs, y=counts, text=[*points], mode="markers+text", textposition="top center", name="concepts",
-        marker={"color": CHAIN, "size": 9},
+        marker={"color": CHAIN, "size": 9}, cliponaxis=False,
     )  # fmt: skip
     return figure.update_yaxes(title={"text": "vectors with KL below half of unsteered"}, rangemode="tozero")
 
