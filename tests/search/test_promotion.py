@@ -54,6 +54,6 @@ def test_a_base_is_promoted_at_rising_norms_from_a_calibrated_radius_on_and_at_a
     found = base_vector(a_slice(), CONCEPT, Config(base="promotion", **CALIBRATED))
     assert found.calibration is not None
     norms = [candidate.radius / found.calibration.radius for candidate in found.candidates]
-    assert norms == pytest.approx([1, 2**0.5, 2, 2**1.5, 4], rel=1e-5)
+    assert norms == pytest.approx([1, 2**0.5, 2, 2**1.5, 4, 2**2.5, 8], rel=1e-5)
     (only,) = base_vector(a_slice(), CONCEPT, Config(base="promotion", **OPTIONS)).candidates
     assert only.radius == pytest.approx(OPTIONS["radius"])
