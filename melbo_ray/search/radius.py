@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -22,6 +22,9 @@ _RELATIVE = [2 ** (step / 2) for step in range(-16, 1)]
 # Step of the difference quotient for the linear part, relative to the stream's norm: far above float32 rounding.
 _LINEAR = 1e-3
 _ROWS = 8
+# A massive activation forms where the norm grows between the layers by this multiple of the median growth. It is 6.8 at
+# least at such positions and 1.8 at most elsewhere, on two models at eight pairs of layers and four prompts.
+_FORMS = 4.0
 
 
 @dataclass(frozen=True)
@@ -43,25 +46,37 @@ class Calibration:
 def calibrate(slice: Slice, seed: int) -> Calibration:
     """Calibrate the radius for the slice's prompt and layers, in about a hundred forward passes of the slice.
 
-    Δ(θ) is the change of the target layer's residual stream, without the first position; J is its Jacobian at 0.
+    Δ(θ) is the change of the target layer's residual stream at the `ordinary` positions; J is its Jacobian at 0.
 
     Raises:
         UserError: the response is not near-linear at the smallest norm, or still near-linear at the largest.
     """
     generator = torch.Generator().manual_seed(seed)
     units = normalize(torch.randn(_DIRECTIONS, slice.model.d_model, generator=generator)).to(slice.model.device)
-    stream = float(slice.h_source[0, 1:].norm(dim=-1).median())
+    stream, where = float(slice.h_source[0, 1:].norm(dim=-1).median()), ordinary(slice)
     step = _LINEAR * stream
-    linear = (_change(slice, step * units) - _change(slice, -step * units)) / (2 * step)
+    linear = (_change(slice, step * units, where) - _change(slice, -step * units, where)) / (2 * step)
     radii = [relative * stream for relative in _RELATIVE]
-    ratios = [_departure(_change(slice, radius * units), radius * linear) for radius in radii]
+    ratios = [_departure(_change(slice, radius * units, where), radius * linear) for radius in radii]
     return Calibration(_crossing(radii, ratios), radii, ratios)
 
 
-def _change(slice: Slice, theta: Float[Tensor, "n d_model"]) -> Float[Tensor, "n values"]:
+@torch.no_grad()
+def ordinary(slice: Slice) -> Bool[Tensor, " seq"]:
+    """The positions but the first, an attention sink in many models, and those where a massive activation forms.
+
+    Massive activations (Sun et al. 2024) form within few layers at some tokens, in Qwen2.5 after the fourth. Until then
+    a short vector turns them on or off: with them R would be 1.1 at 4 → 12 of the 0.5B model, without them it is 2.9.
+    """
+    still = slice.h_target(slice.h_source.new_zeros(1, slice.model.d_model))[0]
+    growth = (still.float().norm(dim=-1) / slice.h_source[0].float().norm(dim=-1))[1:]
+    return torch.cat([growth.new_zeros(1).bool(), growth < _FORMS * growth.median()])
+
+
+def _change(slice: Slice, theta: Float[Tensor, "n d_model"], where: Bool[Tensor, " seq"]) -> Float[Tensor, "n values"]:
     with torch.no_grad():
         rows = torch.cat([theta.new_zeros(1, theta.shape[1]), theta])
-        h = torch.cat([slice.h_target(part).float()[:, 1:].flatten(1) for part in rows.split(_ROWS)])
+        h = torch.cat([slice.h_target(part).float()[:, where].flatten(1) for part in rows.split(_ROWS)])
     return h[1:] - h[0]
 
 

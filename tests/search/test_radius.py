@@ -8,7 +8,7 @@ import torch
 from melbo_ray.cli import flags
 from melbo_ray.errors import UserError
 from melbo_ray.model.residual_slice import Slice
-from melbo_ray.search.radius import TARGET, calibrate
+from melbo_ray.search.radius import TARGET, calibrate, ordinary
 from tests.families import D_MODEL, PROMPT, every_family, plain_hidden_states, tiny
 
 
@@ -41,6 +41,23 @@ def test_the_radius_is_in_units_of_the_residual_stream():
     slice = Slice(tiny(), [PROMPT], source=1, target=3)
     radius = calibrate(slice, seed=0).radius
     assert 0.01 < radius / float(slice.h_source[0, 1:].norm(dim=-1).median()) < 1
+
+
+def test_positions_where_a_massive_activation_forms_do_not_set_the_radius():
+    """One that is turned on by a tenth of the stream's norm would otherwise have a radius of its own."""
+
+    class Forms(Slice):
+        def h_target(self, theta, rows=None):
+            h = super().h_target(theta, rows).clone()
+            h[:, 2] = 50 * self.h_source[0, 2] * (1 - 30 * theta.norm(dim=-1, keepdim=True) / NORM)
+            return h
+
+    whole = Slice(tiny(), [PROMPT], source=1, target=3)
+    NORM = float(whole.h_source[0, 1:].norm(dim=-1).median())  # noqa: N806
+    forms = Forms(tiny(), [PROMPT], source=1, target=3)
+    assert ordinary(whole).tolist() == [False] + [True] * (len(PROMPT) - 1)
+    assert ordinary(forms).tolist() == [False, True, False] + [True] * (len(PROMPT) - 3)
+    assert calibrate(forms, seed=0).radius == pytest.approx(calibrate(whole, seed=0).radius, rel=0.2)
 
 
 class Linear(Slice):
