@@ -19,7 +19,7 @@ from melbo_ray.search.subspace import beside
 from melbo_ray.search.vector_io import PAIRS, leading, named_vectors
 
 # Multiples of R at which vectors that were not sought by ascent are judged: at R itself few of them show the concept,
-# and at 4 → 12 of Qwen2.5-Coder-0.5B, where R is small, the first to show it is that at 8 R.
+# and on the post's prompt to Qwen2.5-Coder-0.5B the contrast of `alien` shows it firmly from 5.7 R on.
 _DOSES = tuple(2 ** (half / 2) for half in range(7))
 Look = tuple[str, int | None, Tensor]
 """What is done, the number of ascent steps if there are any, and the candidates."""
