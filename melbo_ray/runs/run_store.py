@@ -139,7 +139,8 @@ class Run:
     def publish(self, manifest: Manifest, guard: Callable[[], None], everything: bool = True) -> None:
         """Merge the fresh units into the tables' parts, record them in `manifest.done`, and delete them.
 
-        Unless `everything` is asked for, units wait until those of their part are worth writing the part again.
+        Unless `everything` is asked for, units wait until those of their part are worth writing the part again. An
+        evaluation's parts are written in their order: no reader sees vectors while their predecessors are to be written.
 
         `guard` is called before each write and raises if the lease is lost. Storage rejects a write that is delayed
         until another driver has replaced the part. If the process is killed at any point, the next call completes the
@@ -149,8 +150,11 @@ class Run:
         for unit in self.fresh():
             groups[unit.concept, unit.evaluation, unit.part("")].append(unit)
         due = [g for g in groups.values() if everything or len(g) >= _WORTHWHILE * self._published[g[0].part("")]]
+        in_order: dict[tuple, list[list[Unit]]] = defaultdict(list)
+        for group in sorted(due, key=lambda group: group[0].part("")):
+            in_order[group[0].concept, group[0].evaluation].append(group)
         with ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="parts") as threads:
-            list(threads.map(lambda units: self._publish(units, guard), due))
+            list(threads.map(lambda groups: [self._publish(units, guard) for units in groups], in_order.values()))
         if due:
             units = [unit for group in due for unit in group]
             for unit in units:

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 import uuid
 
 import duckdb
@@ -177,6 +178,23 @@ def test_sql_over_the_tables_sees_a_growing_whole_while_they_are_published(tmp_p
     assert len(seen) > 5
     assert all(view == list(range(1, len(view) + 1)) for view in seen)
     assert [len(view) for view in seen] == sorted(len(view) for view in seen)
+
+
+def test_the_parts_of_an_evaluation_are_written_in_their_order(tmp_path, monkeypatch):
+    run, written = Run.open(str(tmp_path / "one")), []
+    for first in range(1, 1537, 256):
+        run.commit(unit(first, first + 255), rows(first, first + 255))
+    names, swap = [f"dose/concept=code/part-dose-{number:05d}.parquet" for number in range(3)], run.storage.swap
+
+    def slowest_first(name, data, version):
+        if name in names:
+            time.sleep(0.1 * (3 - names.index(name)))
+            written.append(name)
+        return swap(name, data, version)
+
+    monkeypatch.setattr(run.storage, "swap", slowest_first)
+    run.publish(manifest(), lambda: None)
+    assert written == names
 
 
 def test_a_driver_that_has_lost_its_lease_publishes_nothing(run):
