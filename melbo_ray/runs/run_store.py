@@ -139,8 +139,8 @@ class Run:
     def publish(self, manifest: Manifest, guard: Callable[[], None], everything: bool = True) -> None:
         """Merge the fresh units into the tables' parts, record them in `manifest.done`, and delete them.
 
-        Unless `everything` is asked for, units wait until those of their part are worth writing the part again. An
-        evaluation's parts are written in their order: no reader sees vectors while their predecessors are to be written.
+        Unless `everything` is asked for, units wait until those of their part are worth writing the part again.
+        An evaluation's parts are written in order: no reader sees vectors whose predecessors are still to be written.
 
         `guard` is called before each write and raises if the lease is lost. Storage rejects a write that is delayed
         until another driver has replaced the part. If the process is killed at any point, the next call completes the
