@@ -106,7 +106,8 @@ def _measured(role: str, config: Config, packed: bool) -> int:
     ]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"the {role} failed: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise RuntimeError(f"the {role} failed: {said[-1]}")
     return int(done.stdout.split()[-1])
 
 
