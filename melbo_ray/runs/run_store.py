@@ -140,7 +140,7 @@ class Run:
         """Merge the fresh units into the tables' parts, record them in `manifest.done`, and delete them.
 
         Unless `everything` is asked for, units wait until those of their part are worth writing the part again.
-        An evaluation's parts are written in order: no reader sees vectors whose predecessors are still to be written.
+        Those that an evaluation has due are written in order, so that no query sees the later without the earlier.
 
         `guard` is called before each write and raises if the lease is lost. Storage rejects a write that is delayed
         until another driver has replaced the part. If the process is killed at any point, the next call completes the
