@@ -64,9 +64,15 @@ def adam(start: Vector, *, steps: int, lr: float, remove: Callable[[Vector], Vec
 
 
 def lbfgs(
-    start: Vector, *, budget: int, tolerance: float, first_step: float, remove: Callable[[Vector], Vector]
+    start: Vector,
+    *,
+    budget: int,
+    tolerance: float,
+    first_step: float,
+    remove: Callable[[Vector], Vector],
+    scale: Vector | float = 1.0,
 ) -> Solver:
-    """L-BFGS in the complement: the gradient is projected, so all iterates stay in it if `start` does.
+    """L-BFGS in the complement, in the coordinates θ / `scale`; all iterates stay in the complement if `start` does.
 
     The objective is ½ loss², which is smooth at loss 0. The first step has length `first_step`; later the inverse
     Hessian starts from γI, γ = sᵀy / yᵀy of the newest pair, so the scales of loss and θ do not matter. The line search
@@ -79,11 +85,12 @@ def lbfgs(
         tolerance: relative decrease of the loss over ten evaluations below which the solver stops; 0 disables this.
         first_step: length of the first trial step (residual-stream units).
         remove: projection onto the complement.
+        scale: scale of each coordinate, a diagonal preconditioner; only ratios matter.
     """
     x, pairs, losses = start.double(), deque(maxlen=_HISTORY), []
 
     def of_square(loss: Tensor, gradient: Vector) -> Vector:
-        return loss.double() * remove(gradient).double()
+        return loss.double() * scale * remove(gradient).double()
 
     def done() -> str | None:
         if len(losses) >= budget:
@@ -98,14 +105,16 @@ def lbfgs(
     value = losses[0] ** 2 / 2
     while (reason := done()) is None:
         direction = -_newton(pairs, gradient)
+        move = remove(scale * direction).double()
         if not pairs:
-            direction *= first_step / direction.norm().clamp(min=_LEAST)
+            longer = first_step / move.norm().clamp(min=_LEAST)
+            direction, move = longer * direction, longer * move
         steepness, step = gradient @ direction, 1.0
         while True:
-            trial = x + step * direction
+            trial = x + step * move
             loss, trial_gradient = yield trial.float()
             trial_gradient = of_square(loss, trial_gradient)
-            s, y = trial - x, trial_gradient - gradient
+            s, y = step * direction, trial_gradient - gradient
             least = 1e-10 * s.norm() * y.norm()
             loss, slope, curvature, least = yield torch.stack([loss.double(), steepness, s @ y, least])
             losses.append(loss)

@@ -13,6 +13,7 @@ from melbo_ray.config import Config
 from melbo_ray.evals.catalog import CONTROLS, EVALUATIONS, SAMPLED
 from melbo_ray.host import cores
 from melbo_ray.model.partial import sketch
+from melbo_ray.search.scaling import TARGETS
 from melbo_ray.study.calibration import Machine, calibrate
 from melbo_ray.study.display import duration
 from melbo_ray.study.preflight import Checked
@@ -37,7 +38,7 @@ def plan(checked: Checked, machine: Machine | None = None) -> Table:
     each = model.dtype.itemsize
     whole = _count([model.network])
     step = max(4 * slice_values * sum(lengths) / machine.flops, 2 * each * slice_values / machine.bandwidth)
-    steps = config.num_vectors * config.max_evaluations
+    steps = config.num_vectors * config.max_evaluations + (TARGETS if config.solver == "lbfgs" else 0)
     vectors = config.num_vectors * len(lengths)
     text = model.network.config.get_text_config()
     size = vectors * (_VECTOR_BYTES * text.hidden_size + _ROW_BYTES)

@@ -76,6 +76,34 @@ def test_neither_the_scale_of_the_loss_nor_that_of_the_vector_matters():
         torch.testing.assert_close(found(loss_scale, scale), found(1.0, 1.0), atol=1e-3, rtol=1e-3)
 
 
+def test_scaled_coordinates_are_those_of_the_function_of_theta_over_scale():
+    scale = torch.tensor([0.1, 1, 10, 2, 0.5]).double()
+    start = torch.full((5,), -0.5).double()
+    plain = solve(lbfgs(start, budget=12, tolerance=0, first_step=0.1, remove=free),
+                  lambda phi: residuals(phi.double()).norm())  # fmt: skip
+    first = float((scale * (plain_first_step(start))).norm())
+    scaled = solve(lbfgs(start * scale, budget=12, tolerance=0, first_step=first, remove=free, scale=scale),
+                   lambda theta: residuals(theta.double() / scale).norm())  # fmt: skip
+    torch.testing.assert_close(scaled.theta, (plain.theta.double() * scale).float(), rtol=1e-3, atol=1e-4)
+
+
+def plain_first_step(start):
+    """The first step of length 0.1 down the gradient of Rosenbrock's function."""
+    point = start.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(rosenbrock(point), point)
+    return -0.1 * gradient / gradient.norm()
+
+
+def test_scales_make_a_sphere_of_an_ellipsoid():
+    weights = torch.logspace(-1, 1, 40, dtype=torch.float64)
+    left = {}
+    for name, scale in ("plain", 1.0), ("scaled", 1 / weights):
+        found = solve(lbfgs(torch.ones(40), budget=6, tolerance=0, first_step=0.1, remove=free, scale=scale),
+                      lambda theta: (weights * theta.double()).norm())  # fmt: skip
+        left[name] = float((weights * found.theta.double()).norm())
+    assert left["scaled"] < 1e-5 < left["plain"]
+
+
 def test_the_first_trial_is_one_first_step_along_the_gradient():
     solver = lbfgs(torch.zeros(2), budget=9, tolerance=0, first_step=3.0, remove=free)
     next(solver)
