@@ -49,7 +49,7 @@ class Slice:
     Attributes:
         h_source: the unsteered output of the source layer, (prompts, seq, d_model) float32.
         lengths: tokens of each prompt, (prompts,) int64.
-        scales: scale of each coordinate of θ, (d_model,) float64, by `z_from` and row (`search.scaling`).
+        preconditioners: diagonals for L-BFGS, (d_model,) float64, by `z_from` and row (`search.preconditioner`).
 
     Raises:
         UserError: a layer is out of range, source is not below target, or the model cannot be steered
@@ -78,7 +78,7 @@ class Slice:
         ]
         h_source = torch.cat([hidden for hidden, _ in captures])
         self.h_source: Float[Tensor, "prompts seq d_model"] = h_source.to(model.device, torch.float32)
-        self.scales: dict[int, dict[int, Float[Tensor, " d_model"]]] = {}
+        self.preconditioners: dict[int, dict[int, Float[Tensor, " d_model"]]] = {}
         self._at_once = self._sound()
         # A CUDA graph covers one device only.
         on_one = {parameter.device for layer, _ in self._calls for parameter in layer.parameters()} <= {model.device}

@@ -17,7 +17,7 @@ from melbo_ray.config import ChainOptions
 from melbo_ray.errors import UserError
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.search.lockstep import steps
-from melbo_ray.search.scaling import coordinate_scales
+from melbo_ray.search.preconditioner import preconditioner
 from melbo_ray.search.solvers import BlockSolver, Solution, adam, block, lbfgs
 from melbo_ray.search.subspace import Subspace
 from melbo_ray.search.vectors import SteeringVector
@@ -88,7 +88,7 @@ def chains(
     going = [chain.row for chain in every if chain.stop_reason() is None]
     if going and options.solver == "lbfgs":
         # Measured in a batch of the lockstep's size, for which the step is recorded or compiled anyway.
-        coordinate_scales(slice, [row for row in going for _ in range(options.block)], every[0].options)
+        preconditioner(slice, [row for row in going for _ in range(options.block)], every[0].options)
     for chain in every:
         begin(chain)
     for step in steps(solvers):
@@ -197,14 +197,14 @@ class Chain:
             lr = 0.01 * self.radius / 7
             return block(adam(start, steps=options.max_evaluations, lr=lr, remove=self._remove), size)
         start = BEGIN * start
-        scale = coordinate_scales(self.slice, [self.row] * size, options)[self.row]
+        diagonal = preconditioner(self.slice, [self.row] * size, options)[self.row]
         solver = lbfgs(
             start,
             budget=options.max_evaluations,
             tolerance=options.tolerance,
             first_step=float(start.norm()),
             remove=self._remove,
-            scale=scale.repeat(size),
+            preconditioner=diagonal.repeat(size),
         )
         return block(solver, size)
 

@@ -70,9 +70,9 @@ def lbfgs(
     tolerance: float,
     first_step: float,
     remove: Callable[[Vector], Vector],
-    scale: Vector | float = 1.0,
+    preconditioner: Vector | float = 1.0,
 ) -> Solver:
-    """L-BFGS in the complement, in the coordinates θ / `scale`; all iterates stay in the complement if `start` does.
+    """L-BFGS in the complement, in the coordinates θ / `preconditioner`; iterates stay in it if `start` does.
 
     The objective is ½ loss², which is smooth at loss 0. The first step has length `first_step`; later the inverse
     Hessian starts from γI, γ = sᵀy / yᵀy of the newest pair, so the scales of loss and θ do not matter. The line search
@@ -85,12 +85,12 @@ def lbfgs(
         tolerance: relative decrease of the loss over ten evaluations below which the solver stops; 0 disables this.
         first_step: length of the first trial step (residual-stream units).
         remove: projection onto the complement.
-        scale: scale of each coordinate, a diagonal preconditioner; only ratios matter.
+        preconditioner: a positive factor for each coordinate, of which only ratios matter.
     """
     x, pairs, losses = start.double(), deque(maxlen=_HISTORY), []
 
     def of_square(loss: Tensor, gradient: Vector) -> Vector:
-        return loss.double() * scale * remove(gradient).double()
+        return loss.double() * preconditioner * remove(gradient).double()
 
     def done() -> str | None:
         if len(losses) >= budget:
@@ -105,7 +105,7 @@ def lbfgs(
     value = losses[0] ** 2 / 2
     while (reason := done()) is None:
         direction = -_newton(pairs, gradient)
-        move = remove(scale * direction).double()
+        move = remove(preconditioner * direction).double()
         if not pairs:
             longer = first_step / move.norm().clamp(min=_LEAST)
             direction, move = longer * direction, longer * move

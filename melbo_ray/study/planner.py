@@ -13,7 +13,7 @@ from melbo_ray.config import Config
 from melbo_ray.evals.catalog import CONTROLS, EVALUATIONS, SAMPLED
 from melbo_ray.host import cores
 from melbo_ray.model.partial import sketch
-from melbo_ray.search.scaling import TARGETS
+from melbo_ray.search.preconditioner import TARGETS
 from melbo_ray.study.calibration import Machine, calibrate
 from melbo_ray.study.display import duration
 from melbo_ray.study.preflight import Checked

@@ -76,15 +76,15 @@ def test_neither_the_scale_of_the_loss_nor_that_of_the_vector_matters():
         torch.testing.assert_close(found(loss_scale, scale), found(1.0, 1.0), atol=1e-3, rtol=1e-3)
 
 
-def test_scaled_coordinates_are_those_of_the_function_of_theta_over_scale():
-    scale = torch.tensor([0.1, 1, 10, 2, 0.5]).double()
+def test_preconditioned_it_finds_what_it_finds_in_the_coordinates_theta_over_factors():
+    factors = torch.tensor([0.1, 1, 10, 2, 0.5]).double()
     start = torch.full((5,), -0.5).double()
     plain = solve(lbfgs(start, budget=12, tolerance=0, first_step=0.1, remove=free),
                   lambda phi: residuals(phi.double()).norm())  # fmt: skip
-    first = float((scale * (plain_first_step(start))).norm())
-    scaled = solve(lbfgs(start * scale, budget=12, tolerance=0, first_step=first, remove=free, scale=scale),
-                   lambda theta: residuals(theta.double() / scale).norm())  # fmt: skip
-    torch.testing.assert_close(scaled.theta, (plain.theta.double() * scale).float(), rtol=1e-3, atol=1e-4)
+    first = float((factors * plain_first_step(start)).norm())
+    found = solve(lbfgs(start * factors, budget=12, tolerance=0, first_step=first, remove=free, preconditioner=factors),
+                   lambda theta: residuals(theta.double() / factors).norm())  # fmt: skip
+    torch.testing.assert_close(found.theta, (plain.theta.double() * factors).float(), rtol=1e-3, atol=1e-4)
 
 
 def plain_first_step(start):
@@ -94,14 +94,14 @@ def plain_first_step(start):
     return -0.1 * gradient / gradient.norm()
 
 
-def test_scales_make_a_sphere_of_an_ellipsoid():
+def test_a_preconditioner_makes_a_sphere_of_an_ellipsoid():
     weights = torch.logspace(-1, 1, 40, dtype=torch.float64)
     left = {}
-    for name, scale in ("plain", 1.0), ("scaled", 1 / weights):
-        found = solve(lbfgs(torch.ones(40), budget=6, tolerance=0, first_step=0.1, remove=free, scale=scale),
+    for name, factors in ("plain", 1.0), ("preconditioned", 1 / weights):
+        found = solve(lbfgs(torch.ones(40), budget=6, tolerance=0, first_step=0.1, remove=free, preconditioner=factors),
                       lambda theta: (weights * theta.double()).norm())  # fmt: skip
         left[name] = float((weights * found.theta.double()).norm())
-    assert left["scaled"] < 1e-5 < left["plain"]
+    assert left["preconditioned"] < 1e-5 < left["plain"]
 
 
 def test_the_first_trial_is_one_first_step_along_the_gradient():

@@ -61,7 +61,7 @@ def test_a_chain_needs_one_gpu_and_an_evaluator_spans_several(told):
 def test_a_step_takes_what_reading_its_weights_twice_takes(told):
     seconds = 2 * 2 * 20 * LAYER / 4e12
     assert f"at least {1000 * seconds:.2g} ms" in told["a step of the chain"]
-    # 50 a vector, and 64 for the scales of θ's coordinates.
+    # 50 a vector, and 64 for the preconditioner.
     assert told["the chain"].startswith("1000 vectors, 50064 steps at most:")
 
 
