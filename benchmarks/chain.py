@@ -16,6 +16,7 @@ from melbo_ray.model.compiled_step import Recorded
 from melbo_ray.model.residual_slice import Slice
 from melbo_ray.search import lockstep
 from melbo_ray.search.chain import Chain, chains
+from melbo_ray.search.preconditioner import preconditioner
 from melbo_ray.search.solvers import Solution
 
 # Evaluations of a chain of the whole space.
@@ -73,6 +74,7 @@ def equal_loss(bench: Bench) -> Iterator[Row]:
     chain = Chain(slice, 0, bench.base, config, "code")
     # The first call records the step on CUDA.
     stepper(slice, config, chain.start(), chain.z_base[None])()
+    preconditioner(slice, [0], chain.options)
     yield Row("equal loss", "set up the chain, once", now(device) - begin, "s")
     for index in range(1, vectors + 1):
         reference = Reference(bench, chain.start()[0], chain.subspace.basis.clone())
@@ -109,7 +111,7 @@ def throughput(bench: Bench) -> Iterator[Row]:
     """Vectors per hour as long chains are run by default, solver and all: one concept, several in one pass, and blocks.
 
     The concepts are one prompt and base under several names: what they cost each other is the same. The first step,
-    which makes the engine, is taken before.
+    which makes the engine, and the preconditioner are taken before.
     """
     count, device = 1 if bench.quick else 4, bench.model.device
     for concepts, size in (1, 1), (4, 1), (1, 4):
@@ -118,6 +120,7 @@ def throughput(bench: Bench) -> Iterator[Row]:
         slice = bench.slice(*[bench.tokens] * concepts, evaluations=0 if bench.quick else _LONG)
         theta = bench.base.expand(concepts * size, -1)
         stepper(slice, config, theta, torch.zeros_like(theta))()
+        preconditioner(slice, [row for row in range(concepts) for _ in range(size)], config)
         begin, stopped = now(device), {}
         found = [vector for _, vector in chains(slice, bases, config, {}, stopped)]
         hour = 3600 * len(found) / (now(device) - begin)

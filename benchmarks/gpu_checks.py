@@ -23,6 +23,7 @@ from melbo_ray.model.sampling import generate
 from melbo_ray.model.steering import Prompts, kl
 from melbo_ray.search.chain import Chain, chains
 from melbo_ray.search.lockstep import steps
+from melbo_ray.search.preconditioner import preconditioner
 
 CONCEPTS = 4
 # A chain that goes on, however little the vectors of a model with random weights do.
@@ -221,6 +222,7 @@ def synchronisations(lab: Lab) -> Iterator[Check]:
     for concepts in (1, CONCEPTS):
         slice = lab.slice(lab.bench.model, concepts)
         found = [Chain(slice, row, base, config, f"{row}") for row, base in enumerate(lab.thetas(concepts))]
+        preconditioner(slice, range(concepts), config)
         turns = steps({chain: chain.solver() for chain in found})
         # The first makes the engine.
         list(itertools.islice(turns, concepts))

@@ -16,6 +16,7 @@ from melbo_ray.model.compiled_step import Recorded
 from melbo_ray.model.steering import Prompts, kl
 from melbo_ray.search.chain import Chain
 from melbo_ray.search.lockstep import steps
+from melbo_ray.search.preconditioner import preconditioner
 
 # The bars: a step at one concept over its limit, four concepts over one, minutes of the study below, speed-up.
 BARS = {"step": 2.0, "concepts": 1.3, "study": 15.0, "equal loss": 30.0}
@@ -103,6 +104,7 @@ def evaluation(lab: Lab) -> Iterator[Row]:
         for chain in found:
             for direction in torch.randn(late, lab.bench.model.d_model, generator=torch.Generator().manual_seed(2)):
                 chain.subspace.add(direction)
+        preconditioner(slice, range(concepts), config)
         turns = steps({chain: chain.solver() for chain in found})
         # The first makes the engine.
         list(itertools.islice(turns, 4 * concepts))
